@@ -1,0 +1,1 @@
+"""Pictures with captions: drawn (`scenes`) or from the disk (`folders`)."""

@@ -1,0 +1,1 @@
+"""The maths of noise: schedules and conversions (`schedule`), solvers and guidance (`samplers`)."""

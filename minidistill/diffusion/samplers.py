@@ -1,0 +1,211 @@
+"""Solvers: from standard-normal noise to clean latents, as pure functions over a model(x, t).
+
+A model takes the unit-variance latents x_t (B, ...) and t (B,) and returns eps, x0 or v. Solvers keep their
+state in float32, hand the model the dtype of the noise, and return x0 latents in that dtype. Grids:
+`schedule.time_grid`.
+
+DDIM moves x_t itself. Euler solves dx/dsigma = (x - x0) / sigma for x = x_t / sqrt(abar_t), with sigma =
+sqrt((1 - abar) / abar). They are the same step: x0 + sigma' eps, divided by sqrt(sigma'^2 + 1), is
+sqrt(abar') x0 + sqrt(1 - abar') eps. What differs in practice is what they start from, where they end, and
+that Euler takes timesteps between the integers.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidistill.diffusion.schedule import PREDICTIONS, alpha_at, to_eps, to_x0
+
+Model = Callable[[Tensor, Tensor], Tensor]
+# Called at every step with {"i": step, "t": timestep, "x": x_t, "x0": the clean latents predicted from it}.
+Callback = Callable[[dict], None]
+
+
+@torch.no_grad()
+def ddim(
+    model: Model,
+    noise: Tensor,
+    timesteps: Tensor,
+    alpha_bar: Tensor,
+    prediction: str = "epsilon",
+    *,
+    eta: float = 0.0,
+    final_alpha_bar: float = 1.0,
+    generators: Sequence[torch.Generator] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM (arXiv 2010.02502, eq. 12 and 16): noise (B, ...) -> x0 latents (B, ...).
+
+    timesteps: descending int64 grid. Each step goes to the next entry of the grid, the last one to
+    `final_alpha_bar`: 1 is clean, Stable Diffusion's scheduler stops at abar_0 (`schedule.final_alpha_bar`).
+    eta: 0 deterministic, 1 DDPM-like; above 0 needs one generator per sample, so that a sample does not
+    depend on the batch it is in.
+    ValueError: a grid, an eta or generators that do not fit; eps-prediction at abar = 0.
+    """
+    _check_grid(timesteps, len(alpha_bar))
+    if timesteps.is_floating_point():
+        raise ValueError("ddim needs integer timesteps: time_grid(..., fractional=False)")
+    if prediction == "epsilon" and float(alpha_bar[timesteps[0].item()]) == 0:
+        raise ValueError("eps-prediction is undefined at alpha_bar = 0: use euler or leading spacing")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be 0 .. 1, got {eta}")
+    if eta > 0 and (generators is None or len(generators) != len(noise)):
+        raise ValueError(f"eta > 0 needs one generator for each of the {len(noise)} samples")
+    x, alpha_bar = _wide(noise), alpha_bar.to(noise.device)
+    grid = timesteps.tolist()
+    for i, (t, t_next) in enumerate(zip(grid, [*grid[1:], -1], strict=True)):
+        out = _wide(model(x.to(noise.dtype), _batch_of(timesteps[i], x)))
+        fresh = _fresh_noise(x, generators) if eta > 0 else None
+        x_next, x0 = ddim_step(
+            x,
+            out,
+            t,
+            t_next,
+            alpha_bar,
+            prediction=prediction,
+            eta=eta,
+            final_alpha_bar=final_alpha_bar,
+            fresh=fresh,
+        )
+        if callback is not None:
+            callback({"i": i, "t": t, "x": x, "x0": x0})
+        x = x_next
+    return x.to(noise.dtype)
+
+
+def ddim_step(
+    x: Tensor,
+    out: Tensor,
+    t: int,
+    t_next: int,
+    alpha_bar: Tensor,
+    *,
+    prediction: str = "epsilon",
+    eta: float = 0.0,
+    final_alpha_bar: float = 1.0,
+    fresh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step to t_next < t, or to `final_alpha_bar` for -1: (x there, predicted x0). fresh: eta's noise."""
+    a = alpha_at(alpha_bar, t, x)
+    a_next = alpha_at(alpha_bar, t_next, x) if t_next >= 0 else torch.full_like(a, final_alpha_bar)
+    x0 = to_x0(out, x, t, alpha_bar, prediction)
+    eps = to_eps(out, x, t, alpha_bar, prediction)
+    std = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).clamp(min=0).sqrt()  # eq. 16
+    x_next = a_next.sqrt() * x0 + (1 - a_next - std**2).clamp(min=0).sqrt() * eps
+    return (x_next if fresh is None else x_next + std * fresh), x0
+
+
+@torch.no_grad()
+def euler(
+    model: Model,
+    noise: Tensor,
+    timesteps: Tensor,
+    alpha_bar: Tensor,
+    prediction: str = "epsilon",
+    *,
+    pure_noise: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Euler on the probability-flow ODE (arXiv 2206.00364, alg. 1 in sigma): noise (B, ...) -> x0 latents.
+
+    timesteps: descending grid, int64, or float32 from `time_grid(..., fractional=True)`: sigma is
+    interpolated linearly in t. The last step goes to sigma = 0. Zero terminal SNR, an infinite sigma, is
+    taken at abar = 2^-24.
+
+    pure_noise: what the network sees first. True: the noise itself (diffusers with leading spacing, and the
+    input that SDXL-Lightning trains on). False: sqrt(1 - abar) times the noise, 0.99767 at t = 999 (diffusers
+    with trailing and linspace).
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+    _check_grid(timesteps, len(alpha_bar))
+    sigmas = [*sigmas_at(alpha_bar, timesteps).tolist(), 0.0]
+    x = _wide(noise) * ((sigmas[0] ** 2 + 1) ** 0.5 if pure_noise else sigmas[0])
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        scale = (sigma**2 + 1) ** -0.5  # = sqrt(abar): brings x to unit variance
+        x_t = x * scale
+        out = _wide(model(x_t.to(noise.dtype), _batch_of(timesteps[i], x)))
+        if prediction == "epsilon":
+            x0 = x - sigma * out
+        elif prediction == "v_prediction":
+            x0 = scale * x_t - sigma * scale * out
+        else:
+            x0 = out
+        if callback is not None:
+            callback({"i": i, "t": timesteps[i].item(), "x": x_t, "x0": x0})
+        # x + (sigma' - sigma) (x - x0) / sigma, arranged so that sigma' = 0 gives x0 to the last bit
+        x = x0 + (x - x0) * (sigma_next / sigma)
+    return x.to(noise.dtype)
+
+
+def sigmas_at(alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
+    """sqrt((1 - abar) / abar) at timesteps (N,), linear between integers: (N,) float32 on the CPU."""
+    a = alpha_bar.cpu().clamp(min=2**-24)
+    table = ((1 - a) / a).sqrt().numpy()
+    sigma = np.interp(timesteps.cpu().numpy(), np.arange(len(table)), table)
+    return torch.from_numpy(sigma.astype(np.float32))
+
+
+def guide(
+    unet_fn: Callable[..., Tensor],
+    context: Tensor,
+    uncond: Tensor | None,
+    scale: float,
+    *,
+    added_cond: dict[str, Tensor] | None = None,
+    uncond_added_cond: dict[str, Tensor] | None = None,
+) -> Model:
+    """A model(x, t) from unet_fn(x, t, context), classifier-free guidance in it (arXiv 2207.12598, eq. 6).
+
+    context, uncond: (B, L, D). Both halves are one batch, [uncond, cond], and give u + scale (c - u).
+    scale <= 1 switches guidance off: only the conditional half runs ("guidance 0" on a distilled model's card
+    means off, not unconditional). added_cond: SDXL's extra conditions (text_embeds, time_ids), passed on as
+    fourth argument; guidance needs the unconditional ones too. ValueError: something for the unconditional
+    half is absent or of another shape.
+    """
+    if scale <= 1:
+        return lambda x, t: _call(unet_fn, x, t, context, added_cond)
+    if uncond is None or uncond.shape != context.shape:
+        raise ValueError("guidance above 1 needs an unconditional context of the same shape as the context")
+    if (added_cond is None) != (uncond_added_cond is None):
+        raise ValueError("guidance above 1 needs added conditions for both halves, or for none")
+    both = torch.cat([uncond, context])  # (2B, L, D)
+    both_added: dict[str, Tensor] | None = None
+    if added_cond is not None and uncond_added_cond is not None:
+        both_added = {name: torch.cat([uncond_added_cond[name], added_cond[name]]) for name in added_cond}
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        x2, t2 = torch.cat([x, x]), (torch.cat([t, t]) if t.ndim else t)
+        u, c = _wide(_call(unet_fn, x2, t2, both, both_added)).chunk(2)
+        return u + scale * (c - u)
+
+    return guided
+
+
+def _call(unet_fn: Callable[..., Tensor], x: Tensor, t: Tensor, context: Tensor, added: dict | None) -> Tensor:
+    return unet_fn(x, t, context) if added is None else unet_fn(x, t, context, added)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: a float64 state stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _batch_of(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.device).expand(len(x))
+
+
+def _fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard-normal (B, ...), sample b from generator b and drawn where that generator lives."""
+    rows = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype).to(x.device) for g in generators]
+    return torch.stack(rows)
+
+
+def _check_grid(timesteps: Tensor, T: int) -> None:
+    if timesteps.ndim != 1 or len(timesteps) == 0 or bool((timesteps[1:] >= timesteps[:-1]).any()):
+        raise ValueError("timesteps must be a descending (N,) grid, as time_grid makes")
+    if timesteps[0] > T - 1 or timesteps[-1] < 0:
+        raise ValueError(f"timesteps must lie in 0 .. {T - 1}, got {timesteps[0].item()} .. {timesteps[-1].item()}")

@@ -1,0 +1,77 @@
+"""The three losses of BK-SDM (arXiv 2305.15798, section 3.2): what the student learns from.
+
+    L = w_task L_task + w_out L_out + w_feat L_feat
+
+    L_task = || target - eps_S(x_t, t, c) ||^2              the teacher's own training objective
+    L_out  = || eps_T(x_t, t, c) - eps_S(x_t, t, c) ||^2    imitate the teacher's answer
+    L_feat = sum_l || f_T^l - f_S^l ||^2                    imitate its working, stage by stage
+
+The paper writes squared norms; its code takes the mean over elements, for each stage, and the plain sum of stages. So
+does this. Everything is squared in float32: features reach 1e3, and in float16 a difference of 256 squares to infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Features = Mapping[str, Tensor]
+
+
+def mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of each sample, in float32: (B, ...), (B, ...) -> (B,)."""
+    return (a.float() - b.float()).square().flatten(1).mean(1)
+
+
+def task_loss(student_out: Tensor, target: Tensor) -> Tensor:
+    """The ordinary diffusion loss against noise (or velocity): (B, C, h, w) twice -> (B,)."""
+    return mean_square(student_out, target)
+
+
+def output_loss(student_out: Tensor, teacher_out: Tensor) -> Tensor:
+    """Output distillation: (B, C, h, w) twice -> (B,). No gradient reaches the teacher."""
+    return mean_square(student_out, teacher_out.detach())
+
+
+def feature_loss(student: Features, teacher: Features, pairs: Sequence[tuple[str, str]]) -> Tensor:
+    """Feature distillation, summed over (teacher feature, student feature) pairs -> (B,).
+
+    ValueError names a pair that is absent or of two shapes.
+    """
+    total: Tensor | None = None
+    for teacher_name, student_name in pairs:
+        if teacher_name not in teacher or student_name not in student:
+            raise ValueError(f"no features teacher {teacher_name!r} and student {student_name!r} to compare")
+        f_teacher, f_student = teacher[teacher_name].detach(), student[student_name]
+        if f_teacher.shape != f_student.shape:
+            raise ValueError(
+                f"teacher {teacher_name} is {tuple(f_teacher.shape)}, student {student_name} {tuple(f_student.shape)}"
+            )
+        loss = mean_square(f_student, f_teacher)
+        total = loss if total is None else total + loss
+    if total is None:
+        raise ValueError("feature distillation needs at least one pair")
+    return total
+
+
+def check_gradients(losses: Mapping[str, Tensor], student: nn.Module, teacher: nn.Module) -> None:
+    """RuntimeError unless every loss moves the student and none can move the teacher.
+
+    BK-SDM's released recipe for Tiny logs a feature term that is cut off from the student (its hook sits inside a
+    reentrant checkpoint); such a constant is not to be trained on unnoticed. Keeps the graph.
+    """
+    if any(p.requires_grad for p in teacher.parameters()):
+        raise RuntimeError("the teacher's parameters require gradients: freeze it")
+    weights = [p for p in student.parameters() if p.requires_grad]
+    for name, loss in losses.items():
+        if not loss.requires_grad:
+            raise RuntimeError(f"the {name} loss is cut off from the student: it would be logged, not learned from")
+        grads = torch.autograd.grad(loss.sum(), weights, retain_graph=True, allow_unused=True)
+        if not _any_nonzero(grads):
+            raise RuntimeError(f"the {name} loss has no gradient in the student")
+
+
+def _any_nonzero(grads: Iterable[Tensor | None]) -> bool:
+    return any(g is not None and bool((g != 0).any()) for g in grads)

@@ -1,0 +1,61 @@
+"""CLIP: does a picture match a caption? Cosine similarity (CLIPScore, arXiv 2104.08718, without its factor 2.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minidistill.data.scenes import Scenes
+from minidistill.models.clip import CLIPModel
+from minidistill.models.tokenizer import CLIPTokenizer
+
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # OpenAI's, of RGB in [0, 1]
+
+
+def clip_pixels(pictures: Sequence[Image.Image], size: int = 64) -> Tensor:
+    """RGB pictures -> (B, 3, size, size) float32, as CLIP reads them.
+
+    The short side is resized to `size` (bicubic), the centre cut out, the colours normalised.
+    """
+    rows = []
+    for picture in pictures:
+        scale = size / min(picture.size)
+        if scale != 1:
+            shape = [max(size, round(side * scale)) for side in picture.size]
+            picture = picture.resize(shape, Image.Resampling.BICUBIC)  # noqa: PLW2901
+        left, top = ((side - size) // 2 for side in picture.size)
+        rows.append(np.asarray(picture.crop((left, top, left + size, top + size)), np.float32) / 255)
+    pixels = (np.stack(rows) - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def clip_scores(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Sequence[Image.Image], captions: list[str]
+) -> Tensor:
+    """Cosine similarity of every picture (rows) with every caption (columns): (N, M) float32."""
+    device = next(clip.parameters()).device
+    images = clip.encode_image(clip_pixels(pictures, clip.vision_config.image_size).to(device))
+    return (images @ clip.encode_text(tokenizer(captions).to(device)).T).float().cpu()
+
+
+def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 10, choices: int = 100) -> float:
+    """Top-1 accuracy of finding a held-out scene's own caption among `choices` distinct ones, over `rounds` sets."""
+    data = Scenes("test")
+    right, index = 0, 0
+    for _ in range(rounds):
+        chosen: dict[str, Image.Image] = {}
+        while len(chosen) < choices:
+            picture, caption = data[index]
+            chosen.setdefault(caption, picture)
+            index += 1
+        scores = clip_scores(clip, tokenizer, list(chosen.values()), list(chosen))
+        right += int((scores.argmax(1) == torch.arange(choices)).sum())
+    return right / (rounds * choices)

@@ -1,0 +1,119 @@
+"""Teacher and student side by side: strips of pictures on the way, and a table of measured results at the end."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minidistill.data.scenes import Scenes
+from minidistill.diffusion.schedule import add_noise, make_alpha_bar
+from minidistill.distill.block_removal import format_count
+from minidistill.distill.kd import output_loss
+from minidistill.metrics.scene_judge import score
+from minidistill.models.unet import UNet, count_macs
+from minidistill.pipeline import Pipeline
+from minidistill.training.batches import Batch, Batches
+from minidistill.training.log import format_table
+from minidistill.training.run_folder import RunFolder
+from minidistill.training.strips import save_strip
+from minidistill.weights.files import read_json, write_json
+
+SHOWN = 8  # pictures in a strip
+STEPS, GUIDANCE, SEED = 25, 7.5, 0  # of every picture made here
+
+
+class Comparison:
+    """What a distillation run shows of itself. Always the same captions and noise, so that pictures compare."""
+
+    def __init__(self, run: RunFolder, teacher: Pipeline, student: UNet, batches: Batches, judged: int) -> None:
+        """judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes."""
+        self.run, self.teacher, self.batches, self.judged = run, copy.copy(teacher), batches, judged
+        self.student = copy.copy(teacher)
+        self.student.unet = student
+        data = Scenes("test") if judged else None
+        self.captions = [data.caption(i) for i in range(SHOWN)] if data else batches[-1].captions[:SHOWN]
+        self.rows: dict[str, list[Image.Image]] = {}
+        self.file = run.path / "results.json"
+        self.results = read_json(self.file) if self.file.exists() else {}
+
+    def look(self, step: int) -> None:
+        """Write samples/step-NNNNNN.png, the teacher's pictures above the student's."""
+        if "teacher" not in self.rows:
+            self.rows["teacher"] = self._pictures(self.teacher, self.captions)
+        name = "before" if step == 0 else "student"
+        self.rows[name] = self._pictures(self.student, self.captions)
+        path = self.run.samples / f"step-{step:06d}.png"
+        save_strip(path, [self.rows["teacher"], self.rows[name]], self.captions, ["teacher", f"student, step {step}"])
+
+    def strip(self) -> Path:
+        """The last strip written."""
+        return max(self.run.samples.glob("step-*.png"))
+
+    def measure(self, name: str) -> None:
+        """Measure the student under `name`, and the teacher if it is not yet; kept in results.json."""
+        if "teacher" not in self.results:
+            self.results["teacher"] = self._measure(self.teacher)
+        self.results[name] = self._measure(self.student)
+        write_json(self.file, self.results)
+
+    def table(self) -> str:
+        """All that was measured, a row for each model."""
+        rows = [("", "parameters", "MACs", "ms a call", "off the teacher", *(["all right"] if self.judged else []))]
+        for name, result in self.results.items():
+            row = [
+                name,
+                format_count(result["parameters"]),
+                format_count(result["macs"]),
+                f"{result['ms_per_call']:.1f}",
+                f"{result['distance_to_teacher']:.4f}",
+            ]
+            if self.judged:
+                row.append(f"{result['judge']['all']:.0%}")
+            rows.append(tuple(row))
+        return format_table(rows)
+
+    def _pictures(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
+        return pipe(captions, steps=STEPS, guidance=GUIDANCE, seed=SEED, batch_size=16)
+
+    def _measure(self, pipe: Pipeline) -> dict:
+        batch = self.batches[-1]  # a batch that no run trains on
+        height, width = batch.x0.shape[-2:]
+        result = {
+            "parameters": sum(p.numel() for p in pipe.unet.parameters()),
+            "macs": count_macs(pipe.unet, height, width, batch.context.shape[1])["conv_linear"],
+            "ms_per_call": milliseconds(pipe.unet, batch),
+            "distance_to_teacher": self._distance(pipe.unet, batch),
+        }
+        if self.judged:
+            data = Scenes("test", length=self.judged)
+            captions = [data.caption(i) for i in range(self.judged)]
+            result["judge"] = score(self._pictures(pipe, captions), captions)
+        return result
+
+    @torch.no_grad()
+    def _distance(self, unet: UNet, batch: Batch) -> float:
+        """Mean squared difference to the teacher's output (the output loss) on one batch."""
+        x_t = add_noise(batch.x0, batch.eps, batch.t, make_alpha_bar(self.teacher.schedule))
+        teacher, student = (u(x_t.to(u.dtype), batch.t, batch.context) for u in (self.teacher.unet, unet))
+        return output_loss(student, teacher).mean().item()
+
+
+@torch.no_grad()
+def milliseconds(unet: UNet, batch: Batch, rounds: int = 7) -> float:
+    """Median time of one U-Net call on a batch. Timings on a busy machine compare only within one run."""
+    x, context = batch.x0.to(unet.dtype), batch.context.to(unet.dtype)
+    times = []
+    for _ in range(rounds + 2):  # the first two warm up
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        unet(x, batch.t, context)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[2:])

@@ -1,0 +1,269 @@
+"""The scene judge: does a picture show what its caption states? Plain image analysis, no network.
+
+It is to the miniature what GenEval is to Stable Diffusion. `judge(picture, caption)` finds the things in the picture
+(`find_things`, `find_ground`), matches them to the stated ones and answers for every stated attribute: shape, colour,
+size, relation, count, background. What the caption leaves open is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from PIL import Image
+
+from minidistill.data.scenes import (
+    CHECK_PERIOD,
+    COLOURS,
+    DOT_PERIOD,
+    DOT_RADIUS,
+    GROUNDS,
+    SHAPES,
+    SIDE,
+    SIZE_BORDER,
+    STRIPE_PERIOD,
+    Place,
+    Statement,
+    Thing,
+    parse,
+    relation_holds,
+    shape_mask,
+)
+
+KINDS = ("shape", "colour", "size", "relation", "count", "background")
+CHROMA = 56  # a pixel with a larger max - min over RGB belongs to a thing; grounds stay below 35
+MIN_AREA = 16  # pixels; smaller specks are not things
+MIN_SEEDS = 4  # pixels of pure colour that a thing inside another must have
+GRID = 24  # shapes are compared on a grid of this side, scaled to the thing's box
+PATTERN_MATCH = 0.62  # correlation with a drawn pattern from which a ground counts as that pattern
+PLAIN_NOISE = 4.5  # grey levels of deviation up to which a ground is plain
+GRADIENT_MATCH = 0.60  # share of a ground's variance that a linear slope must explain
+
+
+@dataclass(frozen=True)
+class Found:
+    """A thing found in a picture."""
+
+    thing: Thing
+    place: Place
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether one stated attribute holds."""
+
+    kind: str
+    stated: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All answers for one picture; `all_right` if each of them holds."""
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def all_right(self) -> bool:
+        return all(answer.holds for answer in self.answers)
+
+    def wrong(self) -> str:
+        """What does not hold, for reading: 'shape star, count 2', or '' if all is right."""
+        return ", ".join(f"{a.kind} {a.stated}" for a in self.answers if not a.holds)
+
+
+def judge(picture: Image.Image | np.ndarray, caption: str) -> Verdict:
+    """Judge a 64x64 RGB picture (PIL, or uint8 (64, 64, 3)) by a caption of the scenes' grammar.
+
+    ValueError if the caption is not of the grammar or the picture not of the size.
+    """
+    pixels = np.asarray(picture)
+    if pixels.shape != (SIDE, SIDE, 3) or pixels.dtype != np.uint8:
+        raise ValueError(f"the judge reads (64, 64, 3) uint8 pictures, not {pixels.shape} {pixels.dtype}")
+    stated = parse(caption)
+    found = find_things(pixels)
+    answers = [Answer("count", str(len(stated.things)), len(found) == len(stated.things))]
+    answers += max(_matchings(stated, found), key=lambda answers: sum(a.holds for a in answers))
+    if stated.texture or stated.ground:
+        texture, ground = find_ground(pixels)
+        holds = stated.texture in (None, texture) and stated.ground in (None, ground)
+        answers.append(Answer("background", " ".join(filter(None, (stated.texture, stated.ground))), holds))
+    return Verdict(tuple(answers))
+
+
+def score(pictures: Sequence[Image.Image | np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    """Share of pictures with all attributes right ("all"), and of right answers for each kind that was asked."""
+    return score_verdicts([judge(p, c) for p, c in zip(pictures, captions, strict=True)])
+
+
+def score_verdicts(verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """`score`, from verdicts at hand."""
+    verdicts = list(verdicts)
+    result = {"all": float(np.mean([v.all_right for v in verdicts]))}
+    for kind in KINDS:
+        holds = [a.holds for v in verdicts for a in v.answers if a.kind == kind]
+        if holds:
+            result[kind] = float(np.mean(holds))
+    return result
+
+
+def _matchings(stated: Statement, found: list[Found]) -> Iterable[list[Answer]]:
+    """The answers under every way to match stated things to found ones (None where one is missing)."""
+    pool = [*found, *[None] * (len(stated.things) - len(found))]
+    for match in permutations(pool, len(stated.things)):
+        answers = []
+        for thing, hit in zip(stated.things, match, strict=True):
+            for kind in ("shape", "colour", "size"):
+                if (value := getattr(thing, kind)) is not None:
+                    answers.append(Answer(kind, value, hit is not None and getattr(hit.thing, kind) == value))
+        if stated.relation:
+            a, b = match[:2]
+            holds = a is not None and b is not None and relation_holds(stated.relation, a.place, b.place)
+            answers.append(Answer("relation", stated.relation, holds))
+        yield answers
+
+
+# ----------------------------------------------------------------------------------------------------- things
+
+
+def label_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Index of the nearest thing colour for every pixel, -1 for the ground: (64, 64) int."""
+    rgb = pixels.astype(np.float32)
+    names = np.asarray(list(COLOURS.values()), np.float32)
+    labels = np.square(rgb[:, :, None] - names).sum(-1).argmin(-1)
+    return np.where(rgb.max(-1) - rgb.min(-1) > CHROMA, labels, -1)
+
+
+def find_things(pixels: np.ndarray) -> list[Found]:
+    """The things in a (64, 64, 3) uint8 picture: each connected region, and what lies inside it in another colour."""
+    labels, rgb = label_pixels(pixels), pixels.astype(np.float32)
+    solid = _solid(labels)
+    things = []
+    for region in _components(labels >= 0):
+        if region.sum() < MIN_AREA:
+            continue
+        outside = ~region
+        rim = region & _grow(_grow(_grow(outside)))  # three pixels wide: the colour seen here is the holder's
+        seen = labels[rim & solid] if (rim & solid).any() else labels[region]
+        outer = int(np.bincount(seen).argmax())
+        things.append(_thing(region, outer))
+        for inner in np.unique(labels[region & solid]):
+            seeds = region & solid & (labels == inner)
+            if inner != outer and seeds.sum() >= MIN_SEEDS:
+                inside = region & ~_grow(outside) & _nearer(rgb, seeds, region & solid & (labels == outer))
+                parts = [part for part in _components(inside) if (part & seeds).any() and part.sum() >= MIN_AREA]
+                things += [_thing(part, int(inner)) for part in parts]
+    return things
+
+
+def _nearer(rgb: np.ndarray, mine: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Pixels whose colour is more than half way from the mean under `other` to the mean under `mine`."""
+    end = rgb[mine].mean(0)
+    start = rgb[other].mean(0) if other.any() else np.zeros(3, np.float32)
+    return (rgb - start) @ (end - start) > 0.5 * np.square(end - start).sum()
+
+
+def _thing(mask: np.ndarray, colour: int) -> Found:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    place = Place((left + right) / 2, (top + bottom) / 2, (bottom - top + right - left) / 4)
+    size = "small" if place.r < SIZE_BORDER else "large"
+    box = Image.fromarray(mask[top:bottom, left:right].astype(np.uint8) * 255)
+    grid = np.asarray(box.resize((GRID, GRID), Image.Resampling.BILINEAR), np.float32) / 255
+    templates = _shape_templates()
+    overlap = np.minimum(templates, grid).sum((1, 2)) / np.maximum(templates, grid).sum((1, 2))
+    return Found(Thing(SHAPES[int(overlap.argmax())], list(COLOURS)[colour], size), place)
+
+
+@lru_cache(maxsize=1)
+def _shape_templates() -> np.ndarray:
+    return np.stack([shape_mask(shape, GRID, GRID / 2, GRID / 2, GRID / 2) for shape in SHAPES])
+
+
+def _solid(labels: np.ndarray) -> np.ndarray:
+    """Pixels whose four neighbours have the same label: leaves out the mixed colours along edges."""
+    padded = np.pad(labels, 1, constant_values=-1)
+    around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    return np.logical_and.reduce([side == labels for side in around]) & (labels >= 0)
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask and its eight neighbours."""
+    padded = np.pad(mask, 1)
+    return np.logical_or.reduce([padded[dy : dy + SIDE, dx : dx + SIDE] for dy in range(3) for dx in range(3)])
+
+
+def _components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 4-connected parts of a mask, as masks."""
+    parts = []
+    rest = mask.copy()
+    while rest.any():
+        part = np.zeros_like(rest)
+        stack = [np.unravel_index(int(rest.argmax()), rest.shape)]
+        rest[stack[0]] = False
+        while stack:
+            y, x = stack.pop()
+            part[y, x] = True
+            for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if 0 <= v < mask.shape[0] and 0 <= u < mask.shape[1] and rest[v, u]:
+                    rest[v, u] = False
+                    stack.append((v, u))
+        parts.append(part)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------- ground
+
+
+def find_ground(pixels: np.ndarray) -> tuple[str, str]:
+    """Texture and colour of the ground of a (64, 64, 3) uint8 picture: (one of TEXTURES, one of GROUNDS)."""
+    labels = label_pixels(pixels)
+    clear = ~_grow(_grow(labels >= 0))  # keep off the blended edges of things
+    if clear.sum() < 200:
+        clear = labels < 0
+    rgb = pixels.astype(np.float32)
+    grounds = np.asarray(list(GROUNDS.values()), np.float32)
+    if not clear.any():
+        return "plain", "none"
+    ground = list(GROUNDS)[int(np.square(rgb[clear].mean(0) - grounds).sum(-1).argmin())]
+
+    light = rgb.mean(-1)
+    weight = clear.astype(np.float32)
+    residual = (light - light[clear].mean()) * weight
+    power = float(np.square(residual).sum())
+    if np.sqrt(power / weight.sum()) < PLAIN_NOISE:
+        return "plain", ground
+    y, x = np.mgrid[:SIDE, :SIDE]
+    slopes = np.stack([np.ones(clear.sum()), x[clear], y[clear]], 1)
+    fit = slopes @ np.linalg.lstsq(slopes, residual[clear], rcond=None)[0]
+    if np.square(fit).sum() > GRADIENT_MATCH * power:
+        return "gradient", ground
+    names, waves = _pattern_templates()
+    flat = weight.reshape(-1)
+    norms = (waves * waves) @ flat - np.square(waves @ flat) / flat.sum()  # variance under the mask
+    match = np.abs(waves @ residual.reshape(-1)) / np.sqrt(np.maximum(norms, 1e-6) * power)
+    best = int(match.argmax())
+    return (names[best] if match[best] > PATTERN_MATCH else "grainy"), ground
+
+
+@lru_cache(maxsize=1)
+def _pattern_templates() -> tuple[list[str], np.ndarray]:
+    """The periodic patterns at every phase, one a row: names and (N, 4096) float32."""
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    rows: list[tuple[str, np.ndarray]] = []
+    for across in (x, y, (x + y) * 0.7071):
+        for phase in np.arange(0, 1, 1 / 16):
+            rows.append(("striped", np.clip(4 * np.sin(2 * np.pi * (across / STRIPE_PERIOD + phase)), -1, 1)))
+    steps = range(CHECK_PERIOD)
+    for a in steps:
+        for b in steps:
+            wave = np.sin(2 * np.pi * (x + a) / CHECK_PERIOD) * np.sin(2 * np.pi * (y + b) / CHECK_PERIOD)
+            rows.append(("checked", np.clip(4 * wave, -1, 1)))
+    for a in range(DOT_PERIOD):
+        for b in range(DOT_PERIOD):
+            u, v = (x + a) % DOT_PERIOD - DOT_PERIOD / 2, (y + b) % DOT_PERIOD - DOT_PERIOD / 2
+            rows.append(("dotted", np.clip(DOT_RADIUS + 0.5 - np.hypot(u, v), 0, 1)))
+    return [name for name, _ in rows], np.stack([wave.reshape(-1) for _, wave in rows]).astype(np.float32)

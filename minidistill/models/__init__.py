@@ -1,0 +1,1 @@
+"""The networks. Each file stands on torch (and layers.py) alone."""

@@ -1,0 +1,402 @@
+"""CLIP: the text encoders of Stable Diffusion, and the picture tower that goes with them.
+
+One file, on torch alone. Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision" (arXiv 2103.00020), in the state-dict names of transformers 4.x files, so the official
+`text_encoder/model.safetensors` of SD 1.x (ViT-L/14), SD 2.x (ViT-H/14) and SDXL (ViT-L/14 and ViT-bigG/14)
+load as they are.
+
+Which output a diffusion model reads is part of the model, and a wrong choice only makes the pictures worse:
+- SD 1.x and 2.x: `last_hidden_state`, after the final LayerNorm;
+- SDXL: `hidden_states[-2]` of both encoders, without the final LayerNorm, and `pooled` of the second one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU, up to 0.02 from the exact one: enough to change a picture."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class _ConfigFile:
+    """`config.json` <-> frozen dataclass, for the two towers.
+
+    Files written by transformers 4.x hold dozens of keys that belong to text generation (`top_k`, `id2label`,
+    ...), so keys that are not fields are passed over instead of refused.
+    """
+
+    @classmethod
+    def from_dict(cls, d: dict) -> CLIPTextConfig | CLIPVisionConfig:
+        """Read a transformers config.json of any version; absent keys take transformers' defaults.
+
+        The config of a whole CLIP works too: its part for this tower is taken. Raises ValueError for another
+        architecture, or for an activation these networks do not have.
+        """
+        if d.get("model_type", "clip") not in ("clip", cls.model_type):
+            raise ValueError(f"expected a config of {cls.model_type}, found model_type {d['model_type']!r}")
+        part = cls.model_type.split("_")[1] + "_config"  # "text_config" | "vision_config"
+        if part in d:
+            d = {**(d[part] or {}), **(d.get(part + "_dict") or {})}
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in d.items() if key in known and value is not None})
+
+    def to_dict(self) -> dict:
+        """A config.json transformers builds the same network from."""
+        return {"model_type": self.model_type, **asdict(self)}
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(_ConfigFile):
+    """The text tower, in the names and with the defaults of transformers' `CLIPTextConfig`.
+
+    `eos_token_id` is where the pooled state is read. The value 2 is not an id: configs written before
+    mid-2023 (those of SD 1.x, SD 2.x and SDXL among them) carry it, and it means "at the largest id of the
+    row", the end token.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 1
+    model_type = "clip_text_model"  # not annotated: the same for every config, not a field
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(_ConfigFile):
+    """The picture tower, in the names and with the defaults of transformers' `CLIPVisionConfig`."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    model_type = "clip_vision_model"
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers and the width `projection_dim` of the space where they meet.
+
+    The towers' own `projection_dim` is overruled by this one, as in transformers.
+    """
+
+    text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    projection_dim: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("text_config", "vision_config"):
+            tower = replace(getattr(self, name), projection_dim=self.projection_dim)
+            object.__setattr__(self, name, tower)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> CLIPConfig:
+        """Read the config.json of a `CLIPModel`. Raises ValueError for another architecture."""
+        if d.get("model_type", "clip") != "clip":
+            raise ValueError(f"expected the config of a whole CLIP, found model_type {d['model_type']!r}")
+        text = {"text_config": None, **d}  # an absent tower is a tower with the default values
+        vision = {"vision_config": None, **d}
+        return cls(CLIPTextConfig.from_dict(text), CLIPVisionConfig.from_dict(vision), d.get("projection_dim", 512))
+
+    def to_dict(self) -> dict:
+        """A config.json transformers' `CLIPModel` is built from."""
+        return {
+            "model_type": "clip",
+            "projection_dim": self.projection_dim,
+            "text_config": self.text_config.to_dict(),
+            "vision_config": self.vision_config.to_dict(),
+        }
+
+
+# SD 1.x, and the first encoder of SDXL
+SD1_TEXT = CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768,
+    bos_token_id=0, eos_token_id=2,
+)  # fmt: skip
+# SD 2.x: OpenCLIP ViT-H/14 without its last layer
+SD2_TEXT = CLIPTextConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu",
+    bos_token_id=0, eos_token_id=2,
+)  # fmt: skip
+# the second encoder of SDXL: OpenCLIP ViT-bigG/14, with projection
+SDXL_TEXT_2 = CLIPTextConfig(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
+    projection_dim=1280, bos_token_id=0, eos_token_id=2,
+)  # fmt: skip
+# OpenAI's ViT-L/14, both towers: CLIP score and CMMD
+VIT_L_14 = CLIPConfig(
+    SD1_TEXT,
+    CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    ),
+    projection_dim=768,
+)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on all four projections."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (  # (B, L, D) -> (B, heads, L, D / heads)
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, heads, L, D / heads) -> (B, L, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer: attention, then MLP, each added to its input."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool):
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = Attention(width, config.num_attention_heads, causal)
+        self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
+        self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The stack of layers. Returns its input and every layer's output: n_layers + 1 tensors (B, L, D)."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config, causal) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return tuple(states)
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = self.position_embedding.weight
+        if ids.shape[1] > len(positions):
+            raise ValueError(f"{ids.shape[1]} tokens, but this text encoder has {len(positions)} positions")
+        return self.token_embedding(ids) + positions[: ids.shape[1]]  # (B, L) -> (B, L, D)
+
+
+class TextTransformer(nn.Module):
+    """ids (B, L) -> last state after the final norm, every hidden state, pooled state (not projected)."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config, causal=True)  # SD trained with the causal mask alone: padding is seen
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        states = self.encoder(self.embeddings(ids))
+        last = self.final_layer_norm(states[-1])
+        is_end = ids if self.eos_token_id == 2 else (ids == self.eos_token_id).int()
+        end = is_end.argmax(dim=-1)  # the first of equals; the true end of text has the highest id
+        pooled = last[torch.arange(len(ids), device=ids.device), end]  # (B, L, D) -> (B, D)
+        return last, states, pooled
+
+
+class VisionEmbeddings(nn.Module):
+    """Pixels (B, 3, S, S) -> class token and patches with their positions, (B, 1 + (S / patch)**2, D)."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if tuple(pixels.shape[2:]) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"this CLIP reads {self.image_size} x {self.image_size} pixels, "
+                f"not {pixels.shape[2]} x {pixels.shape[3]}"
+            )
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, patches, D)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        return x + self.position_embedding.weight
+
+
+class VisionTransformer(nn.Module):
+    """Pixels (B, 3, S, S) -> every hidden state, pooled state before any projection."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic, in every file
+        self.encoder = Encoder(config, causal=False)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        return states, self.post_layernorm(states[-1][:, 0])  # the class token
+
+
+class CLIPTextOutput(NamedTuple):
+    last_hidden_state: Tensor  # (B, L, D), after the final LayerNorm
+    hidden_states: tuple[Tensor, ...]  # embeddings and each layer's output, (B, L, D), no final LayerNorm
+    pooled: Tensor  # last_hidden_state at the end token, (B, D), or projected, (B, projection_dim)
+
+
+class CLIPVisionOutput(NamedTuple):
+    image_embeds: Tensor  # (B, projection_dim), not normalised
+    last_hidden_state: Tensor  # (B, 1 + patches, D), before post_layernorm
+    hidden_states: tuple[Tensor, ...]  # embeddings and each layer's output, (B, 1 + patches, D)
+    pooled: Tensor  # class token after post_layernorm, (B, D)
+
+
+class CLIPTextModel(nn.Module):
+    """A text encoder of Stable Diffusion; with `projection`, transformers' `CLIPTextModelWithProjection`."""
+
+    def __init__(self, config: CLIPTextConfig, projection: bool = False):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+        self.text_projection = None
+        if projection:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        init_weights(self)
+
+    def forward(self, ids: Tensor) -> CLIPTextOutput:
+        """ids (B, L) int64, L at most `max_position_embeddings`: begin token, text, end token, padding."""
+        last, states, pooled = self.text_model(ids)
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        return CLIPTextOutput(last, states, pooled)
+
+
+class CLIPVisionModel(nn.Module):
+    """The picture tower alone: transformers' `CLIPVisionModelWithProjection`."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTransformer(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        init_weights(self)
+
+    def forward(self, pixels: Tensor) -> CLIPVisionOutput:
+        """pixels (B, 3, image_size, image_size), normalised with CLIP's mean and standard deviation."""
+        states, pooled = self.vision_model(pixels)
+        return CLIPVisionOutput(self.visual_projection(pooled), states[-1], states, pooled)
+
+
+class CLIPModel(nn.Module):
+    """Both towers and the temperature of the contrastive loss, `logit_scale` (a logarithm)."""
+
+    def __init__(self, text_config: CLIPTextConfig, vision_config: CLIPVisionConfig):
+        super().__init__()
+        if text_config.projection_dim != vision_config.projection_dim:
+            raise ValueError(
+                f"the towers must meet in one space: text projection_dim {text_config.projection_dim}, "
+                f"vision {vision_config.projection_dim}"
+            )
+        self.config = CLIPConfig(text_config, vision_config, text_config.projection_dim)
+        self.text_model = TextTransformer(text_config)
+        self.vision_model = VisionTransformer(vision_config)
+        width = text_config.projection_dim
+        self.visual_projection = nn.Linear(vision_config.hidden_size, width, bias=False)
+        self.text_projection = nn.Linear(text_config.hidden_size, width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), CLIP's start
+        init_weights(self)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids (B, L) int64 -> unit vectors (B, projection_dim)."""
+        pooled = self.text_model(ids)[-1]
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, image_size, image_size), normalised -> unit vectors (B, projection_dim)."""
+        pooled = self.vision_model(pixels)[-1]
+        return F.normalize(self.visual_projection(pooled), dim=-1)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module) -> None:
+    """CLIP's own starting weights, which training from nothing needs (section 2.4 of the paper and its code).
+
+    The two layers that write to the residual stream start smaller the deeper the stack is.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is None:  # the projections
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, TextEmbeddings):
+            nn.init.normal_(module.token_embedding.weight, std=0.02)
+            nn.init.normal_(module.position_embedding.weight, std=0.01)
+        elif isinstance(module, VisionEmbeddings):
+            width = len(module.class_embedding)
+            nn.init.normal_(module.class_embedding, std=width**-0.5)
+            nn.init.normal_(module.position_embedding.weight, std=width**-0.5)
+        elif isinstance(module, Encoder):
+            for layer in module.layers:
+                width = layer.self_attn.q_proj.in_features
+                out_std = (2 * width * len(module.layers)) ** -0.5
+                for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                    nn.init.normal_(proj.weight, std=width**-0.5)
+                nn.init.normal_(layer.self_attn.out_proj.weight, std=out_std)
+                nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(layer.mlp.fc2.weight, std=out_std)

@@ -1,0 +1,312 @@
+"""The variational autoencoder of Stable Diffusion: images <-> latents.
+
+One file, on torch alone. The networks are those of Rombach et al., "High-Resolution Image Synthesis with
+Latent Diffusion Models" (arXiv 2112.10752); the state-dict names are those of diffusers' `AutoencoderKL`, so
+the official `vae/diffusion_pytorch_model.safetensors` loads as it is.
+
+Three things that are easy to get wrong and hard to see:
+- every GroupNorm here has eps 1e-6 (the U-Net's are 1e-5);
+- the encoder halves an image by padding one pixel on the right and at the bottom only, then a stride-2
+  convolution without padding;
+- what the U-Net sees is the latent *times* `scaling_factor` (0.18215 for SD 1.x and 2.x, 0.13025 for SDXL).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The architecture, in the names and with the defaults of diffusers' `AutoencoderKL` config.json.
+
+    The image is halved once between neighbouring stages, so `len(block_out_channels)` stages make latents
+    `2 ** (len(block_out_channels) - 1)` times smaller than the image (`downscale`).
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32  # image side the weights were trained at; says nothing about the layers
+    scaling_factor: float = 0.18215  # latents the U-Net sees = encoder latents * scaling_factor
+    force_upcast: bool = True  # the weights overflow in float16 (SDXL's do): run them in float32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.block_out_channels or self.layers_per_block < 1:
+            raise ValueError("a VAE needs at least one entry in block_out_channels and layers_per_block >= 1")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels {self.block_out_channels} must all be multiples of "
+                    f"norm_num_groups {self.norm_num_groups}"
+                )
+
+    @property
+    def downscale(self) -> int:
+        """Image side / latent side: 8 for every official Stable Diffusion VAE."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> VAEConfig:
+        """Read a diffusers `vae/config.json` of any version.
+
+        Absent keys take diffusers' defaults (a missing `scaling_factor` is 0.18215), keys that start with "_"
+        are notes. Raises ValueError for what this network does not have (another activation, SD3's
+        `shift_factor`, ...).
+        """
+        d = {key: list(v) if isinstance(v, tuple) else v for key, v in d.items() if not key.startswith("_")}
+        stages = tuple(d.get("block_out_channels", cls.block_out_channels))
+        only = {  # keys with one supported value: read, checked, and written back by `to_dict`
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * len(stages),
+            "up_block_types": ["UpDecoderBlock2D"] * len(stages),
+            "shift_factor": None,
+            "latents_mean": None,
+            "latents_std": None,
+        }
+        known = {field.name for field in fields(cls)}
+        for key, value in d.items():
+            if key in only and value != only[key]:
+                raise ValueError(f"VAE config: {key} = {value!r} is not supported (only {only[key]!r} is)")
+            if key not in only and key not in known and value is not None:
+                raise ValueError(f"VAE config: unknown key {key} = {value!r}")
+        values = {key: value for key, value in d.items() if key in known and value is not None}
+        values["block_out_channels"] = stages
+        if isinstance(values.get("sample_size"), list):
+            values["sample_size"] = max(values["sample_size"])
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """A config.json from which diffusers' `AutoencoderKL.from_config` builds the same network."""
+        stages = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            **asdict(self),
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * stages,
+            "up_block_types": ["UpDecoderBlock2D"] * stages,
+            "act_fn": "silu",
+        }
+
+
+SD_VAE = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+SDXL_VAE = VAEConfig(
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, scaling_factor=0.13025
+)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Self-attention between all pixels of the smallest stage, in one head, added to its input."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, C, H, W) -> (B, 1, H*W, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.to_out[0](h).squeeze(1).transpose(1, 2)  # (B, 1, H*W, C) -> (B, C, H*W)
+        return x + h.reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H // 2, W // 2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, unlike the U-Net's
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
+    widths = [in_channels] + [out_channels] * layers
+    return nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], groups) for i in range(layers))
+
+
+class DownBlock(nn.Module):
+    """One encoder stage: residual blocks, then (except in the last stage) a halving."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, down: bool):
+        super().__init__()
+        self.resnets = _resnets(in_channels, out_channels, layers, groups)
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if down else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """One decoder stage: residual blocks, then (except in the last stage) a doubling."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, up: bool):
+        super().__init__()
+        self.resnets = _resnets(in_channels, out_channels, layers, groups)
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if up else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention (where the config has it), residual block."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.resnets = _resnets(channels, channels, 2, groups)
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> mean and log-variance of the latents: (B, 2 * latent_channels, h, w)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, down=i < len(widths) - 1)
+            for i, width in enumerate(widths)
+        )
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) -> images (B, 3, H, W). One more residual block a stage."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
+            for i, width in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Images <-> latents.
+
+    `to_latents` and `from_latents` are what a diffusion model uses; `encode` and `decode` are the raw
+    networks, for training the autoencoder itself.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latents, (B, C, h, w) each.
+
+        h = H / downscale, rounded down stage by stage where it does not divide. The log-variance is not
+        clamped.
+        """
+        moments = self.encoder(images)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> images (B, 3, h * downscale, w * downscale), not clamped."""
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images in [-1, 1] -> the scaled latents a U-Net is trained on, (B, latent_channels, h, w).
+
+        With `noise` (standard normal, the latents' shape) a sample of the posterior, without it its mean.
+        """
+        mean, logvar = self.encode(images)
+        if noise is not None:
+            mean = mean + posterior_std(logvar) * noise
+        return mean * self.config.scaling_factor
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, latent_channels, h, w) -> images (B, 3, H, W), about [-1, 1] and not clamped."""
+        return self.decode(latents / self.config.scaling_factor)
+
+
+def posterior_std(logvar: Tensor) -> Tensor:
+    """The posterior's standard deviation, from the log-variance clamped to [-30, 20] as in training."""
+    return torch.exp(0.5 * logvar.clamp(-30.0, 20.0))

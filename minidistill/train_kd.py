@@ -1,0 +1,196 @@
+"""Remove blocks from a Stable Diffusion U-Net and train what is left to do the teacher's work (BK-SDM).
+
+    python -m minidistill.train_kd                      the miniature on a CPU, offline, in about three minutes
+    python -m minidistill.train_kd --teacher DIR --data DIR --recipe bk-small --device cuda
+
+The student starts from copies of the teacher's weights and learns from three losses: the teacher's own training
+objective (task), the teacher's answer (output) and its working, stage by stage (feature). The method is in
+`distill/block_removal.py` and `distill/kd.py`; this file is the loop around them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from minidistill.data.folders import ImageFolder
+from minidistill.data.scenes import SIDE, Scenes
+from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
+from minidistill.distill import kd
+from minidistill.distill.block_removal import (
+    PAIRINGS,
+    RECIPES,
+    Removal,
+    build_student,
+    feature_pairs,
+    plan_removal,
+    removal_rows,
+)
+from minidistill.errors import InputError
+from minidistill.metrics.comparison import Comparison
+from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.training.batches import Batches, Captioned
+from minidistill.training.config import option, run_command
+from minidistill.training.curves import draw_curves
+from minidistill.training.ema import EMA
+from minidistill.training.log import MetricsLog, format_table
+from minidistill.training.optim import (
+    PRECISIONS,
+    SCHEDULES,
+    adamw,
+    check_finite,
+    get_device,
+    get_precision,
+    lr_at,
+    optimizer_step,
+)
+from minidistill.training.run_folder import RunFolder
+
+LOSSES = ("task", "output", "feature")
+
+
+@dataclass(frozen=True)
+class Config:
+    teacher: str = option("miniature", "SOURCE of the teacher: a model folder in the diffusers layout, or miniature")
+    recipe: str = option("bk-tiny", "which blocks go, and how the losses are weighed", choices=tuple(RECIPES))
+    remove: tuple[str, ...] | None = option(
+        None, "blocks to remove instead of the recipe's: down.1.1,up.2.1,mid,stage.3"
+    )
+    pairing: str | None = option(None, "features to compare; none takes the recipe's", choices=PAIRINGS)
+    loss_weights: tuple[float, ...] | None = option(
+        None, "of task, output, feature; none takes the recipe's", minimum=0
+    )
+    copy_weights: bool = option(True, "start from the teacher's weights, not from random ones")
+    data: str = option("scenes", "scenes, or a folder of images with captions")
+    pictures: int = option(4096, "how many scenes to train on", minimum=1)
+    resolution: int | None = option(None, "pixels to train at; none takes the teacher's own", minimum=8)
+    out: str = option("runs/kd", "folder of the run; the student is in OUT/student")
+    steps: int = option(300, "optimizer steps", minimum=1)
+    batch_size: int = option(32, "samples in a micro-batch", minimum=1)
+    accumulate: int = option(1, "micro-batches in an optimizer step", minimum=1)
+    learning_rate: float = option(1e-3, "peak learning rate", minimum=0)
+    lr_schedule: str = option("cosine", "after the warm-up", choices=SCHEDULES)
+    warmup: int = option(20, "steps of linear warm-up", minimum=0)
+    weight_decay: float = option(1e-2, "AdamW's, on all weights", minimum=0)
+    max_grad_norm: float | None = option(1.0, "gradients are scaled down to this norm; none leaves them", minimum=0)
+    ema_decay: float = option(0.99, "of the averaged weights that become the student; 0 averages nothing", minimum=0)
+    caption_dropout: float = option(0.1, "share of samples with the empty caption, which guidance needs", minimum=0)
+    gradient_checkpointing: bool = option(False, "recompute the student's activations in backward: less memory, slower")
+    seed: int = option(0, "decides everything random")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
+    precision: str = option("fp32", "of the forward passes", choices=PRECISIONS)
+    judged: int = option(100, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0)
+    log_every: int = option(10, "steps between log lines", minimum=1)
+    sample_every: int = option(100, "steps between strips", minimum=1)
+    checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = option(2, "how many checkpoints to keep", minimum=1)
+    resume: bool = option(False, "go on with the run in OUT")
+
+
+PRESETS = {
+    "quick": {"comment": "the defaults"},
+}
+
+
+def main(config: Config) -> None:
+    """Distil, as the configuration says; everything is checked before the first file is written."""
+    device = get_device(config.device)
+    precision = get_precision(config.precision, device)
+    recipe = RECIPES[config.recipe]
+    weights = dict(zip(LOSSES, config.loss_weights or recipe.loss_weights, strict=False))
+    if len(weights) != len(LOSSES) or not any(weights.values()):
+        raise InputError("--loss-weights takes three numbers, task,output,feature, not all of them zero")
+
+    pipe = load_pipeline(config.teacher, device)
+    teacher = pipe.unet.eval().requires_grad_(False)
+    removal = plan_removal(teacher.config, config.remove or recipe.remove)
+    pairs = feature_pairs(removal, config.pairing or recipe.pairing)
+    torch.manual_seed(config.seed)  # decides a student's weights that are not copied
+    student = build_student(removal, teacher if config.copy_weights else None, device)
+    student.gradient_checkpointing = config.gradient_checkpointing
+    data = open_data(config, pipe)
+
+    optimizer = adamw(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    ema = EMA(student, config.ema_decay)
+    parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
+    run = RunFolder.open(config.out, dataclasses.asdict(config), config.resume)
+    describe(pipe, removal)
+    start = run.restore(parts)
+
+    batches = Batches(
+        data, pipe, batch_size=config.batch_size, seed=config.seed, caption_dropout=config.caption_dropout
+    )
+    alpha_bar = make_alpha_bar(pipe.schedule).to(device)
+    comparison = Comparison(run, pipe, student, batches, judged=config.judged if config.data == "scenes" else 0)
+    if start == 0:
+        comparison.look(0)
+        comparison.measure("student before")
+    with MetricsLog(run.metrics, config.steps, config.log_every, start, len(alpha_bar)) as log:
+        for step in range(start, config.steps):
+            for k in range(config.accumulate):
+                x0, context, eps, t, _ = batches[step * config.accumulate + k]
+                x_t = add_noise(x0, eps, t, alpha_bar)
+                with precision.autocast, torch.no_grad():
+                    teacher_out, teacher_features = teacher(x_t, t, context, return_features=True)
+                with precision.autocast:
+                    student_out, student_features = student(x_t, t, context, return_features=True)
+                target = training_target(x0, eps, t, alpha_bar, pipe.schedule.prediction_type)
+                losses = {
+                    "task": kd.task_loss(student_out, target),
+                    "output": kd.output_loss(student_out, teacher_out),
+                    "feature": kd.feature_loss(student_features, teacher_features, pairs),
+                }
+                if step == start and k == 0:
+                    kd.check_gradients(losses, student, teacher)
+                per_sample = sum(weights[name] * loss for name, loss in losses.items())  # (B,)
+                check_finite(per_sample, step + 1, t)
+                precision.scaler.scale(per_sample.mean() / config.accumulate).backward()
+                log.add({"loss": per_sample.mean(), **{n: v.mean() for n, v in losses.items()}}, per_sample, t)
+
+            lr = lr_at(step, config.learning_rate, config.warmup, config.steps, config.lr_schedule)
+            norm = optimizer_step(student, optimizer, precision.scaler, lr, config.max_grad_norm)
+            ema.update()
+            log.end_step(step + 1, lr=lr, grad_norm=norm)
+
+            with log.untimed():
+                done = step + 1
+                if done % config.sample_every == 0 or done == config.steps:
+                    with ema.swap():
+                        comparison.look(done)
+                if done % config.checkpoint_every == 0 or done == config.steps:
+                    run.save(done, parts, config.keep_checkpoints)
+
+    with ema.swap():
+        comparison.measure("student after")
+        comparison.student.save(run.path / "student")
+    draw_curves(run.metrics, run.curves)
+    print(f"\n{comparison.table()}\n")
+    print(f"student   {run.path / 'student'}\npictures  {comparison.strip()}\ncurves    {run.curves}")
+
+
+def open_data(config: Config, pipe: Pipeline) -> Captioned:
+    """The training pictures. Scenes are 64x64; a folder's are cropped to --resolution or the teacher's own."""
+    resolution = config.resolution or pipe.trained_size()[0]
+    if config.data == "scenes":
+        if resolution != SIDE:
+            raise InputError(
+                f"scenes are {SIDE}x{SIDE} pictures and this teacher reads {resolution}x{resolution}: "
+                f"give --data a folder of images, or --resolution {SIDE} to train at that size all the same"
+            )
+        return Scenes("train", length=config.pictures)
+    folder = ImageFolder(config.data, resolution)
+    print(folder.report.summary())
+    return folder
+
+
+def describe(pipe: Pipeline, removal: Removal) -> None:
+    """Print what goes away, and what that saves at the size the teacher was trained at."""
+    factor = pipe.vae.config.downscale
+    height, width = (side // factor for side in pipe.trained_size())
+    print(format_table(removal_rows(removal, height, width, pipe.tokenizers[0].max_length)) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main, Config, PRESETS, prog="python -m minidistill.train_kd", description=__doc__)

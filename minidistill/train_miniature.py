@@ -1,0 +1,307 @@
+"""Make the embedded miniature Stable Diffusion from nothing: python -m minidistill.train_miniature
+
+Three networks, in this order, each resumable, all on scenes that are drawn as they are needed:
+
+    clip   a tokenizer, a text encoder and a picture tower, trained to tell which caption belongs to which picture
+    vae    64x64 pixels <-> 16x16x4 latents
+    unet   the denoiser, on the VAE's latents and the text encoder's states
+
+The result is an ordinary pipeline folder, DIR/pipeline, which every command here and diffusers read. The U-Net has the
+four-stage shape of Stable Diffusion 1.x, so that every block-removal recipe applies to it letter by letter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidistill.data.scenes import Scenes
+from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar
+from minidistill.metrics.clip_score import clip_pixels, retrieval
+from minidistill.metrics.scene_judge import judge, score
+from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
+from minidistill.models.tokenizer import train_bpe
+from minidistill.models.unet import UNet, UNetConfig
+from minidistill.models.vae import AutoencoderKL, VAEConfig, posterior_std
+from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.training.batches import Batches, to_pixels
+from minidistill.training.config import option, run_command
+from minidistill.training.curves import draw_curves
+from minidistill.training.ema import EMA
+from minidistill.training.log import MetricsLog
+from minidistill.training.optim import adamw, check_finite, get_device, get_precision, lr_at, optimizer_step
+from minidistill.training.run_folder import RunFolder
+from minidistill.training.seeds import generator_for
+from minidistill.training.strips import save_strip
+from minidistill.weights import folders
+
+MAX_TOKENS = 32  # the longest caption of the scenes has 20
+TEXT = CLIPTextConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=MAX_TOKENS,
+    projection_dim=128,
+)
+VISION = CLIPVisionConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    image_size=64,
+    patch_size=8,
+    projection_dim=128,
+)
+VAE = VAEConfig(
+    block_out_channels=(32, 64, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=64,
+)
+# Few, wide heads: attention over 256 latent pixels is what a CPU is slow at.
+UNET = UNetConfig(
+    sample_size=16,
+    block_out_channels=(32, 64, 96, 96),
+    attention_head_dim=(1, 2, 3, 3),
+    norm_num_groups=8,
+    cross_attention_dim=TEXT.hidden_size,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    part: str = option("all", "which network to train", choices=("clip", "vae", "unet", "all"))
+    out: str = option("runs/miniature", "folder of the runs; the result is in OUT/pipeline")
+    start: str | None = option(None, "a SOURCE to take the weights to start from, for the parts that are trained")
+    steps: int | None = option(
+        None, "optimizer steps; none takes the part's own: clip 1600, vae 2600, unet 30000", minimum=1
+    )
+    batch_size: int | None = option(
+        None, "samples a step; none takes the part's own: clip 128, vae 16, unet 48", minimum=1
+    )
+    learning_rate: float | None = option(None, "peak; none takes the part's own: clip 1e-3, vae 1.5e-3, unet 1e-3")
+    pictures: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
+    seed: int = option(0, "decides everything random")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
+    precision: str = option("bf16", "of the forward pass", choices=("fp32", "bf16", "fp16"))
+    log_every: int = option(100, "steps between log lines", minimum=1)
+    sample_every: int = option(2000, "steps between the U-Net's strips and scores", minimum=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", minimum=1)
+    resume: bool = option(False, "go on with the runs in OUT")
+
+
+DEFAULTS = {
+    "clip": {"steps": 1600, "batch_size": 128, "learning_rate": 1e-3},
+    "vae": {"steps": 2600, "batch_size": 16, "learning_rate": 1.5e-3},
+    "unet": {"steps": 30_000, "batch_size": 48, "learning_rate": 1e-3},
+}
+
+
+def main(config: Config) -> None:
+    """Train the parts asked for, in their order."""
+    train = {"clip": train_clip, "vae": train_vae, "unet": train_unet}
+    for part in train if config.part == "all" else (config.part,):
+        own = {name: value for name, value in DEFAULTS[part].items() if getattr(config, name) is None}
+        part_config = replace(config, part=part, **own)
+        folder = Path(config.out) / part
+        resume = config.resume and (folder / "config.json").is_file()
+        train[part](part_config, RunFolder.open(folder, dataclasses.asdict(part_config), resume))
+
+
+# ------------------------------------------------------------------------------------------------------- CLIP
+
+
+def train_clip(config: Config, run: RunFolder) -> None:
+    """Contrastive training of both towers (CLIP, arXiv 2103.00020, figure 3) -> tokenizer/, text_encoder/, clip/."""
+    device = get_device(config.device)
+    precision = get_precision(config.precision, device)
+    tokenizer = train_bpe(
+        (data.caption(i) for data in (Scenes("train"), Scenes("test")) for i in range(4000)), 768, MAX_TOKENS
+    )
+    special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    torch.manual_seed(config.seed)
+    clip = CLIPModel(replace(TEXT, vocab_size=tokenizer.vocab_size, **special), VISION).to(device)
+    optimizer = adamw(clip.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    parts = {"clip": clip, "optimizer": optimizer, "scaler": precision.scaler}
+    start = run.restore(parts)
+
+    data = Scenes("train", length=config.steps * config.batch_size)  # no picture twice
+    labels = torch.arange(config.batch_size, device=device)
+    with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
+        for step in range(start, config.steps):
+            pictures, captions = zip(*(data[step * config.batch_size + i] for i in range(len(labels))), strict=True)
+            with precision.autocast:
+                images = clip.encode_image(clip_pixels(pictures).to(device)).float()
+                texts = clip.encode_text(trim(tokenizer(list(captions)), tokenizer.eos).to(device)).float()
+            logits = clip.logit_scale.exp() * images @ texts.T  # (B, B): picture i, caption j
+            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+            lr = lr_at(step, config.learning_rate, 100, config.steps, "cosine")
+            precision.scaler.scale(loss).backward()
+            norm = optimizer_step(clip, optimizer, precision.scaler, lr, max_grad_norm=1.0)
+            with torch.no_grad():
+                clip.logit_scale.clamp_(max=math.log(100))  # as in the paper's section 2.5
+            log.add({"loss": loss})
+            log.end_step(step + 1, lr=lr, grad_norm=norm)
+            with log.untimed():
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    run.save(step + 1, parts)
+
+    pipeline = Path(config.out) / "pipeline"
+    text_encoder = CLIPTextModel(clip.text_config)
+    text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    folders.save_tokenizer(pipeline, tokenizer)
+    folders.save_text_encoder(pipeline, text_encoder.half())
+    folders.save_clip(pipeline, clip.half())
+    print(f"retrieval among 100 captions: {retrieval(clip.float(), tokenizer):.1%} -> {pipeline}")
+
+
+def trim(ids: Tensor, eos: int) -> Tensor:
+    """Token ids (B, L) without the columns after the last end of text: under the causal mask they change nothing."""
+    return ids[:, : int((ids == eos).int().argmax(1).max()) + 1]
+
+
+# -------------------------------------------------------------------------------------------------------- VAE
+
+
+def train_vae(config: Config, run: RunFolder) -> None:
+    """Reconstruction, with a slight pull of the latents to a normal distribution -> vae/."""
+    device = get_device(config.device)
+    precision = get_precision(config.precision, device)
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(VAE).to(device)
+    optimizer = adamw(vae.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = EMA(vae, 0.998)
+    parts = {"vae": vae, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
+    start = run.restore(parts)
+
+    data = Scenes("train", length=config.steps * config.batch_size)
+    with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
+        for step in range(start, config.steps):
+            pictures = [data[step * config.batch_size + i][0] for i in range(config.batch_size)]
+            x = to_pixels(pictures).to(device)
+            with precision.autocast:
+                mean, logvar = (out.float() for out in vae.encode(x))
+                noise = torch.randn(mean.shape, generator=generator_for(config.seed, "posterior", step)).to(device)
+                y = vae.decode(mean + posterior_std(logvar) * noise).float()
+            square, absolute = (y - x).square().mean(), (y - x).abs().mean()
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = square + 0.1 * absolute + 1e-4 * kl
+            lr = lr_at(step, config.learning_rate, 100, config.steps, "cosine")
+            precision.scaler.scale(loss).backward()
+            norm = optimizer_step(vae, optimizer, precision.scaler, lr, max_grad_norm=1.0)
+            ema.update()
+            log.add({"loss": loss, "square": square, "absolute": absolute, "kl": kl})
+            log.end_step(step + 1, lr=lr, grad_norm=norm)
+            with log.untimed():
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    run.save(step + 1, parts)
+
+    with ema.swap(), torch.no_grad():
+        # Stable Diffusion's convention: latents times this factor have unit variance.
+        x = to_pixels([data[i][0] for i in range(512)]).to(device)
+        latents = torch.cat([vae.encode(part)[0] for part in x.split(64)])
+        vae.config = replace(vae.config, scaling_factor=round(1 / latents.std().item(), 5))
+        folders.save_vae(Path(config.out) / "pipeline", vae.half())
+    result = evaluate_vae(folders.load_vae(Path(config.out) / "pipeline"), 1000)
+    print(f"reconstruction: {', '.join(f'{k} {v:.4g}' for k, v in result.items())} -> {config.out}/pipeline/vae")
+
+
+@torch.no_grad()
+def evaluate_vae(vae: AutoencoderKL, count: int) -> dict[str, float]:
+    """On held-out scenes: PSNR in dB, on all and on plain grounds, and the share the judge calls all right."""
+    data = Scenes("test", length=count)
+    psnr, right = [], []
+    for start in range(0, count, 50):
+        pictures, captions = zip(*(data[i] for i in range(start, min(start + 50, count))), strict=True)
+        x = to_pixels(pictures)
+        y = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+        psnr += (-10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()).tolist()
+        pixels = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        right += [judge(p, caption).all_right for p, caption in zip(pixels, captions, strict=True)]
+    plain = [psnr[i] for i in range(count) if data.scene(i).full.texture == "plain"]
+    return {
+        "psnr": sum(psnr) / len(psnr),
+        "psnr_plain": sum(plain) / len(plain),
+        "judged_right": sum(right) / len(right),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ U-Net
+
+
+def train_unet(config: Config, run: RunFolder) -> None:
+    """Ordinary eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 2) -> unet/."""
+    device = get_device(config.device)
+    precision = get_precision(config.precision, device)
+    folder = Path(config.out) / "pipeline"
+    torch.manual_seed(config.seed)
+    unet = init_unet(UNet(UNET))
+    if config.start:
+        unet.load_state_dict(load_pipeline(config.start).unet.state_dict())
+    pipe = Pipeline(
+        unet.to(device),
+        folders.load_vae(folder, device=device),
+        [folders.load_text_encoder(folder, device=device)],
+        [folders.load_tokenizer(folder)],
+        ScheduleConfig(),
+    )
+    optimizer = adamw(unet.parameters(), config.learning_rate, betas=(0.9, 0.99))
+    ema = EMA(unet, 0.999)
+    parts = {"unet": unet, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
+    start = run.restore(parts)
+
+    data = Scenes("train", length=config.pictures)
+    batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, caption_dropout=0.1)
+    alpha_bar = make_alpha_bar(pipe.schedule)
+    with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
+        for step in range(start, config.steps):
+            x0, context, eps, t, _ = batches[step]
+            with precision.autocast:
+                out = unet(add_noise(x0, eps, t, alpha_bar), t, context)
+            per_sample = (out.float() - eps).square().mean((1, 2, 3))
+            loss = per_sample.mean()
+            check_finite(per_sample, step + 1, t)
+            lr = lr_at(step, config.learning_rate, 200, config.steps, "cosine")
+            precision.scaler.scale(loss).backward()
+            norm = optimizer_step(unet, optimizer, precision.scaler, lr, max_grad_norm=1.0)
+            ema.update()
+            log.add({"loss": loss}, per_sample, t)
+            log.end_step(step + 1, lr=lr, grad_norm=norm)
+            with log.untimed():
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    run.save(step + 1, parts)
+                if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
+                    with ema.swap():
+                        report(run, pipe, step + 1)
+    with ema.swap():
+        pipe.unet.half()
+        pipe.save(folder)
+    draw_curves(run.metrics, run.curves)
+    print(f"miniature -> {folder}")
+
+
+def init_unet(unet: UNet) -> UNet:
+    """Every residual branch and the output start at zero, as in the original latent diffusion code."""
+    for name, parameter in unet.named_parameters():
+        if any(part in name for part in (".conv2.", ".proj_out.")) or name.startswith("conv_out."):
+            nn.init.zeros_(parameter)
+    return unet
+
+
+def report(run: RunFolder, pipe: Pipeline, step: int, count: int = 64) -> None:
+    """Score and strip of held-out captions, always with the same noise."""
+    captions = [Scenes("test").caption(i) for i in range(count)]
+    pictures = pipe(captions, steps=25, guidance=7.5, seed=0, batch_size=32)
+    save_strip(run.samples / f"step-{step:06d}.png", [pictures[:16]], captions[:16])
+    print(f"step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in score(pictures, captions).items()), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main, Config, prog="python -m minidistill.train_miniature", description=__doc__)

@@ -1,0 +1,153 @@
+"""One optimizer step, in pieces: learning rate, AdamW, gradient norm, precision, the finite check."""
+
+import contextlib
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minidistill.errors import InputError
+
+SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def lr_at(step: int, base: float, warmup: int, total: int, schedule: str = "constant") -> float:
+    """Learning rate of optimizer step `step`, counted from 0, of `total` steps.
+
+    A pure function of the optimizer step: micro-batches, processes and resumes do not enter. Linear warm-up
+    over `warmup` steps, the first at base / warmup (at 0 it would be wasted), the last at base; then base for
+    "constant", or half a cosine that reaches 0 at `total`.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if schedule == "constant":
+        return base
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return base * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the learning rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that require a gradient, in one fused kernel.
+
+    Norms and biases are decayed too, as in BK-SDM and the diffusers scripts. ValueError if none requires one.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter requires a gradient: nothing would be trained")
+    return torch.optim.AdamW(trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their joint L2 norm is at most `max_norm` (None: leave them).
+
+    Returns the norm before clipping, a 0-d tensor so that a GPU need not wait. With fp16, unscale first.
+    """
+    return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm).detach()
+
+
+def optimizer_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    lr: float,
+    max_grad_norm: float | None,
+) -> Tensor:
+    """After backward: unscale, clip, step with `lr`, clear the gradients. Returns the norm before clipping (0-d)."""
+    set_lr(optimizer, lr)
+    scaler.unscale_(optimizer)
+    norm = clip_grad_norm(module.parameters(), max_grad_norm)
+    scaler.step(optimizer)  # skips the step if a gradient is not finite, which fp16 does now and then
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# device and precision
+
+
+class Precision(NamedTuple):
+    """`with autocast:` around the forward pass; `scaler` around backward and step (idle unless fp16)."""
+
+    autocast: contextlib.AbstractContextManager
+    scaler: torch.amp.GradScaler
+
+
+def get_device(name: str) -> torch.device:
+    """cpu, cuda or cuda:1 -> device. InputError if it is another name, or not there."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"--device takes cpu, cuda or cuda:N, not '{name}'")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(index or 0) >= count:
+        raise InputError(f"--device {name}: PyTorch sees {count} {kind} devices here; use --device cpu")
+    return torch.device(name)
+
+
+def get_precision(name: str, device: torch.device) -> Precision:
+    """Mixed precision: weights stay float32, the forward pass runs in `name` ("fp32", "bf16", "fp16").
+
+    fp16 gradients underflow without loss scaling. On a CPU fp16 is slow or missing: InputError says bf16.
+    """
+    if name not in PRECISIONS:
+        raise InputError(f"--precision takes {', '.join(PRECISIONS)}, not '{name}'")
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("--precision bf16: this GPU has no bf16; use fp16 or fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+    if name == "fp32":
+        return Precision(contextlib.nullcontext(), scaler)
+    if device.type == "cpu":
+        return Precision(_Bf16OnCpu(), scaler)
+    return Precision(torch.autocast(device.type, dtype=torch.bfloat16 if name == "bf16" else torch.float16), scaler)
+
+
+class _Bf16OnCpu(contextlib.ExitStack):
+    """bf16 autocast with attention in plain matrix products: PyTorch's fused bf16 attention has, on a CPU, a backward
+    pass several times slower. It can be entered again and again."""
+
+    def __enter__(self) -> "_Bf16OnCpu":
+        self.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        self.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return super().__enter__()
+
+
+class NonFiniteLoss(InputError):
+    """The loss became nan or infinite: the run cannot go on with these settings."""
+
+
+def check_finite(loss: Tensor, step: int, t: Tensor) -> None:
+    """Raise NonFiniteLoss naming the step and the timesteps unless every value of `loss` is finite.
+
+    `loss` is a scalar, or (B,) beside `t` (B,), and then only the timesteps of the bad samples are named.
+    """
+    finite = torch.isfinite(loss.detach())
+    if bool(finite.all()):
+        return
+    bad = t[~finite] if finite.shape == t.shape else t
+    value = loss.detach()[~finite].flatten()[0].item()
+    steps = sorted(set(bad.flatten().tolist()))
+    where = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+    raise NonFiniteLoss(
+        f"the loss is {value} at step {step} (timesteps {where}): "
+        "start again with a lower --learning-rate, or with --precision bf16 or fp32"
+    )

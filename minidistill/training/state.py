@@ -1,0 +1,158 @@
+"""The live objects of a run <-> named tensors and JSON, exactly: no pickle, no name left over on either side.
+
+    parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": scaler}
+    run.save(step, parts)
+    ...
+    step = run.restore(parts)
+
+Tensors are named part/name: "student/conv_in.weight", "optimizer/student.conv_in.weight/exp_avg". Optimizer
+state goes by the name of its parameter, so every trained network must be among the parts: the bare one, not
+its DDP or compile wrapper.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minidistill.errors import InputError
+from minidistill.training.ema import EMA
+
+Part = nn.Module | Optimizer | EMA | torch.amp.GradScaler | Mapping[str, Tensor]
+ANOTHER_KIND = "the checkpoint is of another kind of run"
+
+
+def pack(parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Parts of a run -> (tensors, JSON-able meta). A Mapping is a set of named tensors, e.g. LoRA weights.
+
+    The tensors are the live ones, not copies: write them before the next step.
+    """
+    names = _parameter_names(parts)
+    tensors, meta = {}, {}
+    for part, thing in parts.items():
+        if isinstance(thing, Optimizer):
+            found, meta[part] = _pack_optimizer(thing, names)
+        elif isinstance(thing, torch.amp.GradScaler):
+            found, meta[part] = {}, thing.state_dict()
+        elif isinstance(thing, EMA):
+            found, meta[part] = thing.shadow, {"updates": thing.updates}
+        else:
+            found = _tensors_of(thing)
+        tensors |= {f"{part}/{name}": tensor for name, tensor in found.items()}
+    return tensors, meta
+
+
+def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+    """Put the state back into freshly built parts, in place.
+
+    Raises:
+        InputError: a tensor or a part is missing, unknown, or of another shape or dtype; it is named.
+    """
+    names = _parameter_names(parts)
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        if part not in parts:
+            raise InputError(f"{ANOTHER_KIND}: it holds {key}, for which there is no place here")
+        found[part][name] = tensor
+    with_meta = [part for part, thing in parts.items() if isinstance(thing, Optimizer | EMA | torch.amp.GradScaler)]
+    if different := set(with_meta) ^ set(meta):
+        raise InputError(f"{ANOTHER_KIND}: only one of the two has {sorted(different)[0]}")
+
+    for part, thing in parts.items():
+        if isinstance(thing, Optimizer):
+            _unpack_optimizer(part, found[part], meta[part], thing, names)
+        elif isinstance(thing, torch.amp.GradScaler):
+            _copy_all(part, found[part], {})
+            if bool(meta[part]) != thing.is_enabled():
+                raise InputError(f"{ANOTHER_KIND}: only one of the two scales its loss, as fp16 does")
+            if meta[part]:
+                thing.load_state_dict(dict(meta[part]))
+        elif isinstance(thing, EMA):
+            _copy_all(part, found[part], thing.shadow)
+            thing.updates = meta[part]["updates"]
+        else:
+            _copy_all(part, found[part], _tensors_of(thing))
+
+
+def _tensors_of(thing: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(thing.state_dict() if isinstance(thing, nn.Module) else thing)
+
+
+def _parameter_names(parts: Mapping[str, Part]) -> dict[Tensor, str]:
+    """Parameter -> "part.name", over all networks and tensor sets among the parts."""
+    names = {}
+    for part, thing in parts.items():
+        if isinstance(thing, nn.Module | Mapping):
+            named = thing.named_parameters() if isinstance(thing, nn.Module) else thing.items()
+            names |= {p: f"{part}.{name}" for name, p in named}
+    return names
+
+
+@torch.no_grad()
+def _copy_all(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name in dict.fromkeys([*wanted, *found]):
+        if name not in found or name not in wanted:
+            where = "the checkpoint lacks" if name not in found else "only the checkpoint has"
+            raise InputError(f"{ANOTHER_KIND}: {where} {part}/{name}")
+        has, wants = ((t.dtype, tuple(t.shape)) for t in (found[name], wanted[name]))
+        if has != wants:
+            raise InputError(f"{ANOTHER_KIND}: its {part}/{name} is {has}, not {wants}")
+    for name, tensor in wanted.items():
+        tensor.copy_(found[name])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# optimizers
+
+
+def _group_names(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
+    groups = [group["params"] for group in optimizer.param_groups]
+    if any(p not in names for group in groups for p in group):
+        raise ValueError("the optimizer trains a parameter of a network that is not among the parts")
+    return [[names[p] for p in group] for group in groups]
+
+
+def _pack_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """exp_avg, exp_avg_sq and step by parameter name; lr, betas, ... of each group as JSON."""
+    groups = _group_names(optimizer, names)
+    tensors = {f"{names[p]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return tensors, {"groups": groups, "settings": settings, "tensors": len(tensors)}
+
+
+def _unpack_optimizer(
+    part: str,
+    found: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    optimizer: Optimizer,
+    names: Mapping[Tensor, str],
+) -> None:
+    """Back through load_state_dict, which numbers the parameters through all groups."""
+    groups = _group_names(optimizer, names)
+    if groups != meta["groups"]:
+        raise InputError(f"{ANOTHER_KIND}: its {part} trains other parameters")
+    if len(found) != meta["tensors"]:
+        raise InputError(f"the checkpoint is incomplete: {len(found)} of {meta['tensors']} tensors of {part}")
+    number = {name: i for i, name in enumerate(name for group in groups for name in group)}
+    parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in found.items():
+        name, _, field = key.rpartition("/")
+        if name not in number:
+            raise InputError(f"{ANOTHER_KIND}: it holds {part}/{key}, for which there is no place here")
+        # In the parameter's memory layout (channels_last, say), which a file does not keep.
+        like = tensor if field == "step" else parameters[name]
+        state.setdefault(number[name], {})[field] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+    param_groups = []
+    for group, group_names, settings in zip(optimizer.param_groups, groups, meta["settings"], strict=True):
+        if set(settings) != set(group) - {"params"}:
+            raise InputError(f"{ANOTHER_KIND}: its {part} is of another class, or of another PyTorch version")
+        # JSON made lists of tuples, such as betas.
+        values = {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in settings.items()}
+        param_groups.append({**values, "params": [number[name] for name in group_names]})
+    optimizer.load_state_dict({"state": state, "param_groups": param_groups})

@@ -1,0 +1,41 @@
+"""Strips: rows of small pictures with their captions, the same noise every time, to watch a run by."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from minidistill.weights.files import atomic_path
+
+CELL, GAP, LABEL = 128, 6, 92  # pixels: picture, space, row label
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def save_strip(
+    path: str | Path,
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    labels: Sequence[str] = (),
+) -> None:
+    """Write a PNG: one row of pictures for each model (`labels` at its left), a caption under each column."""
+    font = ImageFont.load_default(12)
+    texts = [textwrap.wrap(caption, 20) for caption in captions]
+    left = LABEL if labels else GAP
+    height = len(rows) * (CELL + GAP) + GAP + 15 * max(map(len, texts), default=0) + GAP
+    sheet = Image.new("RGB", (left + len(captions) * (CELL + GAP), height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        y = GAP + r * (CELL + GAP)
+        if labels:
+            pen.multiline_text((GAP, y + CELL / 2), "\n".join(textwrap.wrap(labels[r], 13)), INK, font, anchor="lm")
+        for c, picture in enumerate(row):
+            # Small pictures keep their pixels; large ones are shrunk.
+            kind = Image.Resampling.NEAREST if picture.width <= CELL else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize((CELL, CELL), kind), (left + c * (CELL + GAP), y))
+    for c, lines in enumerate(texts):
+        pen.multiline_text((left + c * (CELL + GAP), height - GAP), "\n".join(lines), INK, font, anchor="ld")
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, "PNG")

@@ -1,0 +1,1 @@
+"""Between files and models: safe reading, atomic writing, names of tensors, and pipeline folders."""

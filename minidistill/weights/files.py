@@ -1,0 +1,271 @@
+"""Weights and json on disk: memory-mapped, strict, atomic, and clear about what is wrong with a file."""
+
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minidistill.errors import InputError
+from minidistill.weights.layouts import match_names
+
+Model = TypeVar("Model", bound=nn.Module)
+SHOWN = 3  # tensors named in a message; the rest are counted
+
+
+# reading
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, on the CPU and memory-mapped: bytes are read when first used.
+
+    Raises:
+        InputError: the file is missing, cut short, or something else than its name says.
+    """
+    path = existing_file(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text a .safetensors file carries beside its tensors; {} when there is none."""
+    path = existing_file(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
+
+
+def read_pickle(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a .bin, .pt, .pth or .ckpt state dict, read without running any code hidden in the file.
+
+    Raises:
+        InputError: the file is missing, broken, holds anything but tensors, or would need code to be run.
+    """
+    path = existing_file(path)
+    try:
+        # Only the zip format that torch has written since 1.6 can be memory-mapped.
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        # torch says "Weights only load failed" of a forbidden object and of a file that is no pickle.
+        if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
+            raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
+        message = f"refused {path}: it holds objects that run code when loaded; use a .safetensors version of it"
+        raise InputError(message) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} is not a state dict: a file that maps names to tensors, nothing else, is needed")
+    return dict(content)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """`read_safetensors` or `read_pickle`, by the file's suffix."""
+    return read_safetensors(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A json file whose content is an object, as every configuration is.
+
+    Raises:
+        InputError: the file is missing, not valid json, or not an object.
+    """
+    path = existing_file(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"cannot read {path}: a json object {{...}} is needed, it holds a {type(content).__name__}")
+    return content
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path itself, or an InputError that says how far it leads."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a file is needed")
+    if not path.is_file():
+        missing = next((parent for parent in reversed(path.parents) if not parent.exists()), None)
+        hint = f" (there is no folder {missing})" if missing else ""
+        raise InputError(f"no such file: {path}{hint}")
+    return path
+
+
+def _what_it_is(path: Path, error: Exception) -> str:
+    """One line about a file that could not be read, from its first bytes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512).lstrip()
+    except OSError as os_error:
+        return os_error.strerror or str(os_error)
+    for applies, what in (
+        (size == 0, "it is empty; download or save it again"),
+        (head[:1] == b"<", "it is a web page (HTML), not the file itself; download the file again"),
+        (
+            head.startswith(b"version https://git-lfs"),
+            "it is a git-lfs pointer; run git lfs pull where it is from",
+        ),
+        (path.suffix == ".json", f"it is not valid json ({_first_line(error)})"),
+        (path.suffix == ".safetensors" and head[:2] == b"PK", "it is a torch pickle; rename it to .bin"),
+    ):
+        if applies:
+            return what
+    return f"it is damaged or cut short ({size:,} bytes; {_first_line(error)}); download or save it again"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# writing
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write to; after the block it takes the place of `path`, complete and on disk.
+
+    Readers and crashes see the old file or the new one, never a part. The suffix is kept, parents are made.
+
+    Raises:
+        InputError: the operating system refuses to write there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    blocking = next((parent for parent in path.parents if parent.is_file()), None)
+    if blocking:
+        raise InputError(f"cannot write {path}: {blocking} is a file, not a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # the safetensors package leaves a file that only its owner can read
+        _to_disk(temporary)
+        temporary.replace(path)
+        _to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the file, or the folder's list of names, has left the operating system's buffers."""
+    if path.is_dir() and os.name == "nt":  # Windows has no such call for folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors, from any device and with any strides, to a .safetensors file, atomically.
+
+    Args:
+        metadata: text to carry along; {"format": "pt"}, which other readers ask for, is always there.
+    """
+    with atomic_path(path) as temporary:
+        save_file(_separate(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as safetensors wants them; copied only where needed."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    end = 0  # of the memory used by the tensors so far, in order of address
+    for name in sorted(ready, key=lambda name: ready[name].data_ptr()):
+        start = ready[name].data_ptr()
+        if start < end:
+            ready[name] = ready[name].clone()
+        end = max(end, start + tensors[name].nbytes)
+    return ready
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write an object as indented json, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# into a model
+
+
+def load_into(
+    model: Model,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """Give every parameter and buffer of `model`, normally built on `meta`, its value from a file. Strict.
+
+    Floating-point tensors become `dtype`. Values are copied out of the mapped file one by one: a file that
+    changes later cannot reach into a running model, and memory is aligned as always, on which the last bit of
+    a matrix product on the CPU may depend.
+
+    Args:
+        what: the file or folder, for messages.
+
+    Returns:
+        the same model, in eval mode.
+
+    Raises:
+        InputError: names or shapes differ; the message counts them and names the first few of each kind.
+    """
+    expected = model.state_dict()
+    try:
+        found = match_names(tensors, expected)
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
+    differences = _differences(found, expected)
+    if differences:
+        raise InputError(f"{what} does not fit its configuration: {differences}")
+    values = {}
+    for name, tensor in found.items():
+        new_dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        values[name] = tensor.to(device, new_dtype, copy=True, memory_format=torch.contiguous_format)
+    model.load_state_dict(values, strict=True, assign=True)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise RuntimeError(f"{type(model).__name__} keeps {left[0]} out of its state dict, so no file can fill it")
+    return model.eval()
+
+
+def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What is missing, unexpected, or of another shape, in one line; empty when all fits."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} is {tuple(found[name].shape)} in the file, {tuple(expected[name].shape)} by the config"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    kinds = (
+        (missing, f"of {len(expected)} tensors are missing"),
+        (unexpected, f"of {len(found)} tensors are not expected"),
+        (reshaped, f"of {len(expected)} tensors have another shape"),
+    )
+    return "; ".join(f"{len(names)} {problem} ({_first_few(names)})" for names, problem in kinds if names)
+
+
+def _first_few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN] + ["..."] * (len(names) > SHOWN))

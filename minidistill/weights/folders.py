@@ -1,0 +1,248 @@
+"""Pipeline folders in the diffusers layout: every part loaded and saved on its own.
+
+    model_index.json   unet/   vae/   text_encoder/   tokenizer/   scheduler/   and, optionally, clip/
+
+`clip/` is a whole CLIP (transformers' CLIPModel), for metrics; it is no part of the pipeline and its index.
+Models are built on `meta` and filled from files: nothing is initialised at random or in memory twice.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidistill.diffusion.schedule import ScheduleConfig
+from minidistill.errors import InputError
+from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from minidistill.models.tokenizer import CLIPTokenizer
+from minidistill.models.unet import UNet, UNetConfig
+from minidistill.models.vae import AutoencoderKL, VAEConfig
+from minidistill.weights.files import Model, load_into, read_json, read_tensors, write_json, write_safetensors
+
+MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
+
+# The name of a weights file without its suffix: (.safetensors, .bin)
+DIFFUSERS_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
+TRANSFORMERS_STEMS = ("model", "pytorch_model")
+
+# The version is that of the format: the parts below are written as diffusers has read them since then.
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.21.0",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder that a SOURCE means: a pipeline folder itself, or `miniature`, which is in this package.
+
+    Raises:
+        InputError: there is no such folder, or it holds no Stable Diffusion 1.x or 2.x pipeline.
+    """
+    folder = MINIATURE if str(source) == "miniature" else Path(source).expanduser()
+    if folder.is_file():
+        raise InputError(f"{source} is a file; a pipeline folder in the diffusers layout is needed, or miniature")
+    if not folder.is_dir():
+        raise InputError(f"no such model: {source} (give a pipeline folder in the diffusers layout, or miniature)")
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json")
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind == "StableDiffusionXLPipeline":
+        raise InputError(f"{folder} is an SDXL pipeline: only Stable Diffusion 1.x and 2.x are supported so far")
+    if kind != MODEL_INDEX["_class_name"]:
+        raise InputError(f"{folder} is a {kind}: a StableDiffusionPipeline (1.x or 2.x) is needed")
+    return folder
+
+
+# loading: `folder` is always the pipeline's
+
+
+def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> UNet:
+    """The U-Net of a pipeline folder. InputError: a file is missing, broken or at odds with config.json."""
+    return _load(Path(folder) / "unet", lambda c: UNet(UNetConfig.from_dict(c)), DIFFUSERS_STEMS, dtype, device)
+
+
+def load_vae(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> AutoencoderKL:
+    """The autoencoder of a pipeline folder. InputError as in `load_unet`."""
+    return _load(Path(folder) / "vae", lambda c: AutoencoderKL(VAEConfig.from_dict(c)), DIFFUSERS_STEMS, dtype, device)
+
+
+def load_text_encoder(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    part: str = "text_encoder",
+) -> CLIPTextModel:
+    """A text encoder, with projection if its config.json says so. InputError as in `load_unet`."""
+
+    def build(config: dict[str, Any]) -> CLIPTextModel:
+        projection = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
+        return CLIPTextModel(CLIPTextConfig.from_dict(config), projection)
+
+    return _load(Path(folder) / part, build, TRANSFORMERS_STEMS, dtype, device)
+
+
+def load_clip(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> CLIPModel:
+    """The whole CLIP that may lie beside a pipeline, in `clip/`. InputError as in `load_unet`."""
+
+    def build(config: dict[str, Any]) -> CLIPModel:
+        towers = CLIPConfig.from_dict(config)
+        return CLIPModel(towers.text_config, towers.vision_config)
+
+    return _load(Path(folder) / "clip", build, TRANSFORMERS_STEMS, dtype, device)
+
+
+def load_tokenizer(folder: str | Path, part: str = "tokenizer") -> CLIPTokenizer:
+    """The tokenizer of a pipeline folder. InputError: a file is missing or not what it should be."""
+    path = _existing_part(Path(folder) / part)
+    try:
+        return CLIPTokenizer.from_folder(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the tokenizer in {path}: {error}") from error
+
+
+def load_schedule(folder: str | Path) -> ScheduleConfig:
+    """The noise schedule. InputError: the file is missing, or of a kind that is not computed here."""
+    path = _existing_part(Path(folder) / "scheduler") / "scheduler_config.json"
+    config = read_json(path)
+    try:
+        return ScheduleConfig.from_dict(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _load(
+    path: Path,
+    build: Callable[[dict[str, Any]], Model],
+    stems: tuple[str, str],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Model:
+    """Build a model from `path`/config.json and fill it from the weights beside it."""
+    config = read_json(_existing_part(path) / "config.json")
+    try:
+        with torch.device("meta"):
+            model = build(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path / 'config.json'}: {error}") from error
+    files = find_weights(path, stems, dtype)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_tensors(file)
+    return load_into(model, tensors, str(files[0] if len(files) == 1 else path), dtype, device)
+
+
+def find_weights(path: Path, stems: tuple[str, str], dtype: torch.dtype = torch.float32) -> list[Path]:
+    """The file, or the shards, with the weights of one part: .safetensors before .bin, whole before sharded.
+
+    Among several precisions float16 takes the `.fp16.` files and the others take the plain ones. Where there
+    is only the other kind it is taken, with a warning when that means fewer digits than asked for.
+    """
+    variants = (".fp16", "") if dtype == torch.float16 else ("", ".fp16")
+    for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
+        for variant in variants:
+            single = path / f"{stem}{variant}.{suffix}"
+            index = path / f"{stem}.{suffix}.index{variant}.json"
+            if not single.is_file() and not index.is_file():
+                continue
+            if variant and dtype != torch.float16:
+                warnings.warn(f"{path} holds float16 weights only; they are used as {dtype}", stacklevel=4)
+            return [single] if single.is_file() else _shards(index)
+    raise InputError(f"no weights in {path}: expected {stems[0]}.safetensors (or its .fp16, sharded or .bin form)")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index} has no weight_map: it is not the index of a sharded file")
+    names = sorted(set(weight_map.values()))
+    if any(Path(name).name != name for name in names):
+        raise InputError(f"{index} names files outside of its folder")
+    return [index.parent / name for name in names]
+
+
+def _existing_part(path: Path) -> Path:
+    if not path.is_dir():
+        raise InputError(f"{path.parent} has no folder {path.name}/, which a pipeline needs")
+    return path
+
+
+# saving
+
+
+def save_unet(folder: str | Path, unet: UNet, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `unet/`: the config of this very network and its weights, in their dtype.
+
+    metadata: text kept in the header of the weights file, for example what a student was distilled for.
+    """
+    _save(Path(folder) / "unet", unet, unet.config.to_dict(), DIFFUSERS_STEMS, metadata)
+
+
+def save_vae(folder: str | Path, vae: AutoencoderKL) -> None:
+    """Write `vae/`."""
+    _save(Path(folder) / "vae", vae, vae.config.to_dict(), DIFFUSERS_STEMS)
+
+
+def save_text_encoder(folder: str | Path, text_encoder: CLIPTextModel, part: str = "text_encoder") -> None:
+    """Write `text_encoder/`, in the names that every version of transformers reads."""
+    kind = "CLIPTextModel" if text_encoder.text_projection is None else "CLIPTextModelWithProjection"
+    config = {"architectures": [kind], **text_encoder.config.to_dict()}
+    _save(Path(folder) / part, text_encoder, config, TRANSFORMERS_STEMS)
+
+
+def save_clip(folder: str | Path, clip: CLIPModel) -> None:
+    """Write `clip/`."""
+    _save(
+        Path(folder) / "clip",
+        clip,
+        {"architectures": ["CLIPModel"], **clip.config.to_dict()},
+        TRANSFORMERS_STEMS,
+    )
+
+
+def save_tokenizer(folder: str | Path, tokenizer: CLIPTokenizer, part: str = "tokenizer") -> None:
+    """Write `tokenizer/`."""
+    path = Path(folder) / part
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save_schedule(folder: str | Path, schedule: ScheduleConfig) -> None:
+    """Write `scheduler/`."""
+    write_json(Path(folder) / "scheduler" / "scheduler_config.json", schedule.to_dict())
+
+
+def save_model_index(folder: str | Path) -> None:
+    """Write model_index.json, which makes a folder a pipeline: call it when all the parts are there."""
+    write_json(Path(folder) / "model_index.json", MODEL_INDEX)
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    stems: tuple[str, str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    name = f"{stems[0]}.safetensors"
+    others = [old.name for stem in set(stems) for old in sorted(path.glob(f"{stem}[.-]*")) if old.name != name]
+    if others:
+        # A reader might take these, with their old content, for the weights that are being written.
+        raise InputError(f"{path} already holds other weights ({others[0]}): save to another folder")
+    write_safetensors(path / name, model.state_dict(), metadata)
+    write_json(path / "config.json", config)

@@ -1,0 +1,42 @@
+"""Packaging of minidistill: `pip install .`, or `pip install -e ".[test]"` to work on it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "minidistill" / "__init__.py").read_text())[1]
+
+setup(
+    name="minidistill",
+    version=VERSION,
+    description="Stable Diffusion made small (BK-SDM) and fast (SDXL-Lightning): both distillations, from scratch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["minidistill", "minidistill.*"]),
+    package_data={"minidistill": ["miniature/*.json", "miniature/*/*"]},
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "safetensors>=0.4.5",
+        "tokenizers>=0.20",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "huggingface-hub>=0.25",
+    ],
+    extras_require={
+        # diffusers, transformers and peft are oracles: the tests compare with them, the package never imports them.
+        "test": [
+            "pytest>=8",
+            "diffusers>=0.35",
+            "transformers>=4.48",
+            "peft>=0.13",
+            "nbclient>=0.10",
+            "ipykernel>=6",
+            "ruff>=0.9",
+        ],
+        "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
+    },
+)

@@ -1,0 +1,283 @@
+"""Protects CLIP: the same numbers, gradients, names and config files as transformers' CLIP classes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from minidistill.models.clip import (
+    SD1_TEXT,
+    SD2_TEXT,
+    SDXL_TEXT_2,
+    VIT_L_14,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
+
+BOS, EOS = 98, 99
+TINY = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 16, "projection_dim": 24,
+}  # fmt: skip
+TINY_VISION = CLIPVisionConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=30,
+    patch_size=8, projection_dim=24,
+)  # fmt: skip
+
+
+def text_config(**changes) -> CLIPTextConfig:
+    return CLIPTextConfig(**{**TINY, "eos_token_id": EOS, **changes})
+
+
+def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every weight off its neutral start, so that a forgotten bias or norm shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def transformers_4_names(state: dict) -> dict:
+    """The names in files: transformers 5 dropped the prefix "text_model." from its bare text encoder."""
+    return {key if key.startswith("text_") else f"text_model.{key}": tensor for key, tensor in state.items()}
+
+
+def text_pair(config: CLIPTextConfig, projection: bool = False):
+    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    oracle = shake(cls(transformers.CLIPTextConfig(**config.to_dict())))
+    ours = CLIPTextModel(config, projection)
+    ours.load_state_dict(transformers_4_names(oracle.state_dict()))
+    return ours, oracle
+
+
+def prompts(*lengths: int, pad: int = EOS) -> torch.Tensor:
+    """Rows of 16 ids: begin, `length` words, end, padding."""
+    ids = torch.full((len(lengths), 16), pad)
+    for i, length in enumerate(lengths):
+        words = torch.randint(1, BOS, (length,), generator=torch.Generator().manual_seed(i))
+        ids[i, : length + 2] = torch.tensor([BOS, *words.tolist(), EOS])
+    return ids
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, relative: float = 1e-5) -> None:
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= relative * b.abs().max()
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("pad", [EOS, 0])
+def test_text_encoder_equals_transformers(act, pad):
+    ours, oracle = text_pair(text_config(hidden_act=act))
+    ids = prompts(0, 1, 7, 14, pad=pad)
+    with torch.no_grad():
+        found, wanted = ours(ids), oracle(ids, output_hidden_states=True)
+    assert_close(found.last_hidden_state, wanted.last_hidden_state)
+    assert_close(found.pooled, wanted.pooler_output)
+    assert len(found.hidden_states) == len(wanted.hidden_states) == TINY["num_hidden_layers"] + 1
+    for a, b in zip(found.hidden_states[:-1], wanted.hidden_states[:-1], strict=True):
+        assert_close(a, b)
+    # SDXL reads hidden_states[-2]: one layer and the final norm short of the output
+    assert_close(
+        ours.text_model.final_layer_norm(ours.text_model.encoder.layers[-1](found.hidden_states[-2])),
+        wanted.last_hidden_state,
+    )
+    # a row shorter than the positions is fine too
+    assert_close(ours(ids[:, :9])[0], oracle(ids[:, :9]).last_hidden_state)
+
+
+def test_text_encoder_with_projection_equals_transformers():
+    ours, oracle = text_pair(text_config(hidden_act="gelu"), projection=True)
+    ids = prompts(3, 14, pad=0)
+    with torch.no_grad():
+        found, wanted = ours(ids), oracle(ids, output_hidden_states=True)
+    assert_close(found.pooled, wanted.text_embeds)
+    assert_close(found.hidden_states[-2], wanted.hidden_states[-2])
+    assert found.pooled.shape == (2, 24)
+
+
+@pytest.mark.parametrize("eos_in_config", [EOS, 2])
+@pytest.mark.parametrize("pad", [EOS, 0])
+def test_pooled_is_the_first_end_token_of_short_and_full_prompts(eos_in_config, pad):
+    """`eos_token_id: 2`, in every official SD config, means the largest id; looking for a 2 finds none."""
+    ours, oracle = text_pair(text_config(eos_token_id=eos_in_config))
+    ids = prompts(0, 5, 13, 14, pad=pad)
+    with torch.no_grad():
+        found = ours(ids)
+        assert_close(found.pooled, oracle(ids).pooler_output)
+    for row, length in enumerate((0, 5, 13, 14)):
+        assert torch.equal(found.pooled[row], found.last_hidden_state[row, length + 1])
+
+
+def test_the_two_end_rules_differ_when_a_larger_id_exists():
+    """A vocabulary that grew after training has ids above the end token: only the new rule finds it."""
+    ids = torch.tensor([[1, 99, 5, 60, 7, 60]])
+    for eos_in_config, position in ((60, 3), (2, 1)):
+        ours, oracle = text_pair(text_config(eos_token_id=eos_in_config))
+        with torch.no_grad():
+            found = ours(ids)
+            assert_close(found.pooled, oracle(ids).pooler_output)
+        assert torch.equal(found.pooled[0], found.last_hidden_state[0, position])
+
+
+def test_a_token_sees_only_what_is_before_it():
+    ours, _ = text_pair(text_config())
+    ids = prompts(14)
+    changed = ids.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % BOS
+    with torch.no_grad():
+        a, b = ours(ids).last_hidden_state[0], ours(changed).last_hidden_state[0]
+    assert torch.equal(a[:9], b[:9])
+    assert ((a[9:] - b[9:]).abs().amax(dim=1) > 0).all()
+
+
+def test_text_gradients_of_every_parameter_equal_transformers():
+    ours, oracle = text_pair(text_config(), projection=True)
+    ids = prompts(2, 14)
+    found, wanted = ours(ids), oracle(ids)
+    (found.last_hidden_state.square().mean() + found.pooled.square().mean()).backward()
+    (wanted.last_hidden_state.square().mean() + wanted.text_embeds.square().mean()).backward()
+    assert_same_gradients(ours, transformers_4_names(dict(oracle.named_parameters())))
+
+
+def assert_same_gradients(ours: torch.nn.Module, theirs: dict) -> None:
+    for key, parameter in ours.named_parameters():
+        if key.endswith("k_proj.bias"):  # zero but for rounding: softmax does not see a shift of every key
+            assert parameter.grad.abs().max() < 1e-5
+        else:
+            assert parameter.grad.abs().max() > 0, key
+            assert_close(parameter.grad, theirs[key].grad, 1e-4)
+
+
+def test_bf16_stays_near_float32():
+    ours, oracle = text_pair(text_config())
+    ids = prompts(3, 14)
+    with torch.no_grad():
+        wanted = oracle(ids).last_hidden_state
+        found = ours.bfloat16()(ids).last_hidden_state
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).square().mean().sqrt() < 0.03 * wanted.std()
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_vision_tower_equals_transformers(act):
+    config = CLIPVisionConfig.from_dict({**TINY_VISION.to_dict(), "hidden_act": act})
+    oracle = shake(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config.to_dict())))
+    ours = CLIPVisionModel(config)
+    ours.load_state_dict(oracle.state_dict())
+    pixels = torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, wanted = ours(pixels), oracle(pixels, output_hidden_states=True)
+        assert_close(found.image_embeds, wanted.image_embeds)
+        assert_close(found.last_hidden_state, wanted.last_hidden_state)
+        assert_close(found.pooled, oracle.vision_model(pixels).pooler_output)
+    for a, b in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert_close(a, b)
+
+
+def test_whole_clip_equals_transformers_with_gradients():
+    config = CLIPConfig(text_config(), TINY_VISION, projection_dim=24)
+    oracle = shake(transformers.CLIPModel(transformers.CLIPConfig(**config.to_dict())))
+    ours = CLIPModel(config.text_config, config.vision_config)
+    ours.load_state_dict(oracle.state_dict())
+    ids, pixels = prompts(3, 14), torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(1))
+    text, image = ours.encode_text(ids), ours.encode_image(pixels)
+    wanted = oracle(input_ids=ids, pixel_values=pixels)
+    assert_close(text, wanted.text_embeds)
+    assert_close(image, wanted.image_embeds)
+    assert_close(ours.logit_scale.exp() * text @ image.T, wanted.logits_per_text)
+    assert_close(text.norm(dim=-1), torch.ones(2))
+    (ours.logit_scale.exp() * text @ image.T).square().mean().backward()
+    wanted.logits_per_text.square().mean().backward()
+    assert_same_gradients(ours, dict(oracle.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("config", "projection", "tensors", "parameters"),
+    [
+        (SD1_TEXT, False, 196, 123_060_480),
+        (SD2_TEXT, False, 372, 340_387_840),
+        (SDXL_TEXT_2, True, 517, 694_659_840),
+    ],
+)
+def test_full_size_text_encoders_have_the_official_tensors(config, projection, tensors, parameters):
+    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    with torch.device("meta"):
+        ours = CLIPTextModel(config, projection)
+        oracle = cls(transformers.CLIPTextConfig(**config.to_dict()))
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    assert shapes == {k: t.shape for k, t in transformers_4_names(oracle.state_dict()).items()}
+    assert len(shapes) == tensors
+    assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
+
+
+def test_full_size_clip_has_the_official_tensors():
+    with torch.device("meta"):
+        ours = CLIPModel(VIT_L_14.text_config, VIT_L_14.vision_config)
+        oracle = transformers.CLIPModel(transformers.CLIPConfig(**VIT_L_14.to_dict()))
+        tower = CLIPVisionModel(VIT_L_14.vision_config)
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in oracle.state_dict().items()}
+    assert len(shapes) == 590
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 427_616_513
+    assert {k for k in shapes if k.startswith("visi") or k == "visual_projection.weight"} == set(tower.state_dict())
+
+
+def test_config_round_trips_through_transformers():
+    config = text_config(hidden_act="gelu", eos_token_id=2)
+    oracle = transformers.CLIPTextConfig(**config.to_dict())
+    assert CLIPTextConfig.from_dict(config.to_dict()) == config
+    assert CLIPTextConfig.from_dict(oracle.to_dict()) == config
+    oracle = transformers.CLIPVisionConfig(**TINY_VISION.to_dict())
+    assert CLIPVisionConfig.from_dict(oracle.to_dict()) == TINY_VISION
+    oracle = transformers.CLIPConfig(**VIT_L_14.to_dict())
+    assert CLIPConfig.from_dict(oracle.to_dict()) == VIT_L_14
+    assert CLIPConfig.from_dict(VIT_L_14.to_dict()) == VIT_L_14
+
+
+def test_defaults_are_those_of_transformers():
+    """A file leaves out what equals the default."""
+    for ours, theirs in (
+        (CLIPTextConfig, transformers.CLIPTextConfig),
+        (CLIPVisionConfig, transformers.CLIPVisionConfig),
+        (CLIPConfig, transformers.CLIPConfig),
+    ):
+        assert ours.from_dict({}) == ours() == ours.from_dict(theirs().to_dict())
+
+
+def test_a_tower_is_read_out_of_the_config_of_a_whole_clip():
+    """As in openai/clip-vit-large-patch14, which repeats itself and holds much that is no architecture."""
+    file = {
+        "model_type": "clip",
+        "projection_dim": 768,
+        "text_config": {"top_k": 50, "id2label": {"0": "LABEL_0"}, "eos_token_id": 2, "bos_token_id": 0},
+        "text_config_dict": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "vision_config": VIT_L_14.vision_config.to_dict(),
+    }
+    assert CLIPTextConfig.from_dict(file) == replace(SD1_TEXT, projection_dim=512)
+    assert CLIPVisionConfig.from_dict(file) == VIT_L_14.vision_config
+    assert CLIPConfig.from_dict(file) == VIT_L_14
+
+
+def test_what_cannot_work_is_refused_with_a_clear_message():
+    with pytest.raises(ValueError, match="gelu_new"):
+        CLIPTextConfig(hidden_act="gelu_new")
+    with pytest.raises(ValueError, match="num_attention_heads 5"):
+        CLIPTextConfig(num_attention_heads=5)
+    with pytest.raises(ValueError, match="t5"):
+        CLIPTextConfig.from_dict({"model_type": "t5"})
+    with pytest.raises(ValueError, match="clip_vision_model"):
+        CLIPTextConfig.from_dict(TINY_VISION.to_dict())
+    with pytest.raises(ValueError, match="clip_text_model"):
+        CLIPConfig.from_dict(text_config().to_dict())
+    with pytest.raises(ValueError, match="16 positions"):
+        CLIPTextModel(text_config())(torch.zeros(1, 17, dtype=torch.int64))
+    with pytest.raises(ValueError, match="30 x 30"):
+        CLIPVisionModel(TINY_VISION)(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="projection_dim"):
+        CLIPModel(text_config(projection_dim=8), TINY_VISION)

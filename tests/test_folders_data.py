@@ -1,0 +1,362 @@
+"""Protects reading image folders: every way to give captions, odd images, and what is said of mistakes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minidistill.data.folders import ImageFolder, load_rgb, scan, to_rgb, to_square
+from minidistill.errors import InputError
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save(path, seed: int = 0, size: tuple[int, int] = (40, 24)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed, size).save(path)
+
+
+def write_jsonl(path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rows(*names: str) -> list[dict]:
+    return [{"file_name": name, "text": f"caption of {name}"} for name in names]
+
+
+def refusal(call) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# where captions come from
+
+
+def test_jsonl_with_subfolders_and_caption_lists(tmp_path):
+    for i, name in enumerate(("a.png", "cats/b.JPG", "cats/deep/c.webp")):
+        save(tmp_path / name, i)
+    write_jsonl(
+        tmp_path / "metadata.jsonl",
+        [
+            {"file_name": "cats/b.JPG", "text": ["first", "second"]},
+            {"file_name": "a.png", "text": " ein Käfer \n", "extra": 1},
+            {"file_name": "./cats/deep/c.webp", "text": "c"},
+        ],
+    )
+    report = scan(tmp_path)
+    assert [os.path.relpath(file, tmp_path) for file in report.files] == [
+        "cats/b.JPG",
+        "a.png",
+        "cats/deep/c.webp",
+    ]
+    assert report.captions == ["first", "ein Käfer", "c"]
+    assert report.summary() == f"{tmp_path}: 3 captioned images."
+
+
+def test_file_names_are_relative_to_their_own_metadata_file(tmp_path):
+    save(tmp_path / "train/x.png")
+    save(tmp_path / "more/x.png", 1)
+    write_jsonl(tmp_path / "train/metadata.jsonl", rows("x.png"))
+    (tmp_path / "more/metadata.csv").write_text("file_name,text\nx.png,from csv\n")
+    report = scan(tmp_path)
+    assert report.captions == ["from csv", "caption of x.png"]
+    assert not report.uncaptioned and not report.missing
+
+
+def test_csv_with_quotes_a_byte_order_mark_and_repeated_images(tmp_path):
+    save(tmp_path / "a.png")
+    text = 'text,file_name\r\n"red, ""big"" one",a.png\r\nagain,a.png\r\n'
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert scan(tmp_path).captions == ['red, "big" one', "again"]
+
+
+def test_caption_files_beside_the_images(tmp_path):
+    for i, name in enumerate(("a.jpg", "sub/b.png", "c.png", "d.png")):
+        save(tmp_path / name, i)
+    (tmp_path / "a.txt").write_text("an a\n")
+    (tmp_path / "sub/b.caption").write_text("a b")
+    (tmp_path / "c.txt").write_text("  \n")  # empty: none
+    report = scan(tmp_path)
+    assert sorted(report.captions) == ["a b", "an a"]
+    assert report.uncaptioned == ["c.png", "d.png"]
+    assert "2 without caption, skipped: c.png, d.png" in report.summary()
+
+
+def test_a_row_outranks_a_caption_file_and_images_without_a_row_may_have_one(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png", 1)
+    write_jsonl(tmp_path / "metadata.jsonl", rows("a.png"))
+    (tmp_path / "a.txt").write_text("ignored")
+    (tmp_path / "b.txt").write_text("beside")
+    assert scan(tmp_path).captions == ["caption of a.png", "beside"]
+
+
+def test_hidden_files_and_linked_loops_are_not_followed(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / ".cache/thumb.png")
+    save(tmp_path / "._a.png")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    report = scan(tmp_path)
+    assert len(report.files) == 1 and not report.uncaptioned
+
+
+def test_linked_folders_are_followed(tmp_path):
+    save(tmp_path / "elsewhere/a.png")
+    (tmp_path / "elsewhere/a.txt").write_text("a")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert scan(tmp_path / "data").captions == ["a"]
+
+
+# what is left out, and said
+
+
+def twenty(tmp_path) -> None:
+    names = [f"{i:02}.jpg" for i in range(20)]
+    for i, name in enumerate(names):
+        save(tmp_path / name, i, (64, 64))
+    write_jsonl(tmp_path / "metadata.jsonl", rows(*names))
+
+
+def truncate(path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+
+
+def test_truncated_and_fake_images_are_skipped_counted_and_named(tmp_path):
+    twenty(tmp_path)
+    truncate(tmp_path / "03.jpg")
+    Image.open(tmp_path / "03.jpg").close()  # it opens well: only decoding tells
+    (tmp_path / "07.jpg").write_bytes(b"<html>404</html>")
+    folder = ImageFolder(tmp_path, 16)
+    report = folder.report
+    assert len(folder) == 18 and len(report.captions) == 18
+    assert [text.split()[0] for text in report.unreadable] == ["03.jpg", "07.jpg"]
+    assert "truncated" in report.unreadable[0]
+    assert "2 unreadable, skipped: 03.jpg (" in report.summary()
+    captions = [caption for _, caption in folder]
+    assert captions == [f"caption of {i:02}.jpg" for i in range(20) if i not in (3, 7)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif", "bmp", "tiff"])
+def test_truncation_is_noticed_in_every_format(tmp_path, suffix):
+    twenty(tmp_path)
+    save(tmp_path / f"x.{suffix}", size=(64, 64))
+    truncate(tmp_path / f"x.{suffix}")
+    (tmp_path / "x.txt").write_text("x")
+    assert [text.split()[0] for text in scan(tmp_path).unreadable] == [f"x.{suffix}"]
+
+
+def test_more_than_a_tenth_unreadable_is_refused(tmp_path):
+    twenty(tmp_path)
+    for i in (1, 5, 9):
+        truncate(tmp_path / f"{i:02}.jpg")
+    message = refusal(lambda: scan(tmp_path))
+    assert "3 of 20 images cannot be read" in message and "01.jpg" in message and "09.jpg" in message
+
+
+def test_rows_of_absent_files_and_without_caption_are_named(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png", 1)
+    save(tmp_path / "c.png", 1)
+    write_jsonl(
+        tmp_path / "metadata.jsonl",
+        [
+            *rows("a.png", "gone.png"),
+            {"file_name": "b.png", "text": None},
+            {"file_name": "c.png", "text": []},
+        ],
+    )
+    report = scan(tmp_path)
+    assert report.captions == ["caption of a.png"]
+    assert report.missing == ["gone.png"] and report.uncaptioned == ["b.png", "c.png"]
+    assert "not on the disk, skipped: gone.png" in report.summary()
+
+
+def test_long_lists_are_cut_in_the_summary_and_small_images_are_named(tmp_path):
+    twenty(tmp_path)
+    save(tmp_path / "tiny.png", size=(100, 8))
+    (tmp_path / "tiny.txt").write_text("tiny")
+    assert "1 smaller than the resolution, enlarged: tiny.png" in scan(tmp_path, 64).summary()
+    report = scan(tmp_path, 65)
+    assert len(report.small) == 21 and "00.jpg, 01.jpg, 02.jpg, 03.jpg, 04.jpg and 16 more" in report.summary()
+    assert scan(tmp_path).small == []
+    assert ImageFolder(tmp_path, 64)[20][0].size == (64, 64)
+
+
+# what is refused
+
+
+def test_no_folder_no_images_no_captions(tmp_path):
+    assert "does not exist" in refusal(lambda: scan(tmp_path / "nowhere"))
+    save(tmp_path / "a.png")
+    assert "is not a folder" in refusal(lambda: scan(tmp_path / "a.png"))
+    message = refusal(lambda: scan(tmp_path))
+    assert "1 images but no captions" in message and "metadata.jsonl" in message and "x.txt" in message
+    (tmp_path / "empty").mkdir()
+    assert "holds no images (.jpg" in refusal(lambda: scan(tmp_path / "empty"))
+    assert "resolution" in refusal(lambda: ImageFolder(tmp_path, 0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metadata.json1",
+        "metadata.json",
+        "Metadata.jsonl",
+        "metadata.parquet",
+        "meta_data.jsonl",
+        "metdata.csv",
+    ],
+)
+def test_a_metadata_file_with_a_slip_in_its_name_is_pointed_at(tmp_path, name):
+    save(tmp_path / "a.png")
+    write_jsonl(tmp_path / name, rows("a.png"))
+    assert f"rename {name} to metadata.jsonl or metadata.csv?" in refusal(lambda: scan(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    assert f"named almost like metadata.jsonl or metadata.csv: {name}" in scan(tmp_path).summary()
+
+
+def test_a_path_prefixed_twice_is_explained(tmp_path):
+    save(tmp_path / "train/a.png")
+    write_jsonl(tmp_path / "train/metadata.jsonl", rows("train/a.png"))
+    message = refusal(lambda: scan(tmp_path))
+    assert "train/train/a.png" in message and "relative to the folder of the metadata file" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "a"}\n{oops\n', "line 2 is not one JSON object"),
+        ("metadata.jsonl", b'["a.png", "a"]\n', "line 1 is not a JSON object with file_name and text"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png", "caption": "a"}',
+            "line 1 has no 'text' but 'file_name', 'caption'",
+        ),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', "line 1: text must be a string"),
+        ("metadata.jsonl", b'{"file_name": 7, "text": "a"}', "line 1: file_name must be the name"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "\xff"}', "is not UTF-8"),
+        ("metadata.csv", b"image,text\na.png,a\n", "line 2 has no 'file_name' but 'image', 'text'"),
+        ("metadata.csv", b"file_name,text\n,a\n", "line 2: file_name must be the name"),
+        ("a.txt", b"caf\xe9", "a.txt is not UTF-8"),
+    ],
+)
+def test_metadata_that_cannot_be_understood_is_refused_with_its_line(tmp_path, name, content, said):
+    save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    message = refusal(lambda: scan(tmp_path))
+    assert said in message and name in message
+
+
+def test_two_metadata_files_in_one_folder_are_refused(tmp_path):
+    save(tmp_path / "a.png")
+    write_jsonl(tmp_path / "metadata.jsonl", rows("a.png"))
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a\n")
+    assert "keep one" in refusal(lambda: scan(tmp_path))
+
+
+# pixels
+
+
+def test_items_are_rgb_squares_and_always_the_same(tmp_path):
+    twenty(tmp_path)
+    save(tmp_path / "wide.png", 5, (90, 31))
+    (tmp_path / "wide.txt").write_text("wide")
+    for center_crop in (True, False):
+        folder = ImageFolder(tmp_path, 20, center_crop=center_crop)
+        again = ImageFolder(tmp_path, 20, center_crop=center_crop)
+        for i in (20, 0, 20):
+            image, _ = folder[i]
+            assert image.mode == "RGB" and image.size == (20, 20)
+            assert np.array_equal(image, again[i][0])
+        assert np.array_equal(folder[-1][0], folder[20][0])
+    centre = ImageFolder(tmp_path, 20)[20][0]
+    assert not np.array_equal(centre, folder[20][0])
+    with pytest.raises(IndexError):
+        folder[21]
+
+
+def test_a_file_lost_after_the_scan_is_named(tmp_path):
+    twenty(tmp_path)
+    folder = ImageFolder(tmp_path, 8)
+    truncate(tmp_path / "04.jpg")
+    assert "04.jpg" in refusal(lambda: folder[4])
+
+
+def test_to_square_is_resize_then_centre_crop():
+    image = picture(size=(120, 60))
+    usual = image.resize((64, 32), Image.Resampling.LANCZOS).crop((16, 0, 48, 32))
+    assert np.abs(np.asarray(usual, float) - np.asarray(to_square(image, 32), float)).max() <= 2
+    assert np.abs(np.asarray(usual, float) - np.asarray(to_square(image, 32, (0, 0)), float)).mean() > 20
+    exact = picture(size=(64, 32))
+    assert np.array_equal(to_square(exact, 32), exact.crop((16, 0, 48, 32)))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255  # the left half is white: upright it is the upper one
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = load_rgb(tmp_path / "a.jpg")
+    assert upright.size == (20, 40)
+    assert np.asarray(upright)[:15].min() > 240 and np.asarray(upright)[25:].max() < 15
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_becomes_white(tmp_path, mode):
+    image = Image.new("RGBA", (8, 4), (200, 200, 200, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 4))
+    if mode == "P":
+        image = Image.new("P", (8, 4), 1)
+        image.putpalette([0, 0, 0, 200, 200, 200])
+        image.paste(0, (0, 0, 4, 4))
+        image.save(tmp_path / "a.png", transparency=0)
+    else:
+        image.convert(mode).save(tmp_path / "a.png")
+    pixels = np.asarray(load_rgb(tmp_path / "a.png"))
+    assert (pixels[:, :4] == 255).all() and (pixels[:, 4:] == 200).all()
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    assert to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 128))).getpixel((0, 0)) == pytest.approx((127,) * 3, abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path, suffix):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+    pixels = np.asarray(load_rgb(tmp_path / f"a.{suffix}"))
+    assert np.array_equal(pixels[..., 0].ravel(), np.arange(256)) and (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_plain_palette_grey_bilevel_and_cmyk_images_become_rgb(tmp_path):
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    red.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "p.png")
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    Image.new("L", (8, 8), 77).save(tmp_path / "l.png")
+    Image.new("1", (8, 8), 1).save(tmp_path / "one.png")
+    for name, colour in (
+        ("p.png", (255, 0, 0)),
+        ("cmyk.jpg", (255, 0, 0)),
+        ("l.png", (77,) * 3),
+        ("one.png", (255,) * 3),
+    ):
+        image = load_rgb(tmp_path / name)
+        assert image.mode == "RGB" and image.getpixel((4, 4)) == pytest.approx(colour, abs=3), name
+
+
+def test_floating_point_pixels_count_as_unreadable(tmp_path):
+    twenty(tmp_path)
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "f.tiff")
+    (tmp_path / "f.txt").write_text("f")
+    assert scan(tmp_path).unreadable == ["f.tiff (floating-point pixels have no agreed range)"]

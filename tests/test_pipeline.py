@@ -1,0 +1,605 @@
+"""The whole way from a pipeline folder and a prompt to pictures and back to a folder, against diffusers.
+
+Tiny pipelines with seeded random weights, saved by diffusers, are loaded here; the pictures from equal noise
+must be diffusers' own to 2 levels of 255, and diffusers must read what we save. Broken folders are refused.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import minidistill
+from minidistill import generate
+from minidistill.errors import InputError
+from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
+from minidistill.pipeline import _to_picture, initial_noise, load_pipeline
+from minidistill.training.config import run_command
+from minidistill.weights import folders
+
+PROMPTS = ["a red circle on a blue ground", "two green squares above a ring"]
+TOKENS = 32
+SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
+
+
+# a tiny Stable Diffusion, made by diffusers
+
+
+def save_oracle(folder, kind: str) -> None:
+    """Save a pipeline with the architecture of SD 1.x or 2.x in small: 8 x 8 latents, 32 x 32 pictures."""
+    is_sd2 = kind == "sd2"
+    torch.manual_seed(0)
+    ours = train_bpe(PROMPTS, vocab_size=600, max_length=TOKENS)
+    CLIPTokenizer(ours.vocab, ours.merges, TOKENS, "!" if is_sd2 else "<|endoftext|>").save(folder / "tokenizer")
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=ours.vocab_size,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            hidden_act="gelu" if is_sd2 else "quick_gelu",
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        attention_head_dim=(2, 4) if is_sd2 else 2,
+        use_linear_projection=is_sd2,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction" if is_sd2 else "epsilon",
+    )
+    make_prompts_matter(unet, text_encoder)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+
+
+@torch.no_grad()
+def make_prompts_matter(unet, text_encoder) -> None:
+    """Fresh random weights nearly ignore the text; larger ones make a mistake in its path visible."""
+    for name, weight in [*unet.named_parameters(), *text_encoder.named_parameters()]:
+        if "attn2.to_" in name or "conv_out.weight" in name:
+            weight.mul_(4)
+        if "token_embedding" in name:
+            weight.mul_(50)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """{"sd1": folder, "sd2": folder}, not to be changed."""
+    found = {}
+    for kind in ("sd1", "sd2"):
+        found[kind] = tmp_path_factory.mktemp(kind)
+        save_oracle(found[kind], kind)
+    return found
+
+
+@pytest.fixture
+def copy(sources, tmp_path):
+    """A copy of the SD 1.x folder, to be changed."""
+    return shutil.copytree(sources["sd1"], tmp_path / "copy")
+
+
+def noise(count: int = 2, height: int = 8, width: int = 8) -> torch.Tensor:
+    return torch.randn(count, 4, height, width, generator=torch.Generator().manual_seed(5))
+
+
+def load_oracle(folder) -> diffusers.StableDiffusionPipeline:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def levels(pictures: list[Image.Image]) -> np.ndarray:
+    """Pictures -> (B, H, W, 3) int."""
+    return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
+
+
+def change_json(path, **changes) -> None:
+    """Set keys of a json file; a key set to None is removed."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def refused(call, *args, **kwargs) -> str:
+    """The message of the InputError that a call ends in; it must be one line."""
+    with pytest.raises(InputError) as info:
+        call(*args, **kwargs)
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+# the same pictures as diffusers
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize(
+    ("sampler", "spacing"),
+    [
+        ("ddim", "leading"),
+        ("ddim", "trailing"),
+        ("euler", "leading"),
+        ("euler", "trailing"),
+        ("euler", "linspace"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_pictures_are_those_of_diffusers(sources, kind, sampler, spacing, guidance):
+    oracle = load_oracle(sources[kind])
+    oracle.scheduler = SCHEDULERS[sampler].from_config(oracle.scheduler.config, timestep_spacing=spacing)
+    negatives = ["", "a green ring"]
+    expected = oracle(
+        PROMPTS, latents=noise(), num_inference_steps=5, guidance_scale=guidance, negative_prompt=negatives
+    ).images
+    pipe = load_pipeline(sources[kind])
+    found = pipe(PROMPTS, negatives, latents=noise(), steps=5, guidance=guidance, sampler=sampler, spacing=spacing)
+    assert levels(expected).std() > 20, "the oracle's pictures must show something"
+    assert np.abs(levels(found) - levels(expected)).max() <= 2
+
+
+def test_pictures_that_are_not_square_are_those_of_diffusers(sources):
+    expected = load_oracle(sources["sd1"])(PROMPTS, latents=noise(2, 6, 10), height=24, width=40, num_inference_steps=3)
+    found = load_pipeline(sources["sd1"])(PROMPTS, latents=noise(2, 6, 10), steps=3)
+    assert found[0].size == (40, 24)
+    assert np.abs(levels(found) - levels(expected.images)).max() <= 2
+
+
+def test_prompt_negative_prompt_guidance_grid_and_seed_all_matter(sources):
+    """If they did not, the parity above would prove little."""
+    pipe = load_pipeline(sources["sd1"])
+    base = {"steps": 3, "seed": 0}
+    first = levels(pipe(PROMPTS[0], **base))
+    variants = [
+        pipe(PROMPTS[1], **base),
+        pipe(PROMPTS[0], "a ring", **base),
+        pipe(PROMPTS[0], guidance=1, **base),
+        pipe(PROMPTS[0], spacing="linspace", **base),
+        pipe(PROMPTS[0], spacing="trailing", **base),
+        pipe(PROMPTS[0], **base | {"seed": 1}),
+        pipe(PROMPTS[0], **base | {"steps": 4}),
+    ]
+    for other in variants:
+        assert np.abs(levels(other) - first).max() > 20
+
+
+def test_guidance_of_one_and_below_is_the_conditional_prediction_alone(sources):
+    pipe = load_pipeline(sources["sd1"])
+    pictures = [levels(pipe(PROMPTS, "a ring", steps=2, guidance=g)) for g in (0.0, 0.5, 1.0)]
+    assert (pictures[0] == pictures[1]).all() and (pictures[0] == pictures[2]).all()
+
+
+# folders that we write
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_diffusers_reads_a_saved_folder_and_makes_the_same_pictures(sources, tmp_path, kind):
+    settings = {"latents": noise(), "num_inference_steps": 4}
+    expected = levels(load_oracle(sources[kind])(PROMPTS, **settings).images)
+    load_pipeline(sources[kind]).save(tmp_path / "saved")
+    again = load_oracle(tmp_path / "saved")
+    assert type(again.scheduler) is diffusers.DDIMScheduler and again.safety_checker is None
+    assert again.unet.config.sample_size == 8
+    assert (levels(again(PROMPTS, **settings).images) == expected).all()
+
+
+def test_a_saved_folder_loads_to_the_same_bits(sources, tmp_path):
+    pipe = load_pipeline(sources["sd2"])
+    pipe.save(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert again.schedule == pipe.schedule
+    for part in ("unet", "vae"):
+        one, other = getattr(pipe, part), getattr(again, part)
+        assert one.config == other.config
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    one, other = (p.sample_latents(PROMPTS, steps=2) for p in (pipe, again))
+    assert torch.equal(one, other)
+
+
+def test_saving_over_a_folder_replaces_it_but_never_leaves_other_weights_beside(copy):
+    pipe = load_pipeline(copy)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.zero_()
+    pipe.save(copy)
+    assert load_pipeline(copy).unet.conv_in.weight.abs().sum() == 0
+    shutil.copy(
+        copy / "unet/diffusion_pytorch_model.safetensors",
+        copy / "unet/diffusion_pytorch_model.fp16.safetensors",
+    )
+    assert "is a file, not a folder" in refused(pipe.save, copy / UNET)
+    message = refused(pipe.save, copy)
+    assert "diffusion_pytorch_model.fp16.safetensors" in message
+    assert not (copy / "model_index.json").exists(), "a folder that was not finished must not look finished"
+
+
+def test_metadata_travels_in_the_weights_file(sources, tmp_path):
+    folders.save_unet(tmp_path, load_pipeline(sources["sd1"]).unet, {"steps": "4", "spacing": "trailing"})
+    from minidistill.weights.files import read_metadata
+
+    metadata = read_metadata(tmp_path / "unet/diffusion_pytorch_model.safetensors")
+    assert metadata == {"format": "pt", "steps": "4", "spacing": "trailing"}
+
+
+def test_a_whole_clip_beside_the_pipeline_is_the_one_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49}
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    oracle = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    oracle.save_pretrained(tmp_path / "theirs/clip")
+    clip = folders.load_clip(tmp_path / "theirs")
+    folders.save_clip(tmp_path / "ours", clip)
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "ours/clip").eval()
+    ids = torch.tensor([[1, 5, 49, 49, 49, 49, 49, 49], [1, 7, 8, 9, 49, 49, 49, 49]])
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = oracle.eval()(input_ids=ids, pixel_values=pixels)
+        theirs = again(input_ids=ids, pixel_values=pixels)
+        torch.testing.assert_close(clip.encode_text(ids), expected.text_embeds)
+        torch.testing.assert_close(clip.encode_image(pixels), expected.image_embeds)
+        torch.testing.assert_close(theirs.logits_per_image, expected.logits_per_image)
+
+
+# folders that others wrote
+
+
+def test_a_folder_in_the_spelling_of_2022_is_the_same_pipeline(sources, copy):
+    """SD 1.5 as it lies on the hub: few keys in the configs, a PNDM scheduler, old names in the weights."""
+    keep = ["sample_size", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block"]
+    keep += ["cross_attention_dim", "norm_num_groups", "attention_head_dim", "norm_eps", "act_fn"]
+    for part, names in (("unet", keep), ("vae", [*keep, "latent_channels"])):
+        config = json.loads((copy / part / "config.json").read_text())
+        minimal = {name: config[name] for name in names if name in config}
+        (copy / part / "config.json").write_text(json.dumps({"_diffusers_version": "0.6.0", **minimal}))
+    old_scheduler = {
+        "_class_name": "PNDMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "steps_offset": 1,
+    }
+    old_scheduler |= {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "skip_prk_steps": True}
+    old_scheduler |= {"set_alpha_to_one": False, "trained_betas": None, "clip_sample": False}
+    (copy / "scheduler/scheduler_config.json").write_text(json.dumps(old_scheduler))
+
+    text = load_file(copy / "text_encoder/model.safetensors")
+    text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.items()}
+    text["text_model.embeddings.position_ids"] = torch.arange(TOKENS)[None]
+    save_file(text, copy / "text_encoder/model.safetensors")
+    vae = {}
+    for name, tensor in load_file(copy / "vae/diffusion_pytorch_model.safetensors").items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{old}.")  # noqa: PLW2901
+        vae[name] = tensor
+    assert sum("query" in name for name in vae) == 4
+    save_file(vae, copy / "vae/diffusion_pytorch_model.safetensors")
+
+    expected = levels(load_pipeline(sources["sd1"])(PROMPTS, steps=3))
+    assert (levels(load_pipeline(copy)(PROMPTS, steps=3)) == expected).all()
+
+
+def unet_files(folder) -> tuple:
+    return folder / "unet", load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+
+
+def test_sharded_and_pickled_weights_are_read(sources, copy):
+    expected = load_pipeline(sources["sd1"]).unet.state_dict()
+    folder, tensors = unet_files(copy)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    found = folders.load_unet(copy).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    weight_map = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] + 1 for name in tensors if weight_map[name] == shard}, folder / shard)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    found = folders.load_unet(copy).state_dict()
+    assert all(torch.equal(found[name], expected[name] + 1) for name in expected), "safetensors come before .bin"
+
+    (folder / "part-1.safetensors").unlink()
+    assert "part-1.safetensors" in refused(folders.load_unet, copy)
+    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    assert "outside" in refused(folders.load_unet, copy)
+
+
+def test_float16_files_are_taken_for_float16_and_only_then_without_a_word(copy):
+    folder, tensors = unet_files(copy)
+    half = {name: (tensor * 2).half() for name, tensor in tensors.items()}
+    save_file(half, folder / "diffusion_pytorch_model.fp16.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(folders.load_unet(copy, torch.float16).conv_in.weight, half["conv_in.weight"])
+        assert torch.equal(folders.load_unet(copy).conv_in.weight, tensors["conv_in.weight"])
+        full = tensors["conv_in.weight"].bfloat16()
+        assert torch.equal(folders.load_unet(copy, torch.bfloat16).conv_in.weight, full)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="float16 weights only"):
+        unet = folders.load_unet(copy)
+    assert torch.equal(unet.conv_in.weight, half["conv_in.weight"].float())
+
+
+def test_unet_and_text_encoder_take_the_asked_dtype_and_the_vae_stays_float32(sources):
+    pipe = load_pipeline(sources["sd1"], dtype=torch.bfloat16)
+    dtypes = [{p.dtype for p in part.parameters()} for part in (pipe.unet, pipe.text_encoders[0], pipe.vae)]
+    assert dtypes == [{torch.bfloat16}, {torch.bfloat16}, {torch.float32}]
+    exact = load_pipeline(sources["sd1"]).sample_latents(PROMPTS, steps=2, guidance=2)
+    close = pipe.sample_latents(PROMPTS, steps=2, guidance=2)
+    assert close.dtype == torch.float32
+    assert 0 < (close - exact).std() < 0.1 * exact.std()
+
+
+# a sample depends on its seed and index alone
+
+
+def test_pictures_do_not_depend_on_the_batch_size_or_on_how_calls_are_split(sources):
+    pipe = load_pipeline(sources["sd1"])
+    prompts = [PROMPTS[i % 2] for i in range(5)]
+    negatives = ["", "a ring", "green", "", "blue squares"]
+    settings = {"steps": 3, "seed": 3}
+    whole = levels(pipe(prompts, negatives, batch_size=5, **settings))
+    assert np.abs(whole[0] - whole[2]).max() > 5, "equal prompts have different noise"
+    for batch_size in (1, 2):
+        assert np.abs(levels(pipe(prompts, negatives, batch_size=batch_size, **settings)) - whole).max() <= 1
+    parts = pipe(prompts[:2], negatives[:2], **settings)
+    parts += pipe(prompts[2:], negatives[2:], first_index=2, **settings)
+    assert np.abs(levels(parts) - whole).max() <= 1
+
+
+def test_noise_of_a_sample_is_standard_normal_and_its_own():
+    rows = initial_noise(7, range(20), (4, 16, 16))
+    assert torch.equal(initial_noise(7, [13], (4, 16, 16))[0], rows[13])
+    assert abs(rows.mean()) < 0.03 and abs(rows.std() - 1) < 0.03
+    both = torch.cat([rows, initial_noise(8, range(20), (4, 16, 16))]).flatten(1)
+    assert (torch.corrcoef(both) - torch.eye(40)).abs().max() < 0.2, "neighbouring seeds and indices are unrelated"
+
+
+def test_levels_are_rounded_not_cut():
+    image = (torch.tensor([0.0, 0.4, 0.6, 127.4, 127.6, 254.6, 300.0, -9.0]) / 127.5 - 1).reshape(1, 2, 4)
+    found = np.asarray(_to_picture(image.expand(3, 2, 4)))
+    assert found[..., 0].flatten().tolist() == [0, 0, 1, 127, 128, 255, 255, 0]
+
+
+# refusals
+
+
+def test_a_sample_that_is_not_finite_is_named(sources):
+    pipe = load_pipeline(sources["sd1"])
+    latents = noise(3)
+    poisoned = pipe.sample_latents([PROMPTS[0]] * 3, latents=latents, steps=1)
+    poisoned[1, 0, 0, 0] = torch.inf
+    assert "picture 1 is not finite" in refused(pipe.decode, poisoned, batch_size=1)
+    with torch.no_grad():
+        pipe.text_encoders[0].text_model.embeddings.token_embedding.weight[pipe.tokenizers[0].encode("squares")[0]] = (
+            torch.nan
+        )
+    message = refused(pipe, [PROMPTS[0], PROMPTS[1]], steps=1, batch_size=1)
+    assert "sample 1" in message and PROMPTS[1] in message and "float32" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"sampler": "plms"}, "ddim, euler"),
+        ({"spacing": "even"}, "spacing"),
+        ({"height": 30}, "multiples of 4"),
+        ({"width": -8}, "multiples of 4"),
+        ({"batch_size": 0}, "batch size"),
+        ({"negative_prompts": ["a", "b", "c"]}, "3 negative prompts for 2"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "(2, 4, h, w)"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, "(2, 4, h, w)"),
+        ({"latents": torch.zeros(2, 4, 8, 8), "height": 64}, "leave out height"),
+        ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "not finite"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(sources, settings, reason):
+    assert reason in refused(load_pipeline(sources["sd1"]), PROMPTS, **settings)
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_tensor(path, name: str, tensor) -> None:
+    """Rewrite a weights file with one tensor replaced, added, or (None) left out."""
+    tensors = load_file(path) | {name: tensor}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path)
+
+
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+UNET, VAE, TEXT = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
+BREAKS = {
+    "no index": (lambda f: (f / INDEX).unlink(), ["not a pipeline folder"]),
+    "SDXL": (lambda f: change_json(f / INDEX, _class_name="StableDiffusionXLPipeline"), ["SDXL"]),
+    "other model": (lambda f: change_json(f / INDEX, _class_name="FluxPipeline"), ["FluxPipeline"]),
+    "no unet": (lambda f: shutil.rmtree(f / "unet"), ["no folder unet/"]),
+    "no weights": (lambda f: (f / UNET).unlink(), ["no weights in", "unet"]),
+    "no config": (lambda f: (f / "vae/config.json").unlink(), ["no such file", "vae/config.json"]),
+    "cut weights": (lambda f: cut(f / VAE), [VAE, "cut short"]),
+    "cut config": (lambda f: cut(f / "unet/config.json"), ["unet/config.json", "not valid json"]),
+    "web page": (lambda f: (f / TEXT).write_text("<html></html>"), [TEXT, "web page"]),
+    "wider config": (
+        lambda f: change_json(f / "unet/config.json", block_out_channels=[16, 64]),
+        [UNET, "have another shape", "(32, 16, 3, 3) in the file, (64, 16, 3, 3) by the config"],
+    ),
+    "pruned config": (
+        lambda f: change_json(f / "unet/config.json", layers_per_block=2),
+        [UNET, "are missing", "down_blocks.0.resnets.1."],
+    ),
+    "unknown setting": (
+        lambda f: change_json(f / "unet/config.json", resnet_time_scale_shift="scale_shift"),
+        ["unet/config.json", "resnet_time_scale_shift"],
+    ),
+    "wrong type": (lambda f: change_json(f / "unet/config.json", block_out_channels=7), ["unet/config.json"]),
+    "missing tensor": (lambda f: with_tensor(f / UNET, "conv_in.bias", None), [UNET, "1 of", "conv_in.bias"]),
+    "extra tensor": (lambda f: with_tensor(f / VAE, "extra", torch.ones(1)), [VAE, "not expected (extra)"]),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), ["no folder tokenizer/"]),
+    "no vocabulary": (lambda f: [p.unlink() for p in f.glob("tokenizer/[vt]*")], ["tokenizer"]),
+    "cut vocabulary": (lambda f: cut(f / "tokenizer/vocab.json"), ["tokenizer"]),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), ["no folder scheduler/"]),
+    "flow scheduler": (
+        lambda f: change_json(f / SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
+        [SCHEDULER, "FlowMatch"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_broken_folder_is_refused_with_the_place_and_the_reason(copy, case):
+    break_it, reasons = BREAKS[case]
+    break_it(copy)
+    message = refused(load_pipeline, copy)
+    assert all(reason in message for reason in [str(copy), *reasons]), message
+
+
+def test_parts_of_different_models_are_refused(copy):
+    change_json(copy / "unet/config.json", cross_attention_dim=20)
+    tensors = load_file(copy / UNET)
+    save_file(
+        {n: t[:, :20].clone() if "attn2.to_k" in n or "attn2.to_v" in n else t for n, t in tensors.items()},
+        copy / UNET,
+    )
+    message = refused(load_pipeline, copy)
+    assert "20" in message and "24" in message and "different models" in message
+
+
+def test_sources_that_are_no_folder_are_refused(tmp_path, sources):
+    assert "no such model: nowhere" in refused(load_pipeline, "nowhere")
+    assert "is a file" in refused(load_pipeline, sources["sd1"] / UNET)
+
+
+# the command
+
+
+@pytest.fixture
+def miniature(sources, monkeypatch, tmp_path):
+    """The tiny pipeline in the place of the embedded one, and a working folder of our own."""
+    monkeypatch.setattr(folders, "MINIATURE", sources["sd1"])
+    monkeypatch.chdir(tmp_path)
+    return sources["sd1"]
+
+
+def run_generate(*words: str) -> int:
+    with pytest.raises(SystemExit) as info:
+        run_command(generate.generate, generate.GenerateConfig, prog="generate", argv=list(words))
+    return info.value.code
+
+
+def test_generate_without_flags_writes_a_picture_and_prints_its_path(miniature, tmp_path, capsys):
+    assert run_generate() == 0
+    assert capsys.readouterr().out == "generated.png\n"
+    expected = load_pipeline(miniature)(generate.GenerateConfig().prompt)
+    assert (levels([Image.open("generated.png")]) == levels(expected)).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["generated.png"]
+
+
+def test_generate_takes_latents_and_every_setting(miniature, capsys):
+    save_file({"latents": noise()}, "noise.safetensors")
+    words = "--prompt ring --negative-prompt red --steps 3 --sampler euler --spacing trailing --guidance 3"
+    assert run_generate(*words.split(), "--latents", "noise.safetensors", "--out", "new/row.png") == 0
+    settings = {"steps": 3, "sampler": "euler", "spacing": "trailing", "guidance": 3.0, "latents": noise()}
+    expected = load_pipeline(miniature)(["ring"] * 2, "red", **settings)
+    assert (levels([Image.open("new/row.png")])[0] == np.concatenate(levels(expected), axis=1)).all()
+
+
+def test_generate_takes_a_size_and_a_seed(miniature):
+    assert run_generate("--steps", "2", "--height", "16", "--width", "40", "--seed", "9", "--out", "a.png") == 0
+    expected = load_pipeline(miniature)(generate.GenerateConfig().prompt, steps=2, height=16, width=40, seed=9)
+    assert (levels([Image.open("a.png")]) == levels(expected)).all()
+
+
+def test_generate_says_when_a_prompt_is_cut(miniature, capsys):
+    assert run_generate("--steps", "1", "--prompt", "red " * 40) == 0
+    error = capsys.readouterr().err
+    assert "40 tokens" in error and "first 30" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--model", "nowhere"], "no such model: nowhere"),
+        (["--latents", "none.safetensors"], "no such file: none.safetensors"),
+        (["--latents", "other.safetensors"], "no tensor `latents`"),
+        (["--latents", "flat.safetensors"], "(B, C, h, w)"),
+        (["--height", "30"], "multiples of 4"),
+        (["--steps", "0"], "--steps"),
+        (["--sampler", "plms"], "ddim"),
+        (["--spacing", "even"], "leading"),
+        (["--guidance", "much"], "--guidance"),
+        (["--precision", "fp16"], "bf16"),
+        (["--out", "picture"], ".png"),
+        (["--out", "file/picture.png"], "cannot write"),
+        (["--unknown", "1"], "--unknown"),
+    ],
+)
+def test_generate_refuses_bad_input_with_one_line_and_exit_code_2(miniature, tmp_path, capsys, words, reason):
+    save_file({"x": noise()}, "other.safetensors")
+    save_file({"latents": noise()[0]}, "flat.safetensors")
+    (tmp_path / "file").touch()
+    assert run_generate("--steps", "1", *words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and reason in captured.err
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_generate_runs_as_a_module(sources, tmp_path):
+    command = [sys.executable, "-m", "minidistill.generate", "--model", str(sources["sd2"]), "--steps", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "a.png")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "a.png"), "")
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
+
+
+def test_the_package_offers_its_pipeline_without_loading_torch_first():
+    code = "import sys, minidistill; assert 'torch' not in sys.modules; print(minidistill.__version__)"
+    code += "; minidistill.load_pipeline; assert 'torch' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == minidistill.__version__
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = minidistill.nothing_like_this

@@ -1,0 +1,317 @@
+"""Protects the solvers: DDIM and Euler step for step as diffusers, exact where theory is exact, and guidance.
+
+diffusers' DDIMScheduler takes its previous timestep from an integer division, which leaves the grid wherever
+the spacing varies; ours goes to the next entry of the grid. The oracle below is told the true gap, so
+that its formulas are compared on our grid; another test holds both loops equal where the division fits.
+"""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+from minidistill.diffusion.samplers import ddim, ddim_step, euler, guide
+from minidistill.diffusion.schedule import (
+    PREDICTIONS,
+    SPACINGS,
+    ScheduleConfig,
+    final_alpha_bar,
+    make_alpha_bar,
+    time_grid,
+)
+
+SD = ScheduleConfig()
+ALPHA_BAR = make_alpha_bar(SD)
+
+
+def toy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Smooth, bounded, and different at every x and t."""
+    t = t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) / 1000
+    return 0.8 * torch.tanh(x + 0.3) + 0.2 * torch.sin(5 * t + x)
+
+
+def noise(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, 4, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def seeds(batch: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + b) for b in range(batch)]
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 1e-5) -> None:
+    assert torch.isfinite(ours).all()
+    assert (ours - theirs).abs().max() <= relative * theirs.abs().max()
+
+
+def oracle_ddim(steps: int, config: ScheduleConfig, x: torch.Tensor, eta: float = 0.0, true_gaps: bool = True):
+    scheduler = DDIMScheduler.from_config(config.to_dict())
+    scheduler.set_timesteps(steps)
+    generators, grid = seeds(len(x)), scheduler.timesteps.tolist()
+    for t, t_next in zip(grid, [*grid[1:], -1], strict=True):
+        if true_gaps:
+            scheduler.num_inference_steps = Fraction(config.num_train_timesteps, t - t_next)
+        out = toy(x, torch.full((len(x),), t))
+        x = scheduler.step(out, t, x, eta=eta, generator=generators).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("eta", "to_one"), [(0.0, True), (0.7, False)])
+def test_ddim_is_diffusers_ddim_for_1_to_50_steps(spacing, prediction, eta, to_one):
+    config = ScheduleConfig(timestep_spacing=spacing, prediction_type=prediction, set_alpha_to_one=to_one)
+    for steps in range(1, 51):
+        ours = ddim(
+            toy,
+            noise(),
+            time_grid(steps, spacing),
+            ALPHA_BAR,
+            prediction,
+            eta=eta,
+            final_alpha_bar=final_alpha_bar(config, ALPHA_BAR),
+            generators=seeds(2),
+        )
+        assert_close(ours, oracle_ddim(steps, config, noise(), eta))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "counts"), [("leading", range(1, 51)), ("trailing", (1, 2, 4, 5, 8, 10, 20, 25, 50))]
+)
+def test_ddim_is_the_unmodified_diffusers_loop_where_the_spacing_is_constant(spacing, counts):
+    config = ScheduleConfig(timestep_spacing=spacing)
+    for steps in counts:
+        ours = ddim(toy, noise(), time_grid(steps, spacing), ALPHA_BAR, final_alpha_bar=float(ALPHA_BAR[0]))
+        assert_close(ours, oracle_ddim(steps, config, noise(), true_gaps=False))
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_ddim_works_from_zero_terminal_snr(spacing, prediction):
+    config = ScheduleConfig(timestep_spacing=spacing, prediction_type=prediction, rescale_betas_zero_snr=True)
+    alpha_bar = make_alpha_bar(config)
+    for steps in (2, 7, 25):
+        grid = time_grid(steps, spacing)
+        ours = ddim(toy, noise(), grid, alpha_bar, prediction, final_alpha_bar=final_alpha_bar(config, alpha_bar))
+        assert_close(ours, oracle_ddim(steps, config, noise()))
+
+
+def oracle_euler(steps: int, config: ScheduleConfig, x: torch.Tensor) -> torch.Tensor:
+    scheduler = EulerDiscreteScheduler.from_config(config.to_dict())
+    scheduler.set_timesteps(steps)
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        out = toy(scheduler.scale_model_input(x, t), t.expand(len(x)))
+        x = scheduler.step(out, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_euler_is_diffusers_euler_for_1_to_50_steps(spacing, prediction):
+    config = ScheduleConfig(timestep_spacing=spacing, prediction_type=prediction)
+    for steps in range(1, 51):
+        grid = time_grid(steps, spacing, fractional=True)
+        ours = euler(toy, noise(), grid, ALPHA_BAR, prediction, pure_noise=spacing == "leading")
+        assert_close(ours, oracle_euler(steps, config, noise()))
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_euler_takes_zero_terminal_snr_at_the_sigma_diffusers_takes(prediction):
+    config = ScheduleConfig(timestep_spacing="trailing", prediction_type=prediction, rescale_betas_zero_snr=True)
+    for steps in (1, 4, 25):
+        ours = euler(toy, noise(), time_grid(steps, "trailing"), make_alpha_bar(config), prediction)
+        # sigma is 4096 here: diffusers' own x + (sigma' - sigma) d loses 4096 times float32's precision
+        assert_close(ours, oracle_euler(steps, config, noise()), relative=1e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_to_clean_from_scaled_noise_is_euler(prediction):
+    scale = float((1 - ALPHA_BAR[999]).sqrt())
+    assert scale == pytest.approx(0.9976672, abs=1e-6)
+    for steps in (1, 2, 4, 8, 25):
+        grid = time_grid(steps, "trailing")
+        assert_close(
+            ddim(toy, scale * noise(), grid, ALPHA_BAR, prediction),
+            euler(toy, noise(), grid, ALPHA_BAR, prediction),
+        )
+        assert_close(
+            ddim(toy, noise(), grid, ALPHA_BAR, prediction),
+            euler(toy, noise(), grid, ALPHA_BAR, prediction, pure_noise=True),
+        )
+    pure, scaled = ddim(toy, noise(), grid, ALPHA_BAR), euler(toy, noise(), grid, ALPHA_BAR)
+    assert (pure - scaled).abs().max() > 1e-4  # so the identity above says something
+
+
+def test_first_euler_input_has_the_golden_scale():
+    seen = []
+    euler(toy, noise(), time_grid(4, "trailing"), ALPHA_BAR, callback=seen.append)
+    assert_close(seen[0]["x"], 0.9976672 * noise(), 1e-6)
+
+
+MEAN, STD = 0.7, 0.4
+
+
+def exact_eps(alpha_bar: torch.Tensor):
+    """eps(x, t) of Gaussian data N(MEAN, STD^2): x_t is Gaussian, so its score is known."""
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = alpha_bar[t].reshape(-1, 1, 1, 1).to(x.dtype)
+        return (1 - a).sqrt() * (x - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
+
+    return model
+
+
+def exact_flow(x: torch.Tensor, a: float, a_end: float) -> torch.Tensor:
+    """Where the probability flow takes x_t: it keeps the number of standard deviations from the mean."""
+    deviations = (x - a**0.5 * MEAN) / (a * STD**2 + 1 - a) ** 0.5
+    return a_end**0.5 * MEAN + (a_end * STD**2 + 1 - a_end) ** 0.5 * deviations
+
+
+def orders(errors: list[float]) -> list[float]:
+    """Measured orders of convergence, from errors at doubling step counts."""
+    return [math.log2(a / b) for a, b in pairwise(errors)]
+
+
+def test_ddim_error_on_gaussian_data_falls_like_one_over_the_steps():
+    x, a, a_end = noise(dtype=torch.float64), float(ALPHA_BAR[999]), float(ALPHA_BAR[199])
+    errors = []
+    for steps in (10, 20, 40, 80, 160):
+        grid = torch.arange(999, 199, -800 // steps)
+        ours = ddim(exact_eps(ALPHA_BAR), x, grid, ALPHA_BAR, final_alpha_bar=a_end)
+        errors.append((ours - exact_flow(x, a, a_end)).abs().max().item())
+    assert len(grid) == 160 and errors[-1] < 0.01
+    assert all(0.9 < order < 1.1 for order in orders(errors)), (errors, orders(errors))
+
+
+@pytest.mark.parametrize("sampler", [ddim, lambda *args: euler(*args, pure_noise=True)])
+def test_error_down_to_clean_falls_a_little_slower(sampler):
+    """sigma goes like sqrt(t) near clean: equal steps in t then cost a factor log N."""
+    x, a = noise(dtype=torch.float64), float(ALPHA_BAR[999])
+    errors = []
+    for steps in (25, 50, 100, 200):
+        ours = sampler(exact_eps(ALPHA_BAR), x, time_grid(steps, "trailing"), ALPHA_BAR)
+        errors.append((ours - exact_flow(x, a, 1.0)).abs().max().item())
+    assert all(0.75 < order < 1.0 for order in orders(errors)), (errors, orders(errors))
+
+
+def test_ddim_with_eta_one_draws_the_data_distribution():
+    x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    ours = ddim(exact_eps(ALPHA_BAR), x, time_grid(100, "trailing"), ALPHA_BAR, eta=1.0, generators=seeds(2))
+    assert ours.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert ours.std().item() == pytest.approx(STD, abs=0.03)
+
+
+def test_one_step_of_an_x0_model_returns_its_output():
+    grid = time_grid(1, "trailing")
+    out = toy(noise(), torch.tensor([999, 999]))
+    assert torch.equal(ddim(toy, noise(), grid, ALPHA_BAR, "sample"), out)
+    assert_close(euler(toy, noise(), grid, ALPHA_BAR, "sample", pure_noise=True), out, 1e-6)
+
+
+def test_a_sample_does_not_depend_on_its_batch_when_noise_is_added():
+    grid, x = time_grid(10, "trailing"), noise(3)
+    whole = ddim(toy, x, grid, ALPHA_BAR, eta=1.0, generators=seeds(3))
+    alone = [ddim(toy, x[b : b + 1], grid, ALPHA_BAR, eta=1.0, generators=[seeds(3)[b]]) for b in range(3)]
+    assert torch.equal(whole, torch.cat(alone))
+    assert not torch.equal(whole, ddim(toy, x, grid, ALPHA_BAR))
+
+
+@pytest.mark.parametrize("sampler", [ddim, euler])
+def test_half_precision_latents_keep_a_float32_state(sampler):
+    dtypes = []
+
+    def model(x, t):
+        dtypes.append(x.dtype)
+        return toy(x.float(), t)
+
+    x = noise().bfloat16()
+    half = sampler(model, x, time_grid(20, "trailing"), ALPHA_BAR)
+    full = sampler(toy, x.float(), time_grid(20, "trailing"), ALPHA_BAR)
+    assert half.dtype == torch.bfloat16 and set(dtypes) == {torch.bfloat16}
+    # bfloat16 has 8 bits: a bfloat16 state would lose far more over 20 steps with the first multiplied by 3.5
+    assert_close(half.float(), full, relative=0.03)
+
+
+@pytest.mark.parametrize("sampler", [ddim, euler])
+def test_the_callback_sees_every_step(sampler):
+    seen = []
+    result = sampler(toy, noise(), time_grid(4, "trailing"), ALPHA_BAR, callback=seen.append)
+    assert [(s["i"], s["t"]) for s in seen] == [(0, 999), (1, 749), (2, 499), (3, 249)]
+    for s in seen:
+        a = ALPHA_BAR[s["t"]]
+        eps = toy(s["x"], torch.tensor([s["t"]]))
+        assert_close(s["x0"], (s["x"] - (1 - a).sqrt() * eps) / a.sqrt())
+    assert_close(result, seen[-1]["x0"])
+
+
+@pytest.mark.parametrize("sampler", [ddim, euler])
+def test_samplers_refuse_grids_that_are_not_grids(sampler):
+    for grid in ([1, 500], [500, 500], [], [1000, 1], [5, -1]):
+        with pytest.raises(ValueError, match="timesteps must"):
+            sampler(toy, noise(), torch.tensor(grid), ALPHA_BAR)
+    with pytest.raises(ValueError, match="prediction must"):
+        sampler(toy, noise(), time_grid(2, "trailing"), ALPHA_BAR, "eps")
+
+
+def test_ddim_refuses_what_it_cannot_do():
+    grid = time_grid(4, "trailing")
+    with pytest.raises(ValueError, match="one generator for each of the 2"):
+        ddim(toy, noise(), grid, ALPHA_BAR, eta=0.5, generators=seeds(1))
+    with pytest.raises(ValueError, match="eta must be"):
+        ddim(toy, noise(), grid, ALPHA_BAR, eta=1.5)
+    with pytest.raises(ValueError, match="integer timesteps"):
+        ddim(toy, noise(), time_grid(4, "linspace", fractional=True), ALPHA_BAR)
+    zero = make_alpha_bar(ScheduleConfig(rescale_betas_zero_snr=True))
+    with pytest.raises(ValueError, match="undefined at alpha_bar = 0"):
+        ddim(toy, noise(), grid, zero)
+    assert torch.isfinite(ddim(toy, noise(), time_grid(4, "leading"), zero)).all()
+
+
+def fake_unet(calls):
+    def unet(x, t, context, added_cond=None):
+        calls.append((x, t, context, added_cond))
+        bias = context.mean((1, 2)) + (added_cond["text_embeds"].mean(1) if added_cond else 0)
+        return x * 0 + bias.reshape(-1, 1, 1, 1)
+
+    return unet
+
+
+def test_guidance_batches_uncond_first_and_extrapolates():
+    calls, context, uncond = [], torch.full((2, 7, 3), 3.0), torch.full((2, 7, 3), 1.0)
+    model = guide(fake_unet(calls), context, uncond, 7.5)
+    out = model(noise(), torch.tensor([9, 8]))
+    assert out.shape == noise().shape and torch.allclose(out, torch.full_like(out, 1 + 7.5 * 2))
+    x, t, both, _ = calls[0]
+    assert torch.equal(x, torch.cat([noise(), noise()])) and t.tolist() == [9, 8, 9, 8]
+    assert torch.equal(both, torch.cat([uncond, context]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_guidance_of_one_or_less_is_off_not_unconditional(scale):
+    calls, context = [], torch.full((2, 7, 3), 3.0)
+    out = guide(fake_unet(calls), context, None, scale)(noise(), torch.tensor([9, 9]))
+    assert torch.allclose(out, torch.full_like(out, 3.0)) and len(calls[0][0]) == 2
+
+
+def test_guidance_duplicates_sdxl_conditions():
+    calls, context, uncond = [], torch.zeros(2, 7, 3), torch.zeros(2, 7, 3)
+    cond = {"text_embeds": torch.ones(2, 5), "time_ids": torch.arange(12.0).reshape(2, 6)}
+    none = {"text_embeds": torch.zeros(2, 5), "time_ids": torch.arange(12.0).reshape(2, 6)}
+    model = guide(fake_unet(calls), context, uncond, 2.0, added_cond=cond, uncond_added_cond=none)
+    assert torch.allclose(model(noise(), torch.tensor(9)), torch.full_like(noise(), 2.0))
+    assert torch.equal(calls[0][3]["time_ids"], torch.cat([none["time_ids"], cond["time_ids"]]))
+    with pytest.raises(ValueError, match="both halves"):
+        guide(fake_unet(calls), context, uncond, 2.0, added_cond=cond)
+    with pytest.raises(ValueError, match="same shape"):
+        guide(fake_unet(calls), context, None, 2.0)
+
+
+def test_one_ddim_step_matches_the_formula_written_out():
+    x, out = noise(1), noise(1, seed=1)
+    stepped, x0 = ddim_step(x, out, 999, 499, ALPHA_BAR)
+    # coefficients of the jump 1000 -> 500 in the paper's counting: 7.719 x_t - 6.851 eps
+    assert_close(stepped, 7.719 * x - 6.851 * out, relative=1e-3)
+    assert_close(x0, 14.649 * x - 14.615 * out, relative=1e-3)

@@ -1,0 +1,81 @@
+"""The house: what may import what, and that every module says what it is. Read from the source, nothing is run."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "minidistill"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SIX = {"torch", "safetensors", "tokenizers", "numpy", "PIL", "huggingface_hub"}
+
+# A room may import itself and the rooms listed. Commands, at the top, may import everything.
+ROOMS = {
+    "errors": set(),
+    "models": set(),
+    "diffusion": set(),
+    "weights": {"errors", "models", "diffusion"},
+    "pipeline": {"errors", "models", "diffusion", "weights", "training"},
+    "data": {"errors", "models", "diffusion", "weights", "pipeline"},
+    "training": {"errors", "models", "diffusion", "weights", "pipeline", "data"},
+    "distill": {"errors", "models", "diffusion", "weights", "pipeline", "data", "training"},
+    "metrics": {"errors", "models", "diffusion", "weights", "pipeline", "data", "training", "distill"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_standard_library_and_the_six_packages_are_imported(path):
+    allowed = set(sys.stdlib_module_names) | SIX | {"minidistill"}
+    for name in imports(path):
+        assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if here not in ROOMS:
+        return  # a command, or the package's front door
+    for name in imports(path):
+        if name.startswith("minidistill."):
+            there = room(name)
+            assert there == here or there in ROOMS[here], f"{path.name} imports {name}"
+
+
+def test_a_model_file_can_be_copied_out():
+    for path in (PACKAGE / "models").glob("*.py"):
+        ours = {name for name in imports(path) if name.startswith("minidistill")}
+        assert all(name.startswith("minidistill.models.layers") for name in ours), f"{path.name} imports {ours}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_is_silenced_and_no_pickle_runs_code(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno}: bare except"
+        if isinstance(node, ast.Call):
+            keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            assert keywords.get("strict") is not False or "load_state_dict" not in ast.unparse(node.func)
+            if ast.unparse(node.func) == "torch.load":
+                assert keywords.get("weights_only") is True, f"{path.name}:{node.lineno}: torch.load may run code"

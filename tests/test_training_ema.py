@@ -1,0 +1,100 @@
+"""Protects the average: float32, its decay ramp, and that the network always gets its own weights back."""
+
+import pytest
+import torch
+from torch import nn
+
+from minidistill.training.ema import EMA
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+
+
+def constant(value, dtype):
+    net = nn.Linear(1, 1, bias=False).to(dtype)
+    nn.init.constant_(net.weight, value)
+    return net
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_thousand_updates_move_the_average_whatever_the_networks_dtype(dtype):
+    """Decay 0.9999 from 1 towards 1.01 goes to 1.00095; kept in bf16 or fp16 the average would stay at 1."""
+    net = constant(1.0, dtype)
+    ema = EMA(net, decay=0.9999, ramp=False)
+    nn.init.constant_(net.weight, 1.01)
+    target = net.weight.item()
+    for _ in range(1000):
+        ema.update()
+    shadow = ema.shadow["weight"]
+    assert shadow.dtype == torch.float32
+    assert shadow.item() == pytest.approx(1 + (target - 1) * (1 - 0.9999**1000), abs=2e-5)
+    if dtype == torch.float32:
+        assert shadow.item() == pytest.approx(1.00095, abs=5e-6)
+
+
+def test_the_ramp_starts_low_and_ends_at_the_decay():
+    net = network()
+    ema = EMA(net, decay=0.5)
+    decays = []
+    for _ in range(10):
+        decays.append(ema.decay_now())
+        ema.update()
+    assert decays[:3] == [1 / 10, 2 / 11, 3 / 12] and decays[8:] == [0.5, 0.5]
+    assert EMA(net, decay=0.5, ramp=False).decay_now() == 0.5
+
+
+def test_one_update_is_the_formula():
+    net = network()
+    ema = EMA(net, decay=0.75, ramp=False)
+    old = net[0].weight.detach().clone()
+    nn.init.ones_(net[0].weight)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["0.weight"], 0.75 * old + 0.25)
+    assert ema.updates == 1
+
+
+def test_only_trained_parameters_are_averaged():
+    net = network()
+    net[0].requires_grad_(False)
+    assert list(EMA(net).shadow) == ["1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swap_shows_the_average_and_gives_the_weights_back_bit_by_bit(dtype):
+    net = network(dtype)
+    ema = EMA(net)
+    for value in ema.shadow.values():
+        value.fill_(0.25)
+    before = [p.detach().clone() for p in net.parameters()]
+    with ema.swap():
+        assert all((p == 0.25).all() for p in net.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_swap_gives_the_weights_back_after_an_exception():
+    net = network()
+    ema = EMA(net)
+    ema.shadow["0.weight"].fill_(0.25)
+    before = net[0].weight.detach().clone()
+    with pytest.raises(KeyboardInterrupt), ema.swap():
+        raise KeyboardInterrupt
+    assert torch.equal(net[0].weight, before)
+    with ema.swap():  # and it can be used again
+        assert (net[0].weight == 0.25).all()
+
+
+def test_swap_cannot_be_nested_or_updated_in():
+    ema = EMA(network())
+    with ema.swap():
+        with pytest.raises(RuntimeError), ema.swap():
+            pass
+        with pytest.raises(RuntimeError):
+            ema.update()
+    ema.update()
+
+
+def test_a_decay_of_one_is_refused():
+    with pytest.raises(ValueError, match="decay"):
+        EMA(network(), decay=1.0)

@@ -1,0 +1,153 @@
+"""Protects one optimizer step: learning rate, gradient norm, precision, the check that the loss is finite."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from minidistill.errors import InputError
+from minidistill.training.optim import (
+    NonFiniteLoss,
+    adamw,
+    check_finite,
+    clip_grad_norm,
+    get_device,
+    get_precision,
+    lr_at,
+    optimizer_step,
+    set_lr,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_warm_up_rises_from_the_first_step_to_base():
+    assert [lr_at(step, 1.0, warmup=4, total=100) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert lr_at(0, 1.0, warmup=0, total=100) == 1
+
+
+def test_cosine_falls_from_base_to_zero_at_total():
+    rates = [lr_at(step, 2.0, warmup=10, total=110, schedule="cosine") for step in range(10, 111)]
+    assert rates[0] == 2 and rates[50] == pytest.approx(1) and rates[100] == pytest.approx(0, abs=1e-12)
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 101
+    assert lr_at(500, 2.0, 10, 110, "cosine") == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="schedule"):
+        lr_at(0, 1.0, 0, 1, "linear")
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_schedule_counts_optimizer_steps_not_micro_batches(accumulation):
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = adamw([parameter], lr=123.0)
+    seen = []
+    for step in range(5):
+        set_lr(optimizer, lr_at(step, 0.1, warmup=2, total=5, schedule="cosine"))
+        for _ in range(accumulation):
+            (parameter.sum() / accumulation).backward()
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [0.05, 0.1, *(0.05 * (1 + math.cos(math.pi * i / 3)) for i in range(3))]
+    assert seen == pytest.approx(expected)
+
+
+def test_adamw_is_adamw_and_takes_trained_parameters_only():
+    torch.manual_seed(0)
+    net, twin = nn.Linear(20, 30), nn.Linear(20, 30)
+    twin.load_state_dict(net.state_dict())
+    net.bias.requires_grad_(False)
+    optimizer = adamw(net.parameters(), lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    plain = torch.optim.AdamW([twin.weight], lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, foreach=False)
+    x = torch.randn(5, 20)
+    for _ in range(3):
+        for model, opt in ((net, optimizer), (twin, plain)):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+    torch.testing.assert_close(net.weight, twin.weight, rtol=1e-5, atol=1e-6)
+    assert [p.shape for p in optimizer.param_groups[0]["params"]] == [net.weight.shape]
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        adamw(net.requires_grad_(False).parameters(), lr=0.1)
+
+
+def test_clip_returns_the_norm_before_clipping():
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert clip_grad_norm(parameters, None).item() == 5 and parameters[1].grad.item() == 4
+    assert clip_grad_norm(iter(parameters), 10.0).item() == 5 and parameters[1].grad.item() == 4
+    assert clip_grad_norm(parameters, 1.0).item() == 5
+    assert parameters[0].grad[0].item() == pytest.approx(0.6) and parameters[1].grad.item() == pytest.approx(0.8)
+
+
+def test_a_step_clips_the_unscaled_gradients_and_clears_them():
+    moved = []
+    for scale in (1.0, 2.0**12):
+        net = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(net.weight)
+        optimizer = torch.optim.SGD(net.parameters(), lr=123.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(10 * net(torch.ones(1, 3)).sum()).backward()
+        norm = optimizer_step(net, optimizer, scaler, lr=0.5, max_grad_norm=1.0)
+        assert norm.item() == pytest.approx(10 * math.sqrt(3)) and net.weight.grad is None
+        moved.append(net.weight.detach().norm().item())
+    assert moved == pytest.approx([0.5, 0.5])
+
+
+def test_a_step_with_an_overflown_gradient_is_skipped_and_the_scale_halved():
+    net = nn.Linear(1, 1, bias=False)
+    before = net.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(net(torch.full((1, 1), math.inf)).sum()).backward()
+    optimizer_step(net, adamw(net.parameters(), lr=0.1), scaler, lr=0.1, max_grad_norm=1.0)
+    assert torch.equal(net.weight, before) and scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_the_forward_pass_and_can_be_entered_again(name, dtype):
+    net = nn.Linear(4, 4)
+    optimizer = adamw(net.parameters(), lr=0.1)
+    autocast, scaler = get_precision(name, CPU)
+    before = net.weight.detach().clone()
+    for _ in range(2):
+        with autocast:
+            out = net(torch.ones(2, 4))
+        assert out.dtype == dtype and net.weight.dtype == torch.float32
+        scaler.scale(out.float().square().mean()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert not torch.equal(net.weight, before) and not scaler.is_enabled()
+
+
+def test_fp16_on_a_cpu_is_refused_and_bf16_is_named():
+    with pytest.raises(InputError, match="bf16"):
+        get_precision("fp16", CPU)
+    with pytest.raises(InputError, match="fp8"):
+        get_precision("fp8", CPU)
+
+
+def test_a_missing_device_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="sees 0 cuda devices here; use --device cpu"):
+        get_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert get_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="cuda:2"):
+        get_device("cuda:2")
+    for name in ("gpu", "cuda:x", ""):
+        with pytest.raises(InputError, match="takes cpu, cuda or cuda:N"):
+            get_device(name)
+    assert get_device("cpu") == CPU
+
+
+def test_a_loss_that_is_not_finite_names_step_and_timesteps():
+    t = torch.tensor([999, 3, 500])
+    check_finite(torch.tensor(1e30), 5, t)
+    check_finite(torch.ones(3), 5, t)
+    with pytest.raises(NonFiniteLoss, match=r"nan at step 5 \(timesteps 3, 500, 999\)"):
+        check_finite(torch.tensor(math.nan, requires_grad=True), 5, t)
+    with pytest.raises(NonFiniteLoss, match=r"inf at step 6 \(timesteps 3\)"):
+        check_finite(torch.tensor([1.0, math.inf, 1.0]), 6, t)
+    with pytest.raises(InputError, match=r"timesteps 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"):
+        check_finite(torch.tensor(math.nan), 6, torch.arange(64))

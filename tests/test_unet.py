@@ -1,0 +1,477 @@
+"""The U-Net against diffusers: same weights, same numbers, gradients and features, for every kind of model.
+
+Also the exact sizes of the official models, configs as any version wrote them, and activation checkpointing.
+"""
+
+import inspect
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from minidistill.models import layers
+from minidistill.models.layers import GEGLU, Attention, timestep_embedding
+from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig, count_macs
+
+
+def bk(config, kind):
+    """The BK-SDM student of a config, as its official config.json has it."""
+    config = replace(config, layers_per_block=1)
+    if kind != "base":
+        config = replace(config, mid_block_type=None)
+    if kind != "tiny":
+        return config
+    return replace(
+        config,
+        block_out_channels=config.block_out_channels[:3],
+        down_block_types=config.down_block_types[:3],
+        up_block_types=config.up_block_types[1:],
+        attention_head_dim=config.attention_head_dim[:3],
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+    )
+
+
+MINIATURE = replace(
+    SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
+)
+TINY_SD21 = replace(
+    SD21,
+    block_out_channels=(16, 32, 48, 48),
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    attention_head_dim=(1, 2, 4, 4),
+)
+TINY_SDXL = replace(
+    SDXL,
+    block_out_channels=(16, 32, 48),
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    attention_head_dim=(1, 2, 4),
+    transformer_layers_per_block=(1, 2, 3),
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 12,
+)
+KINDS = {
+    "sd15": MINIATURE,
+    "sd21": TINY_SD21,
+    "sdxl": TINY_SDXL,
+    "bk-base": bk(MINIATURE, "base"),
+    "bk-small": bk(MINIATURE, "small"),
+    "bk-tiny": bk(MINIATURE, "tiny"),
+    "bk-v2-base": bk(TINY_SD21, "base"),
+    "bk-v2-small": bk(TINY_SD21, "small"),
+    "bk-v2-tiny": bk(TINY_SD21, "tiny"),
+    "inpainting": replace(MINIATURE, in_channels=9),
+    "uneven-layers": replace(MINIATURE, layers_per_block=(1, 2, 1, 3)),
+    "ssd-1b": replace(
+        TINY_SDXL,
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=(1, (2, 1), (1, 3)),
+        reverse_transformer_layers_per_block=((1, 3, 2), (2, 1, 1), 1),
+    ),
+    "koala": replace(TINY_SDXL, layers_per_block=1, mid_block_type=None, transformer_layers_per_block=(0, 2, 3)),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make_pair(config, dtype=torch.float32):
+    """Our U-Net and diffusers' with the same random weights; no norm keeps its telling ones and zeros."""
+    theirs = UNet2DConditionModel.from_config(config.to_dict())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            # Large enough that every part of the network shows in the output.
+            spread = 0.3 if p.dim() == 1 else 1.2 / p[0].numel() ** 0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * spread + 0.5 * (p.dim() == 1))
+    ours = UNet(config)
+    ours.load_state_dict(theirs.state_dict())
+    return ours.to(dtype), theirs.to(dtype)
+
+
+def make_inputs(config, size=(8, 8), dtype=torch.float32):
+    """(x, t, context, added_cond) for a batch of two with different timesteps."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, config.in_channels, *size, generator=generator).to(dtype)
+    context = torch.randn(2, 7, config.cross_attention_dim, generator=generator).to(dtype)
+    added = None
+    if config.addition_embed_type:
+        pooled = torch.randn(2, 12, generator=generator).to(dtype)
+        sizes = torch.tensor([[1024, 768, 0, 16, 1024, 1024], [333, 1999, 7, 0, 512, 768]])
+        added = {"text_embeds": pooled, "time_ids": sizes.float()}  # pixels do not survive bfloat16
+    return x, torch.tensor([3, 999]), context, added
+
+
+def run_theirs(unet, x, t, context, added):
+    return unet(x, t, context, added_cond_kwargs=added).sample
+
+
+def assert_close(ours, theirs, tolerance):
+    """The largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+@every_kind
+def test_forward_equals_diffusers_at_even_and_odd_sizes(kind):
+    ours, theirs = make_pair(KINDS[kind])
+    for size in ((8, 8), (9, 7), (17, 10)):
+        inputs = make_inputs(KINDS[kind], size)
+        with torch.no_grad():
+            assert_close(ours(*inputs), run_theirs(theirs, *inputs), 1e-5)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
+def test_forward_in_half_precision_equals_diffusers(kind, dtype, tolerance):
+    ours, theirs = make_pair(KINDS[kind], dtype)
+    inputs = make_inputs(KINDS[kind], dtype=dtype)
+    with torch.no_grad():
+        assert_close(ours(*inputs), run_theirs(theirs, *inputs), tolerance)
+
+
+def test_weights_decide_the_dtype():
+    ours, _ = make_pair(TINY_SDXL, torch.bfloat16)
+    x, t, context, added = make_inputs(TINY_SDXL)
+    with torch.no_grad():
+        out = ours(x, t, context, added)
+        same = ours(x.bfloat16(), t, context.bfloat16(), added)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, same)
+
+
+@every_kind
+def test_every_gradient_equals_diffusers(kind):
+    ours, theirs = make_pair(KINDS[kind], torch.float64)
+    x, t, context, added = make_inputs(KINDS[kind], (9, 7), torch.float64)
+    pixels = {}
+    for name, call in (("ours", ours), ("theirs", lambda *a: run_theirs(theirs, *a))):
+        pixels[name] = x.clone().requires_grad_()
+        call(pixels[name], t, context, added).square().mean().backward()
+    assert_close(pixels["ours"].grad, pixels["theirs"].grad, 1e-9)
+    expected = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert expected[name].grad.abs().max() > 0, name
+        # Cancelled to nothing, as of a key bias, a gradient has no relative error: 1e-12 is its zero.
+        error = (p.grad - expected[name].grad).abs().max()
+        assert error <= 1e-9 * expected[name].grad.abs().max() + 1e-12, name
+
+
+def diffusers_features(unet, inputs):
+    """What diffusers' blocks put out, under our names, caught by hooks."""
+    features = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            features[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    blocks = [(f"{side}.{i}", b) for side in ("down", "up") for i, b in enumerate(getattr(unet, f"{side}_blocks"))]
+    for name, block in blocks:
+        block.register_forward_hook(keep(name))
+        if hasattr(block, "attentions"):
+            block.attentions[-1].proj_out.register_forward_hook(keep(f"{name}.proj_out"))
+    if unet.mid_block is not None:
+        unet.mid_block.register_forward_hook(keep("mid"))
+    run_theirs(unet, *inputs)
+    return features
+
+
+@every_kind
+def test_features_equal_diffusers_block_outputs(kind):
+    ours, theirs = make_pair(KINDS[kind])
+    inputs = make_inputs(KINDS[kind], (9, 7))
+    with torch.no_grad():
+        out, features = ours(*inputs, return_features=True)
+        expected = diffusers_features(theirs, inputs)
+        assert torch.equal(out, ours(*inputs))
+    assert set(features) == set(expected)
+    for name, feature in features.items():
+        want = expected[name]
+        if want.dim() == 3:  # a linear proj_out: (B, h*w, C)
+            want = want.transpose(1, 2).reshape(feature.shape)
+        assert_close(feature, want, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "bk-tiny"])
+def test_encode_is_the_first_half_of_forward(kind):
+    ours, _ = make_pair(KINDS[kind])
+    inputs = make_inputs(KINDS[kind])
+    with torch.no_grad():
+        h, skips, _, features = ours.encode(*inputs)
+        _, all_features = ours(*inputs, return_features=True)
+    assert set(features) == {name for name in all_features if not name.startswith("up")}
+    assert all(torch.equal(features[name], all_features[name]) for name in features)
+    assert torch.equal(h, features["mid" if kind == "sd15" else "down.2"])
+    assert len(skips) == {"sd15": 12, "bk-tiny": 6}[kind]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_batch_equals_its_samples_one_by_one(kind):
+    ours, _ = make_pair(KINDS[kind])
+    x, t, context, added = make_inputs(KINDS[kind])
+    with torch.no_grad():
+        batch = ours(x, t, context, added)
+        for i in range(2):
+            one = slice(i, i + 1)
+            added_one = added and {name: value[one] for name, value in added.items()}
+            assert_close(ours(x[one], t[i], context[one], added_one), batch[one], 1e-5)  # t is 0-d here
+        assert torch.equal(ours(x, t[1], context, added), ours(x, t[1:].expand(2).float(), context, added))
+
+
+@pytest.mark.parametrize("kind", ["bk-tiny", "sdxl"])
+def test_checkpointing_gives_identical_gradients_through_every_feature(kind):
+    ours, _ = make_pair(KINDS[kind])
+    inputs = make_inputs(KINDS[kind])
+    calls = Counter()
+    ours.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.update(["resnet"]))
+
+    def gradients(name, checkpointing):
+        ours.zero_grad()
+        ours.gradient_checkpointing = checkpointing
+        out, features = ours(*inputs, return_features=True)
+        (out if name == "out" else features[name]).square().mean().backward()
+        return {key: p.grad for key, p in ours.named_parameters()}
+
+    with torch.no_grad():
+        names = ["out", *ours(*inputs, return_features=True)[1]]
+    for name in names:
+        calls.clear()
+        expected = gradients(name, checkpointing=False)
+        assert calls["resnet"] == 1
+        got = gradients(name, checkpointing=True)
+        assert calls["resnet"] == 3  # once more, and once again in the backward pass
+        assert expected["conv_in.weight"].abs().max() > 0
+        for key, gradient in expected.items():
+            assert (gradient is None) == (got[key] is None), (name, key)
+            assert gradient is None or torch.equal(gradient, got[key]), (name, key)
+
+
+def test_compiles_without_graph_breaks():
+    config = replace(
+        KINDS["bk-v2-tiny"],
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(1, 2),
+        transformer_layers_per_block=1,
+    )
+    ours, inputs = UNet(config), make_inputs(config)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        out, features = compiled(*inputs, return_features=True)
+        expected, expected_features = ours(*inputs, return_features=True)
+    assert torch.equal(out, expected) and set(features) == set(expected_features)
+
+
+SIZES = {  # parameters and tensors, from the official files
+    "sd15": (SD15, 859_520_964, 686),
+    "bk-base": (bk(SD15, "base"), 579_384_964, 442),
+    "bk-small": (bk(SD15, "small"), 482_346_884, 396),
+    "bk-tiny": (bk(SD15, "tiny"), 323_384_964, 358),
+    "sd21": (SD21, 865_910_724, 686),
+    "bk-v2-base": (bk(SD21, "base"), 583_480_964, 442),
+    "bk-v2-small": (bk(SD21, "small"), 485_787_524, 396),
+    "bk-v2-tiny": (bk(SD21, "tiny"), 326_825_604, 358),
+    "sdxl": (SDXL, 2_567_463_684, 1680),
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_full_size_models_have_the_official_sizes_names_and_shapes(model):
+    config, parameters, tensors = SIZES[model]
+    with torch.device("meta"):
+        ours, theirs = UNet(config), UNet2DConditionModel.from_config(config.to_dict())
+    shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    assert sum(p.numel() for p in ours.parameters()) == parameters and len(shapes) == tensors
+    assert shapes == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+
+
+def test_norms_have_the_official_eps():
+    with torch.device("meta"):
+        modules = list(UNet(SD15).modules())
+    assert Counter(m.eps for m in modules if isinstance(m, nn.GroupNorm)) == {1e-5: 45, 1e-6: 16}
+    assert Counter(m.eps for m in modules if isinstance(m, nn.LayerNorm)) == {1e-5: 48}
+
+
+def test_heads_are_counts_not_widths():
+    with torch.device("meta"):
+        for config, heads in ((SD15, [8] * 4), (SD21, [5, 10, 20, 20]), (SDXL, [None, 10, 20])):
+            blocks = UNet(config).down_blocks
+            for block, count in zip(blocks, heads, strict=True):
+                assert {m.heads for m in block.modules() if isinstance(m, Attention)} <= {count}
+
+
+@pytest.mark.parametrize(
+    "model,conv_linear,attention",
+    [("sd15", 338.6, 63.0), ("bk-base", 223.7, 37.8), ("bk-small", 217.6, 37.8), ("bk-tiny", 205.0, 37.8)],
+)
+def test_macs_are_those_of_the_paper(model, conv_linear, attention):
+    macs = count_macs(SIZES[model][0], 64, 64)
+    assert {name: round(n / 1e9, 1) for name, n in macs.items()} == {
+        "conv_linear": conv_linear,
+        "attention": attention,
+    }
+
+
+def test_macs_of_a_model_and_of_its_config_are_the_same():
+    with torch.device("meta"):
+        unet = UNet(TINY_SDXL)
+    macs = count_macs(unet, 16, 24, tokens=5)
+    assert macs == count_macs(TINY_SDXL, 16, 24, tokens=5) and macs["attention"] > 0
+    assert macs["conv_linear"] > count_macs(TINY_SDXL, 16, 16, tokens=5)["conv_linear"]
+
+
+def test_geglu_gates_the_first_half_by_the_exact_gelu_of_the_second():
+    geglu = GEGLU(1, 1)
+    with torch.no_grad():
+        geglu.proj.weight.copy_(torch.tensor([[2.0], [1.0]]))
+        geglu.proj.bias.zero_()
+        out = geglu(torch.tensor([[3.0], [-0.5]]))
+    # x * Phi(x): 3 * 0.99865010, -0.5 * 0.30853754; the tanh approximation gives 2.99636, -0.15429
+    assert out.flatten().tolist() == pytest.approx([6 * 2.9959503, -1 * -0.15426877], rel=1e-6)
+
+
+def test_time_embedding_has_the_golden_values():
+    t = timestep_embedding(torch.tensor([999]), 320)[0]
+    golden = [0.9996498, 0.8026775, 0.9944063, -0.0264608, 0.5964133, 0.1056221]
+    assert t[[0, 1, 159, 160, 161, 319]].tolist() == pytest.approx(golden, abs=2e-6)
+    size = timestep_embedding(torch.tensor([1024]), 256)[0]
+    golden = [0.9873536, -0.5376172, 0.9939517, -0.1585334, 0.1098179]
+    assert size[[0, 1, 127, 128, 255]].tolist() == pytest.approx(golden, abs=2e-6)
+
+
+def test_timesteps_and_sizes_are_embedded_in_float32_under_bfloat16_weights():
+    ours, _ = make_pair(TINY_SDXL, torch.bfloat16)
+    seen = []
+    for module in (ours.time_embedding, ours.add_embedding):
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x, _, context, added = make_inputs(TINY_SDXL)
+    t = torch.tensor([999, 1000])  # bfloat16 takes them for the same, and 1999 for 2000
+    ours(x, t, context, added)
+    assert torch.equal(seen[0], timestep_embedding(t, 16).bfloat16())
+    assert not torch.equal(seen[0][0], seen[0][1])
+    sizes = timestep_embedding(added["time_ids"].flatten(), 8).reshape(2, 48)
+    assert torch.equal(seen[1], torch.cat([added["text_embeds"], sizes], dim=1).bfloat16())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_upcast_attention_attends_in_float32(upcast, autocast, monkeypatch):
+    torch.manual_seed(0)
+    attention = Attention(8, 2, upcast=upcast).to(torch.float32 if autocast else torch.bfloat16)
+    seen = set()
+
+    def spy(q, k, v):
+        seen.update((q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled("cpu")))
+        return F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v
+
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", spy)
+    x = torch.randn(1, 3, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = attention(x)
+    assert out.dtype == torch.bfloat16
+    assert seen == ({torch.float32, False} if upcast else {torch.bfloat16, autocast})
+
+
+ERA_06 = {  # the config.json of Stable Diffusion 1.5, from before most keys existed
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+def test_old_configs_are_read_with_defaults():
+    assert UNetConfig.from_dict(ERA_06) == SD15
+    tiny = ERA_06 | {
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 1,
+        "mid_block_type": None,  # null is "none", but an absent key is "with attention"
+    }
+    assert UNetConfig.from_dict(tiny) == bk(SD15, "tiny")
+    assert UNetConfig.from_dict(SDXL.to_dict() | {"upcast_attention": None}) == SDXL
+
+
+@every_kind
+def test_configs_survive_the_way_through_diffusers(kind):
+    config = KINDS[kind]
+    theirs = UNet2DConditionModel.from_config(config.to_dict())
+    assert UNetConfig.from_dict(dict(theirs.config)) == config
+    assert UNetConfig.from_dict(config.to_dict()) == config
+    theirs = {name: value for name, value in theirs.config.items() if not name.startswith("_")}
+    assert set(config.to_dict()) == {"_class_name", *theirs}
+
+
+def test_defaults_are_those_of_diffusers():
+    parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
+    expected = {name: p.default for name, p in parameters.items() if name != "self"}
+    assert UNetConfig() == UNetConfig.from_dict(expected) == UNetConfig.from_dict({})
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"an_unheard_of_key": 3},
+        {"class_embed_type": "timestep"},
+        {"flip_sin_to_cos": False},
+        {"time_cond_proj_dim": 256},
+        {"addition_embed_type": "image"},
+        {"addition_embed_type": "text_time"},
+        {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4},
+        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        {"attention_head_dim": [5, 10, 20]},
+        {"attention_head_dim": 7},
+        {"norm_num_groups": None},
+        {"cross_attention_dim": [768, 768, 768, 1024]},
+        {"transformer_layers_per_block": [1, [1, 1], [1, 1], 1]},
+        {"reverse_transformer_layers_per_block": [1, [1, 1], 1, 1]},
+    ],
+    ids=lambda edit: "-".join(map(str, next(iter(edit.items())))),
+)
+def test_what_is_not_supported_is_refused_by_name(edit):
+    # Two of the messages speak of the layers that a depth is for, not of the key.
+    name = "transformer" if "transformer" in next(iter(edit)) else next(iter(edit))
+    with pytest.raises(ValueError, match=name):
+        UNetConfig.from_dict(ERA_06 | edit)
+
+
+def test_unknown_keys_that_are_off_are_accepted():
+    assert UNetConfig.from_dict(ERA_06 | {"a_later_option": None, "another": False, "_note": 3}) == SD15
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    x, t, context, added = make_inputs(TINY_SDXL)
+    with torch.device("meta"):
+        sd, xl = UNet(MINIATURE), UNet(TINY_SDXL)
+    with pytest.raises(ValueError, match="needs added_cond"):
+        xl(x, t, context)
+    with pytest.raises(ValueError, match="takes no added_cond"):
+        sd(x, t, context, added)
+    with pytest.raises(ValueError, match="x must be"):
+        sd(x[:, :3], t, context)
+    with pytest.raises(ValueError, match="context must be"):
+        sd(x, t, context[..., :9])
