@@ -154,7 +154,7 @@ def train_clip(config: Config, run: RunFolder) -> None:
                     run.save(step + 1, parts)
 
     pipeline = Path(config.out) / "pipeline"
-    text_encoder = CLIPTextModel(clip.text_config)
+    text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
     folders.save_tokenizer(pipeline, tokenizer)
     folders.save_text_encoder(pipeline, text_encoder.half())

@@ -42,7 +42,7 @@ def clip_scores(
 ) -> Tensor:
     """Cosine similarity of every picture (rows) with every caption (columns): (N, M) float32."""
     device = next(clip.parameters()).device
-    images = clip.encode_image(clip_pixels(pictures, clip.vision_config.image_size).to(device))
+    images = clip.encode_image(clip_pixels(pictures, clip.config.vision_config.image_size).to(device))
     return (images @ clip.encode_text(tokenizer(captions).to(device)).T).float().cpu()
 
 
