@@ -1,4 +1,4 @@
-"""The embedded data: what is drawn, what is said of it, what is kept from training; and the judge that checks pictures."""
+"""The embedded data: what is drawn, what is said of it, what is kept from training; and the judge of pictures."""
 
 import time
 from collections import Counter
@@ -27,11 +27,11 @@ from minidistill.data.scenes import (
 from minidistill.metrics.scene_judge import KINDS, judge, score
 
 CAPTIONS = [
-    "a large pink circle left of a pink heart and a ring on a plain white background",
+    "a pink circle left of a small pink heart and a small orange ring on a plain white background",
     "a large orange diamond on a plain grey background",
     "a large green triangle on a black background",
 ]
-SUMS = [2665350, 1672961, 558995]
+SUMS = [2700716, 1674008, 567334]
 
 
 def test_the_world_is_as_rich_as_it_has_to_be():

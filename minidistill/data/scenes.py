@@ -32,8 +32,8 @@ COLOURS = {
     "purple": (140, 58, 180),
     "pink": (242, 122, 182),
 }
-SIZES = {"small": (7.0, 8.5), "large": (12.0, 14.0)}  # half the width, in pixels
-SIZE_BORDER = 10.25  # half width at which small ends and large begins
+SIZES = {"small": (8.0, 9.5), "large": (13.0, 14.5)}  # half the width, in pixels
+SIZE_BORDER = 11.25  # half width at which small ends and large begins
 GROUNDS = {"white": (234, 230, 222), "grey": (132, 134, 140), "black": (40, 40, 46)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "gradient", "grainy")
 RELATIONS = ("left of", "right of", "above", "below", "inside")
@@ -177,10 +177,10 @@ def _place(rng: random.Random, full: Statement) -> tuple[Statement, tuple[Place,
             x, y = (rng.uniform(r + 1.5, SIDE - r - 1.5) for _ in "xy")
             places.append(Place(x, y, r, rng.uniform(-10, 10)))
         if full.relation == "inside":
-            inner, outer = places[0], replace(places[1], r=rng.uniform(15.0, 17.0))
+            inner, outer = places[0], replace(places[1], r=rng.uniform(17.0, 18.5))
             x, y = (rng.uniform(outer.r + 1.5, SIDE - outer.r - 1.5) for _ in "xy")
             places[1] = replace(outer, x=x, y=y)
-            places[0] = replace(inner, x=x + rng.uniform(-1, 1), y=y + rng.uniform(-1.5, 0.5), r=rng.uniform(6.5, 7.0))
+            places[0] = replace(inner, x=x + rng.uniform(-1, 1), y=y + rng.uniform(-1.5, 0.5), r=rng.uniform(7.5, 8.0))
             return full, tuple(places)
         clear = all(
             max(abs(a.x - b.x), abs(a.y - b.y)) > a.r + b.r + 3 for i, a in enumerate(places) for b in places[:i]

@@ -148,7 +148,8 @@ def _check_shapes(removal: Removal) -> None:
             found = tuple(teacher[source].shape) if source in teacher else "nothing"
             raise InputError(
                 f"removing {','.join(removal.removed)} does not fit together: {name} needs "
-                f"{tuple(student[name].shape)}, the teacher's {source} is {found}; keep the first and the last layer of every up stage"
+                f"{tuple(student[name].shape)}, the teacher's {source} is {found}; keep the first and the last layer "
+                "of every up stage"
             )
 
 

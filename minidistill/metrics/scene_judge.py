@@ -37,7 +37,7 @@ KINDS = ("shape", "colour", "size", "relation", "count", "background")
 CHROMA = 56  # a pixel with a larger max - min over RGB belongs to a thing; grounds stay below 35
 MIN_AREA = 16  # pixels; smaller specks are not things
 MIN_SEEDS = 4  # pixels of pure colour that a thing inside another must have
-GRID = 24  # shapes are compared on a grid of this side, scaled to the thing's box
+GRID = 24  # shapes are compared on a grid of this side, scaled to the thing's area
 PATTERN_MATCH = 0.62  # correlation with a drawn pattern from which a ground counts as that pattern
 PLAIN_NOISE = 4.5  # grey levels of deviation up to which a ground is plain
 GRADIENT_MATCH = 0.60  # share of a ground's variance that a linear slope must explain
@@ -140,47 +140,74 @@ def label_pixels(pixels: np.ndarray) -> np.ndarray:
 def find_things(pixels: np.ndarray) -> list[Found]:
     """The things in a (64, 64, 3) uint8 picture: each connected region, and what lies inside it in another colour."""
     labels, rgb = label_pixels(pixels), pixels.astype(np.float32)
-    solid = _solid(labels)
+    solid, ground = _solid(labels), labels < 0
     things = []
-    for region in _components(labels >= 0):
+    for region in _components(~ground):
         if region.sum() < MIN_AREA:
             continue
         outside = ~region
         rim = region & _grow(_grow(_grow(outside)))  # three pixels wide: the colour seen here is the holder's
         seen = labels[rim & solid] if (rim & solid).any() else labels[region]
         outer = int(np.bincount(seen).argmax())
-        things.append(_thing(region, outer))
-        for inner in np.unique(labels[region & solid]):
-            seeds = region & solid & (labels == inner)
-            if inner != outer and seeds.sum() >= MIN_SEEDS:
-                inside = region & ~_grow(outside) & _nearer(rgb, seeds, region & solid & (labels == outer))
-                parts = [part for part in _components(inside) if (part & seeds).any() and part.sum() >= MIN_AREA]
-                things += [_thing(part, int(inner)) for part in parts]
+        pure = region & (labels == outer)
+        around = _grow(_grow(region)) & (region | ground)
+        near = _grow(_grow(_grow(around))) & ground & ~around
+        if not near.any():
+            near = outside
+        inner_seeds = [region & solid & (labels == c) for c in np.unique(labels[region & solid]) if c != outer]
+        inner_seeds = [seeds for seeds in inner_seeds if seeds.sum() >= MIN_SEEDS]
+        # A holder goes on behind what lies inside it.
+        behind = _grow(_grow(np.logical_or.reduce([np.zeros_like(region), *inner_seeds]))) & region & ~_grow(outside)
+        things.append(_thing(np.maximum(_coverage(rgb, pure, near) * around, behind), outer))
+        for seeds in inner_seeds:
+            cover = _coverage(rgb, seeds, pure) * (region & ~_grow(outside))
+            for part in _components(cover > 0.5):
+                if (part & seeds).any() and part.sum() >= MIN_AREA:
+                    things.append(_thing(cover * _grow(part), int(labels[seeds][0])))
     return things
 
 
-def _nearer(rgb: np.ndarray, mine: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Pixels whose colour is more than half way from the mean under `other` to the mean under `mine`."""
-    end = rgb[mine].mean(0)
-    start = rgb[other].mean(0) if other.any() else np.zeros(3, np.float32)
-    return (rgb - start) @ (end - start) > 0.5 * np.square(end - start).sum()
+def _coverage(rgb: np.ndarray, mine: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How much of each pixel has the colour seen under `mine` and not that under `other`: 0 to 1."""
+    start, end = rgb[other].mean(0), np.median(rgb[mine], axis=0)
+    along = (rgb - start) @ (end - start) / max(1.0, float(np.square(end - start).sum()))
+    return np.clip(along, 0, 1)
 
 
-def _thing(mask: np.ndarray, colour: int) -> Found:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    place = Place((left + right) / 2, (top + bottom) / 2, (bottom - top + right - left) / 4)
-    size = "small" if place.r < SIZE_BORDER else "large"
-    box = Image.fromarray(mask[top:bottom, left:right].astype(np.uint8) * 255)
-    grid = np.asarray(box.resize((GRID, GRID), Image.Resampling.BILINEAR), np.float32) / 255
-    templates = _shape_templates()
-    overlap = np.minimum(templates, grid).sum((1, 2)) / np.maximum(templates, grid).sum((1, 2))
-    return Found(Thing(SHAPES[int(overlap.argmax())], list(COLOURS)[colour], size), place)
+def _thing(cover: np.ndarray, colour: int) -> Found:
+    """Name a thing by its coverage (64, 64): centre and area place it, blurred or not; the nearest shape names it."""
+    grid, x, y, area = _normalise(cover)
+    templates, areas = _shape_templates()
+    best = int(np.square(templates - grid).sum((1, 2)).argmin())
+    r = float(np.sqrt(area / areas[best]))
+    size = "small" if r < SIZE_BORDER else "large"
+    return Found(Thing(SHAPES[best], list(COLOURS)[colour], size), Place(x, y, r))
+
+
+def _normalise(cover: np.ndarray) -> tuple[np.ndarray, float, float, float]:
+    """Coverage moved to its centre and scaled to unit area: ((GRID, GRID), centre x, centre y, area in pixels)."""
+    area = max(1.0, float(cover.sum()))
+    x, y = (float((cover.sum(axis) * np.arange(cover.shape[1 - axis])).sum()) / area for axis in (0, 1))
+    steps = np.linspace(-1.05, 1.05, GRID) * np.sqrt(area)
+    return _sample(cover, y + steps[:, None], x + steps[None, :]), x + 0.5, y + 0.5, area
+
+
+def _sample(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Bilinear interpolation; 0 outside."""
+    padded = np.pad(image, 1)
+    y, x = (np.clip(c + 1, 0, n - 1.001) for c, n in zip((y, x), padded.shape, strict=True))
+    y0, x0 = y.astype(int), x.astype(int)
+    v, u = y - y0, x - x0
+    top = padded[y0, x0] * (1 - u) + padded[y0, x0 + 1] * u
+    bottom = padded[y0 + 1, x0] * (1 - u) + padded[y0 + 1, x0 + 1] * u
+    return top * (1 - v) + bottom * v
 
 
 @lru_cache(maxsize=1)
-def _shape_templates() -> np.ndarray:
-    return np.stack([shape_mask(shape, GRID, GRID / 2, GRID / 2, GRID / 2) for shape in SHAPES])
+def _shape_templates() -> tuple[np.ndarray, np.ndarray]:
+    """Every shape, normalised: (8, GRID, GRID); and its area at half width 1: (8,)."""
+    found = [_normalise(shape_mask(shape, 96, 48, 48, 40)) for shape in SHAPES]
+    return np.stack([grid for grid, *_ in found]), np.asarray([area / 40**2 for *_, area in found])
 
 
 def _solid(labels: np.ndarray) -> np.ndarray:

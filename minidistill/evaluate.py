@@ -1,0 +1,95 @@
+"""Judge a model's pictures of held-out scenes: python -m minidistill.evaluate --model SOURCE
+
+The judge looks at each picture and says which of the attributes in its caption hold (`metrics/scene_judge.py`). Picture
+number i is always made of the same caption and the same noise, so that two models compare picture by picture.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.utils import tqdm
+
+from minidistill.data.scenes import SIDE, Scenes
+from minidistill.errors import InputError
+from minidistill.metrics.clip_score import clip_scores, retrieval
+from minidistill.metrics.reconstruction import evaluate_vae
+from minidistill.metrics.scene_judge import judge, score_verdicts
+from minidistill.pipeline import SAMPLERS, load_pipeline
+from minidistill.training.config import option, run_command
+from minidistill.training.log import format_table
+from minidistill.training.optim import get_device
+from minidistill.training.strips import save_strip
+from minidistill.weights import folders
+from minidistill.weights.files import write_json
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = option("miniature", "SOURCE: a model folder, or miniature")
+    samples: int = option(1000, "held-out captions to draw", minimum=1)
+    steps: int = option(25, "sampling steps", minimum=1)
+    sampler: str = option("ddim", "how to sample", choices=SAMPLERS)
+    guidance: float = option(7.5, "scale of classifier-free guidance; 1 switches it off")
+    seed: int = option(0, "decides the noise")
+    batch_size: int = option(16, "pictures at a time; the result does not depend on it", minimum=1)
+    parts: bool = option(False, "also judge the VAE's reconstructions and, where the folder has a clip/, its retrieval")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
+    out: str | None = option(None, "write the numbers to this JSON file")
+    strip: str | None = option(None, "write the first 16 pictures, with their captions, to this PNG file")
+
+
+def main(config: Config) -> None:
+    """Draw, judge, print a table."""
+    pipe = load_pipeline(config.model, get_device(config.device))
+    if pipe.trained_size() != (SIDE, SIDE):
+        raise InputError(
+            f"{config.model} draws {pipe.trained_size()} pictures; the judge reads {SIDE}x{SIDE} scenes only"
+        )
+    folder = folders.find_model(config.model)
+    captions = [Scenes("test").caption(i) for i in range(config.samples)]
+    verdicts, shown, similarity = [], [], []
+    clip = folders.load_clip(folder) if (folder / "clip").is_dir() else None
+    begin = time.perf_counter()
+    with tqdm(total=len(captions), desc="drawing", unit="picture", disable=None) as bar:
+        for start in range(0, len(captions), config.batch_size):
+            some = captions[start : start + config.batch_size]
+            pictures = pipe(
+                some,
+                steps=config.steps,
+                guidance=config.guidance,
+                seed=config.seed,
+                sampler=config.sampler,
+                first_index=start,
+                batch_size=config.batch_size,
+            )
+            verdicts += [judge(picture, caption) for picture, caption in zip(pictures, some, strict=True)]
+            shown += pictures[: max(0, 16 - start)]
+            if clip:
+                similarity += clip_scores(clip, pipe.tokenizers[0], pictures, some).diagonal().tolist()
+            bar.update(len(some))
+    seconds = time.perf_counter() - begin
+
+    results = {"samples": len(captions), "seconds": round(seconds, 1), "judge": score_verdicts(verdicts)}
+    if clip:
+        results["clip_similarity"] = sum(similarity) / len(similarity)
+    if config.parts:
+        results["vae"] = evaluate_vae(pipe.vae, config.samples)
+        if clip:
+            results["clip_retrieval_top1_of_100"] = retrieval(clip, pipe.tokenizers[0])
+    rows = [("attribute", "right")] + [(kind, f"{share:.1%}") for kind, share in results["judge"].items()]
+    print(format_table(rows))
+    print(f"\n{len(captions)} held-out captions in {seconds:.0f} s")
+    for name in ("clip_similarity", "clip_retrieval_top1_of_100", "vae"):
+        if name in results:
+            print(f"{name}: {results[name]}")
+    if config.out:
+        write_json(config.out, results)
+    if config.strip:
+        save_strip(Path(config.strip), [shown], captions[: len(shown)])
+
+
+if __name__ == "__main__":
+    run_command(main, Config, prog="python -m minidistill.evaluate", description=__doc__)

@@ -1,0 +1,30 @@
+"""What survives a VAE: held-out scenes, encoded and decoded again."""
+
+from __future__ import annotations
+
+import torch
+
+from minidistill.data.scenes import Scenes
+from minidistill.metrics.scene_judge import judge
+from minidistill.models.vae import AutoencoderKL
+from minidistill.training.batches import to_pixels
+
+
+@torch.no_grad()
+def evaluate_vae(vae: AutoencoderKL, count: int) -> dict[str, float]:
+    """On held-out scenes: PSNR in dB, on all and on plain grounds, and the share the judge calls all right."""
+    data = Scenes("test", length=count)
+    psnr, right = [], []
+    for start in range(0, count, 50):
+        pictures, captions = zip(*(data[i] for i in range(start, min(start + 50, count))), strict=True)
+        x = to_pixels(pictures).to(next(vae.parameters()).device)
+        y = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+        psnr += (-10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()).tolist()
+        pixels = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        right += [judge(p, caption).all_right for p, caption in zip(pixels, captions, strict=True)]
+    plain = [psnr[i] for i in range(count) if data.scene(i).full.texture == "plain"]
+    return {
+        "psnr": sum(psnr) / len(psnr),
+        "psnr_plain": sum(plain) / len(plain),
+        "judged_right": sum(right) / len(right),
+    }

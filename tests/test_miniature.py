@@ -1,0 +1,95 @@
+"""The embedded miniature: an ordinary pipeline folder, small, that diffusers samples to the same picture as we do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+import minidistill
+from minidistill.data.scenes import Scenes
+from minidistill.metrics.clip_score import retrieval
+from minidistill.metrics.reconstruction import evaluate_vae
+from minidistill.metrics.scene_judge import score
+from minidistill.pipeline import initial_noise
+from minidistill.train_miniature import UNET
+from minidistill.weights import folders
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return minidistill.load_pipeline("miniature")
+
+
+def test_it_weighs_at_most_20_megabytes():
+    files = [path for path in folders.MINIATURE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "clip"} <= {
+        path.relative_to(folders.MINIATURE).parts[0] for path in files
+    }
+
+
+def test_its_unet_has_the_shape_of_stable_diffusion_1():
+    config = folders.load_unet(folders.MINIATURE).config
+    assert config == UNET
+    assert config.down_block_types == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    assert config.mid_block_type == "UNetMidBlock2DCrossAttn" and set(config.layers_per_block) == {2}
+
+
+def test_its_schedule_is_stable_diffusions():
+    schedule = folders.load_schedule(folders.MINIATURE)
+    assert (schedule.beta_schedule, schedule.prediction_type) == ("scaled_linear", "epsilon")
+    assert not schedule.rescale_betas_zero_snr
+
+
+def test_diffusers_loads_it_and_draws_the_same_picture(pipe):
+    theirs = StableDiffusionPipeline.from_pretrained(folders.MINIATURE, torch_dtype=torch.float32)
+    assert isinstance(theirs.scheduler, DDIMScheduler)
+    theirs.set_progress_bar_config(disable=True)
+    captions = ["a large red circle on a striped grey background", "a blue square above a small yellow star"]
+    noise = initial_noise(3, range(2), (4, 16, 16))
+    ours = pipe(captions, steps=25, guidance=7.5, latents=noise)
+    out = theirs(captions, num_inference_steps=25, guidance_scale=7.5, latents=noise, output_type="np").images
+    for mine, other in zip(ours, out, strict=True):
+        assert np.abs(np.asarray(mine, float) - 255 * other).max() <= 2.0
+
+
+def test_the_vae_keeps_what_a_caption_says():
+    result = evaluate_vae(folders.load_vae(folders.MINIATURE), 200)
+    assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["judged_right"] >= 0.96, result
+
+
+def test_latents_have_unit_variance_in_every_channel(pipe):
+    pictures = [Scenes("test")[i][0] for i in range(64)]
+    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.to_latents(pixels, torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.15)
+
+
+def test_clip_finds_the_caption_of_a_picture():
+    clip, tokenizer = folders.load_clip(folders.MINIATURE), folders.load_tokenizer(folders.MINIATURE)
+    assert retrieval(clip, tokenizer, rounds=3) >= RETRIEVAL
+
+
+def test_its_text_encoder_is_its_clips():
+    clip, encoder = folders.load_clip(folders.MINIATURE), folders.load_text_encoder(folders.MINIATURE)
+    for name, tensor in encoder.text_model.state_dict().items():
+        assert torch.equal(tensor, clip.text_model.state_dict()[name])
+
+
+def test_it_draws_what_captions_say(pipe):
+    captions = [Scenes("test").caption(i) for i in range(48)]
+    result = score(pipe(captions, steps=25, guidance=7.5, seed=0, batch_size=24), captions)
+    assert result["all"] >= ALL_RIGHT, result
+
+
+def test_a_caption_fits_into_the_text_encoder(pipe):
+    tokenizer = pipe.tokenizers[0]
+    lengths = [len(tokenizer.encode(Scenes(split).caption(i))) for split in ("train", "test") for i in range(500)]
+    assert max(lengths) <= tokenizer.max_length - 2
+
+
+def test_it_is_package_data():
+    assert Path(minidistill.__file__).parent == folders.MINIATURE.parent
