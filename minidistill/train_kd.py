@@ -56,11 +56,11 @@ class Config:
     teacher: str = option("miniature", "SOURCE of the teacher: a model folder in the diffusers layout, or miniature")
     recipe: str = option("bk-tiny", "which blocks go, and how the losses are weighed", choices=tuple(RECIPES))
     remove: tuple[str, ...] | None = option(
-        None, "blocks to remove instead of the recipe's: down.1.1,up.2.1,mid,stage.3"
+        None, "blocks to remove, as in down.1.1,up.2.1,mid,stage.3; none takes the recipe's"
     )
-    pairing: str | None = option(None, "features to compare; none takes the recipe's", choices=PAIRINGS)
+    pairing: str | None = option(None, "which features to compare; none takes the recipe's", choices=PAIRINGS)
     loss_weights: tuple[float, ...] | None = option(
-        None, "of task, output, feature; none takes the recipe's", minimum=0
+        None, "three weights, of the losses task,output,feature; none takes the recipe's", minimum=0
     )
     copy_weights: bool = option(True, "start from the teacher's weights, not from random ones")
     data: str = option("scenes", "scenes, or a folder of images with captions")
@@ -98,15 +98,14 @@ def main(config: Config) -> None:
     """Distil, as the configuration says; everything is checked before the first file is written."""
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
-    recipe = RECIPES[config.recipe]
-    weights = dict(zip(LOSSES, config.loss_weights or recipe.loss_weights, strict=False))
-    if len(weights) != len(LOSSES) or not any(weights.values()):
-        raise InputError("--loss-weights takes three numbers, task,output,feature, not all of them zero")
-
+    check_numbers(config)
     pipe = load_pipeline(config.teacher, device)
+    check_weights(pipe, config.teacher)
+    config = resolve(config, pipe)
+    weights = dict(zip(LOSSES, config.loss_weights, strict=True))
     teacher = pipe.unet.eval().requires_grad_(False)
-    removal = plan_removal(teacher.config, config.remove or recipe.remove)
-    pairs = feature_pairs(removal, config.pairing or recipe.pairing)
+    removal = plan(config, pipe)
+    pairs = feature_pairs(removal, config.pairing)
     torch.manual_seed(config.seed)  # decides a student's weights that are not copied
     student = build_student(removal, teacher if config.copy_weights else None, device)
     student.gradient_checkpointing = config.gradient_checkpointing
@@ -116,8 +115,10 @@ def main(config: Config) -> None:
     ema = EMA(student, config.ema_decay)
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     run = RunFolder.open(config.out, dataclasses.asdict(config), config.resume)
-    describe(pipe, removal)
+    describe(config, pipe, removal)
     start = run.restore(parts)
+    if start > config.steps:
+        raise InputError(f"--steps {config.steps}: the run in {config.out} has done {start} steps already")
 
     batches = Batches(
         data, pipe, batch_size=config.batch_size, seed=config.seed, caption_dropout=config.caption_dropout
@@ -151,6 +152,8 @@ def main(config: Config) -> None:
 
             lr = lr_at(step, config.learning_rate, config.warmup, config.steps, config.lr_schedule)
             norm = optimizer_step(student, optimizer, precision.scaler, lr, config.max_grad_norm)
+            if not precision.scaler.is_enabled():  # which skips such a step; without it the weights are lost now
+                check_finite(norm, step + 1, t)
             ema.update()
             log.end_step(step + 1, lr=lr, grad_norm=norm)
 
@@ -170,26 +173,72 @@ def main(config: Config) -> None:
     print(f"student   {run.path / 'student'}\npictures  {comparison.strip()}\ncurves    {run.curves}")
 
 
-def open_data(config: Config, pipe: Pipeline) -> Captioned:
-    """The training pictures. Scenes are 64x64; a folder's are cropped to --resolution or the teacher's own."""
+def check_numbers(config: Config) -> None:
+    """Refuse numbers that no flag's minimum can."""
+    if config.loss_weights is not None and (len(config.loss_weights) != len(LOSSES) or not any(config.loss_weights)):
+        raise InputError("--loss-weights takes three numbers, task,output,feature, not all of them zero")
+    if config.ema_decay >= 1:
+        raise InputError(f"--ema-decay must be below 1, not {config.ema_decay:g}: the average would never move")
+    if config.caption_dropout > 1:
+        raise InputError(f"--caption-dropout is a share of the samples, 0 to 1, not {config.caption_dropout:g}")
+
+
+def check_weights(pipe: Pipeline, source: str) -> None:
+    """Refuse a teacher with nan or infinity among its weights, and name the first."""
+    for part, network in (("unet", pipe.unet), ("vae", pipe.vae), ("text_encoder", pipe.text_encoders[0])):
+        for name, weight in network.named_parameters():
+            if not weight.isfinite().all():
+                raise InputError(f"{source}: {part}/ {name} is not finite; download or save this model again")
+
+
+def resolve(config: Config, pipe: Pipeline) -> Config:
+    """Settings left open take the recipe's or the teacher's values, so that the run folder records what was done."""
+    recipe, factor = RECIPES[config.recipe], pipe.vae.config.downscale
+    if config.resolution is None and pipe.unet.config.sample_size is None:
+        raise InputError(f"{config.teacher}: unet/config.json names no sample_size: give --resolution in pixels")
     resolution = config.resolution or pipe.trained_size()[0]
+    if resolution % factor:
+        raise InputError(f"--resolution must be a multiple of {factor} for this teacher, not {resolution}")
+    return dataclasses.replace(
+        config,
+        remove=recipe.remove if config.remove is None else config.remove,
+        pairing=config.pairing or recipe.pairing,
+        loss_weights=config.loss_weights or recipe.loss_weights,
+        resolution=resolution,
+    )
+
+
+def plan(config: Config, pipe: Pipeline) -> Removal:
+    """What --recipe or --remove means for this teacher."""
+    if not config.remove:
+        raise InputError("--remove names no block; none takes the recipe's")
+    try:
+        return plan_removal(pipe.unet.config, config.remove)
+    except InputError as error:
+        is_recipe = config.remove == RECIPES[config.recipe].remove
+        flag = f"--recipe {config.recipe}" if is_recipe else f"--remove {','.join(config.remove)}"
+        hint = "; --remove takes a list of your own" if is_recipe else ""
+        raise InputError(f"{flag} does not fit {config.teacher}: {error}{hint}") from error
+
+
+def open_data(config: Config, pipe: Pipeline) -> Captioned:
+    """The training pictures: scenes, which have one size, or a folder's, cropped to a square and resized."""
     if config.data == "scenes":
-        if resolution != SIDE:
+        if config.resolution != SIDE:
             raise InputError(
-                f"scenes are {SIDE}x{SIDE} pictures and this teacher reads {resolution}x{resolution}: "
-                f"give --data a folder of images, or --resolution {SIDE} to train at that size all the same"
+                f"scenes are {SIDE}x{SIDE} pictures, not {config.resolution}x{config.resolution} (this teacher was "
+                f"trained at {pipe.unet.config.sample_size}): give --data a folder of images, or --resolution {SIDE}"
             )
         return Scenes("train", length=config.pictures)
-    folder = ImageFolder(config.data, resolution)
+    folder = ImageFolder(config.data, config.resolution)
     print(folder.report.summary())
     return folder
 
 
-def describe(pipe: Pipeline, removal: Removal) -> None:
-    """Print what goes away, and what that saves at the size the teacher was trained at."""
-    factor = pipe.vae.config.downscale
-    height, width = (side // factor for side in pipe.trained_size())
-    print(format_table(removal_rows(removal, height, width, pipe.tokenizers[0].max_length)) + "\n", flush=True)
+def describe(config: Config, pipe: Pipeline, removal: Removal) -> None:
+    """Print what goes away, and what that saves at the size of the training pictures."""
+    side = config.resolution // pipe.vae.config.downscale
+    print(format_table(removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n", flush=True)
 
 
 if __name__ == "__main__":

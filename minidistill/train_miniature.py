@@ -206,7 +206,7 @@ def train_vae(config: Config, run: RunFolder) -> None:
                     run.save(step + 1, parts)
 
     with ema.swap():
-        standardise(vae, to_pixels([data[i][0] for i in range(512)]).to(device))
+        whiten(vae, to_pixels([data[i][0] for i in range(512)]).to(device))
         folders.save_vae(Path(config.out) / "pipeline", vae.half())
     result = evaluate_vae(folders.load_vae(Path(config.out) / "pipeline"), 1000)
     print(f"reconstruction: {', '.join(f'{k} {v:.4g}' for k, v in result.items())} -> {config.out}/pipeline/vae")
@@ -219,24 +219,28 @@ def near_colour(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, x: Tensor) -> None:
-    """Give every latent channel mean 0 and, times `scaling_factor`, variance 1 over pictures x (N, 3, H, W).
+def whiten(vae: AutoencoderKL, x: Tensor) -> None:
+    """Make the latents of pictures x (N, 3, H, W), times `scaling_factor`, uncorrelated with mean 0 and variance 1.
 
-    Trained freely, one channel may vary twenty times as much as another, and at one noise level one is buried while the
-    other is plain. The 1x1 convolutions on either side of the latents absorb the change: the VAE stays the same map.
+    Trained freely, three of the four channels nearly repeat each other, and the colours are in their small differences:
+    noise buries those long before the rest. The 1x1 convolutions on either side of the latents absorb a change of basis
+    z' = W (z - mean), W = cov^(-1/2), so that encoding and decoding stay the same map. The posterior's deviation, tiny
+    here, becomes its mean in the new basis.
     """
     encoded = [vae.encode(part) for part in x.split(64)]
-    latents = torch.cat([mean for mean, _ in encoded])
-    noise = torch.cat([posterior_std(logvar) for _, logvar in encoded]).square().mean((0, 2, 3))
-    mean = latents.mean((0, 2, 3))
-    scale = 1 / ((latents.var((0, 2, 3)) + noise).sqrt() * vae.config.scaling_factor)  # variance of what is sampled
-    channels = len(mean)
-    encode, decode = vae.quant_conv, vae.post_quant_conv
-    decode.bias += decode.weight[:, :, 0, 0] @ mean  # z = z' / scale + mean
-    decode.weight /= scale[None, :, None, None]
-    encode.weight[:channels] *= scale[:, None, None, None]
-    encode.bias[:channels] = (encode.bias[:channels] - mean) * scale
-    encode.bias[channels:] += 2 * scale.log()  # of the log-variances
+    z = torch.cat([mean for mean, _ in encoded]).transpose(0, 1).flatten(1).double()  # (N, 4, h, w) -> (4, N*h*w)
+    noise = torch.cat([logvar for _, logvar in encoded]).exp().mean((0, 2, 3)).double()
+    mean = z.mean(1)
+    values, vectors = torch.linalg.eigh(torch.cov(z))
+    whitening = vectors @ (values**-0.5 / vae.config.scaling_factor).diag() @ vectors.T
+    encode, decode, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    into, out_of = encode.weight[:channels, :, 0, 0].double(), decode.weight[:, :, 0, 0].double()
+    decode.bias += out_of @ mean
+    decode.weight.copy_((out_of @ whitening.inverse())[..., None, None])
+    encode.weight[:channels] = (whitening @ into)[..., None, None].float()
+    encode.bias[:channels] = (whitening @ (encode.bias[:channels].double() - mean)).float()
+    encode.weight[channels:] = 0
+    encode.bias[channels:] = (whitening.square() @ noise).log().float()
 
 
 # ------------------------------------------------------------------------------------------------------ U-Net

@@ -1,0 +1,117 @@
+"""What several test files need: a tiny Stable Diffusion 1.x with all four stages, and a folder of captioned images."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from minidistill.models.tokenizer import train_bpe
+
+CAPTIONS = [
+    "a red circle on a blue ground",
+    "two green squares above a ring",
+    "a ring",
+    "a small blue square",
+    "three red rings",
+    "a circle below a green square",
+    "a blue ground",
+    "two red squares",
+    "a green ring on a red ground",
+    "a red ring above two circles",
+]
+TOKENS = 16
+
+
+def save_tiny_sd1(folder, stages: int = 4, layers: int = 2, side: int = 32) -> None:
+    """Save, by diffusers, a pipeline with SD 1.x's architecture and seeded random weights, some 200 k parameters.
+
+    side: of its pictures in pixels; the latents' is a quarter of that.
+    """
+    torch.manual_seed(0)
+    ours = train_bpe(CAPTIONS, vocab_size=600, max_length=TOKENS)
+    ours.save(folder / "tokenizer")
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=ours.vocab_size,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=side // 4,
+        block_out_channels=(8, 16, 24, 24)[:stages],
+        down_block_types=(*("CrossAttnDownBlock2D",) * (stages - 1), "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (stages - 1)),
+        layers_per_block=layers,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_head_dim=2,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=side,
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def save_pictures(folder, captions_in: str = "jsonl") -> None:
+    """Ten images of several sizes and formats, captions in metadata.jsonl, metadata.csv or .txt files ("txt")."""
+    folder.mkdir(parents=True)
+    numbers = np.random.default_rng(0)
+    names = [f"{i}.{'jpg' if i % 2 else 'png'}" for i in range(len(CAPTIONS))]
+    for i, (name, caption) in enumerate(zip(names, CAPTIONS, strict=True)):
+        pixels = numbers.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40 + i, 36), Image.Resampling.NEAREST).save(folder / name)
+        if captions_in == "txt":
+            (folder / f"{i}.txt").write_text(caption + "\n")
+    rows = zip(names, CAPTIONS, strict=True)
+    if captions_in == "jsonl":
+        lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in rows]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    if captions_in == "csv":
+        (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{n},{c}\n" for n, c in rows))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory):
+    """A pipeline folder, as diffusers saves it; not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny-sd1")
+    save_tiny_sd1(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A data folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    save_pictures(folder)
+    return folder
