@@ -109,7 +109,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)  # decides a student's weights that are not copied
     student = build_student(removal, teacher if config.copy_weights else None, device)
     student.gradient_checkpointing = config.gradient_checkpointing
-    data = open_data(config, pipe)
+    data = open_data(config)
 
     optimizer = adamw(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     ema = EMA(student, config.ema_decay)
@@ -143,16 +143,18 @@ def main(config: Config) -> None:
                     "output": kd.output_loss(student_out, teacher_out),
                     "feature": kd.feature_loss(student_features, teacher_features, pairs),
                 }
-                if step == start and k == 0:
-                    kd.check_gradients(losses, student, teacher)
                 per_sample = sum(weights[name] * loss for name, loss in losses.items())  # (B,)
                 check_finite(per_sample, step + 1, t)
-                precision.scaler.scale(per_sample.mean() / config.accumulate).backward()
+                # No autocast in backward, but its choice of attention: what is recomputed must be computed as before.
+                with precision.autocast, torch.autocast(device.type, enabled=False):
+                    if step == start and k == 0:
+                        kd.check_gradients(losses, student, teacher)
+                    precision.scaler.scale(per_sample.mean() / config.accumulate).backward()
                 log.add({"loss": per_sample.mean(), **{n: v.mean() for n, v in losses.items()}}, per_sample, t)
 
             lr = lr_at(step, config.learning_rate, config.warmup, config.steps, config.lr_schedule)
             norm = optimizer_step(student, optimizer, precision.scaler, lr, config.max_grad_norm)
-            if not precision.scaler.is_enabled():  # which skips such a step; without it the weights are lost now
+            if not precision.scaler.is_enabled():  # it would have skipped this step; so the weights are lost
                 check_finite(norm, step + 1, t)
             ema.update()
             log.end_step(step + 1, lr=lr, grad_norm=norm)
@@ -221,13 +223,14 @@ def plan(config: Config, pipe: Pipeline) -> Removal:
         raise InputError(f"{flag} does not fit {config.teacher}: {error}{hint}") from error
 
 
-def open_data(config: Config, pipe: Pipeline) -> Captioned:
+def open_data(config: Config) -> Captioned:
     """The training pictures: scenes, which have one size, or a folder's, cropped to a square and resized."""
     if config.data == "scenes":
         if config.resolution != SIDE:
             raise InputError(
-                f"scenes are {SIDE}x{SIDE} pictures, not {config.resolution}x{config.resolution} (this teacher was "
-                f"trained at {pipe.unet.config.sample_size}): give --data a folder of images, or --resolution {SIDE}"
+                f"scenes are {SIDE}x{SIDE} pictures and this run would train at {config.resolution}x"
+                f"{config.resolution}, the teacher's own size if --resolution is not given: give --data a folder of "
+                f"images, or --resolution {SIDE}"
             )
         return Scenes("train", length=config.pictures)
     folder = ImageFolder(config.data, config.resolution)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from minidistill.data.scenes import Scenes
 from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar
+from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.metrics.scene_judge import score
@@ -80,9 +81,9 @@ UNET = UNetConfig(
 class Config:
     part: str = option("all", "which network to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "folder of the runs; the result is in OUT/pipeline")
-    start: str | None = option(None, "a SOURCE to take the weights to start from, for the parts that are trained")
+    start: str | None = option(None, "SOURCE whose U-Net to go on from; none starts from nothing")
     steps: int | None = option(
-        None, "optimizer steps; none takes the part's own: clip 1600, vae 2600, unet 30000", minimum=1
+        None, "optimizer steps; none takes the part's own: clip 2400, vae 5000, unet 30000", minimum=1
     )
     batch_size: int | None = option(
         None, "samples a step; none takes the part's own: clip 128, vae 16, unet 48", minimum=1
@@ -92,6 +93,7 @@ class Config:
     seed: int = option(0, "decides everything random")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("bf16", "of the forward pass", choices=("fp32", "bf16", "fp16"))
+    judged: int = option(1000, "held-out scenes to measure the CLIP and the VAE on at the end", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)
     sample_every: int = option(2000, "steps between the U-Net's strips and scores", minimum=1)
     checkpoint_every: int = option(500, "steps between checkpoints", minimum=1)
@@ -99,8 +101,8 @@ class Config:
 
 
 DEFAULTS = {
-    "clip": {"steps": 1600, "batch_size": 128, "learning_rate": 1e-3},
-    "vae": {"steps": 2600, "batch_size": 16, "learning_rate": 1.5e-3},
+    "clip": {"steps": 2400, "batch_size": 128, "learning_rate": 1e-3},
+    "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
     "unet": {"steps": 30_000, "batch_size": 48, "learning_rate": 1e-3},
 }
 
@@ -108,7 +110,10 @@ DEFAULTS = {
 def main(config: Config) -> None:
     """Train the parts asked for, in their order."""
     train = {"clip": train_clip, "vae": train_vae, "unet": train_unet}
-    for part in train if config.part == "all" else (config.part,):
+    chosen = tuple(train) if config.part == "all" else (config.part,)
+    if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
+        raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
+    for part in chosen:
         own = {name: value for name, value in DEFAULTS[part].items() if getattr(config, name) is None}
         part_config = replace(config, part=part, **own)
         folder = Path(config.out) / part
@@ -133,7 +138,7 @@ def train_clip(config: Config, run: RunFolder) -> None:
     parts = {"clip": clip, "optimizer": optimizer, "scaler": precision.scaler}
     start = run.restore(parts)
 
-    data = Scenes("train", length=config.steps * config.batch_size)  # no picture twice
+    data = Scenes("train", length=10**9)  # no picture twice
     labels = torch.arange(config.batch_size, device=device)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
@@ -160,7 +165,9 @@ def train_clip(config: Config, run: RunFolder) -> None:
     folders.save_tokenizer(pipeline, tokenizer)
     folders.save_text_encoder(pipeline, text_encoder.half())
     folders.save_clip(pipeline, clip.half())
-    print(f"retrieval among 100 captions: {retrieval(clip.float(), tokenizer):.1%} -> {pipeline}")
+    print(
+        f"retrieval among 100 captions: {retrieval(clip.float(), tokenizer, max(1, config.judged // 100)):.1%} -> {pipeline}"
+    )
 
 
 def trim(ids: Tensor, eos: int) -> Tensor:
@@ -182,7 +189,7 @@ def train_vae(config: Config, run: RunFolder) -> None:
     parts = {"vae": vae, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
 
-    data = Scenes("train", length=config.steps * config.batch_size)
+    data = Scenes("train", length=10**9)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
             pictures = [data[step * config.batch_size + i][0] for i in range(config.batch_size)]
@@ -208,7 +215,7 @@ def train_vae(config: Config, run: RunFolder) -> None:
     with ema.swap():
         whiten(vae, to_pixels([data[i][0] for i in range(512)]).to(device))
         folders.save_vae(Path(config.out) / "pipeline", vae.half())
-    result = evaluate_vae(folders.load_vae(Path(config.out) / "pipeline"), 1000)
+    result = evaluate_vae(folders.load_vae(Path(config.out) / "pipeline"), config.judged)
     print(f"reconstruction: {', '.join(f'{k} {v:.4g}' for k, v in result.items())} -> {config.out}/pipeline/vae")
 
 

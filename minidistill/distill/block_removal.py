@@ -72,6 +72,7 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
     Raises InputError naming the entry that does not exist or does not fit, and what would.
     """
     stages = len(teacher.block_out_channels)
+    numbers = [str(i) for i in range(stages)]
     down = [list(range(n)) for n in teacher.layers_per_block]
     up = [list(range(n + 1)) for n in teacher.layers_per_block[::-1]]
     has_mid = teacher.mid_block_type is not None
@@ -81,18 +82,21 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
         match entry.split("."):
             case ["mid"] if has_mid:
                 has_mid = False
-            case ["stage", i] if i.isdecimal() and int(i) < stages:
+            case ["stage", i] if i in numbers:
                 lost = max(lost, stages - int(i))
-            case [("down" | "up") as side, i, j] if i.isdecimal() and j.isdecimal() and int(i) < stages:
+            case [("down" | "up") as side, i, j] if i in numbers:
                 kept = (down if side == "down" else up)[int(i)]
-                if int(j) not in kept:
+                if j not in map(str, kept):
                     raise InputError(_no_such(entry, teacher))
                 kept.remove(int(j))
             case _:
                 raise InputError(_no_such(entry, teacher))
     gone = sorted({int(e.split(".")[1]) for e in removed if e.startswith("stage.")})
-    if (gone and gone != list(range(stages - len(gone), stages))) or lost == stages:
-        raise InputError(f"only the innermost stages can go: stage.{stages - 1} before stage.{stages - 2}")
+    if gone and (gone[0] == 0 or gone != list(range(gone[0], stages))):
+        raise InputError(
+            f"stage.{gone[0]} cannot go like this: stages go from the innermost outwards, stage.{stages - 1} first, "
+            f"and stage.0 stays"
+        )
 
     down, up = down[: stages - lost], up[lost:]
     for i, (kept_down, kept_up) in enumerate(zip(down, up[::-1], strict=True)):
@@ -140,7 +144,7 @@ def _no_such(entry: str, teacher: UNetConfig) -> str:
 
 
 def _check_shapes(removal: Removal) -> None:
-    """Every student weight must get a teacher weight of its shape."""
+    """Every student weight must get a teacher weight of its shape, and a mid block that stays all of its own."""
     with torch.device("meta"):
         teacher, student = UNet(removal.teacher).state_dict(), UNet(removal.student).state_dict()
     for name, source in weight_map(removal, student).items():
@@ -148,9 +152,15 @@ def _check_shapes(removal: Removal) -> None:
             found = tuple(teacher[source].shape) if source in teacher else "nothing"
             raise InputError(
                 f"removing {','.join(removal.removed)} does not fit together: {name} needs "
-                f"{tuple(student[name].shape)}, the teacher's {source} is {found}; keep the first and the last layer "
-                "of every up stage"
+                f"{tuple(student[name].shape)}, the teacher's {source} is {found}; keep the first layer of a down "
+                "stage, the first and the last of an up stage, and a stage of other width than the one before it"
             )
+    # A config has no heads and depth for the mid block: it takes those of the innermost stage and its first layer.
+    mids = [(c.attention_head_dim[-1], c.transformer_depths()[1]) for c in (removal.teacher, removal.student)]
+    if removal.student.mid_block_type == "UNetMidBlock2DCrossAttn" and mids[0] != mids[1]:
+        raise InputError(
+            f"removing {','.join(removal.removed)} would change the heads or the depth of the mid block: remove mid too"
+        )
 
 
 def weight_map(removal: Removal, student_names: Sequence[str] | Mapping[str, Tensor]) -> dict[str, str]:
@@ -225,6 +235,7 @@ def removal_rows(removal: Removal, height: int, width: int, tokens: int = 77) ->
     left = [parameters[""], macs[""]]
     for entry in sorted(removal.removed, key=lambda e: ("down", "up", "mid", "stage").index(e.split(".")[0])):
         modules = [m for m in _modules(entry, removal.teacher) if m in parameters]
+        modules = [m for m in modules if not m.startswith(tuple(f"{c}." for c in counted))]
         inside = [c for c in counted if c.startswith(tuple(f"{m}." for m in modules))]
         spent = [
             sum(cost.get(m, 0) for m in modules) - sum(cost.get(c, 0) for c in inside) for cost in (parameters, macs)
@@ -232,6 +243,10 @@ def removal_rows(removal: Removal, height: int, width: int, tokens: int = 77) ->
         counted += modules
         left = [a - b for a, b in zip(left, spent, strict=True)]
         rows.append((entry, *map(format_count, spent)))
+    if removal.lost and removal.student.mid_block_type:
+        more = macs_by_module(removal.student, height, width, tokens)["mid_block"] - macs["mid_block"]
+        left[1] += more
+        rows.append(("(mid on more pixels)", "0", format_count(-more)))
     rows.append(("teacher", format_count(parameters[""]), format_count(macs[""])))
     rows.append(("student", *map(format_count, left)))
     change = [100 * (b / a - 1) for a, b in zip((parameters[""], macs[""]), left, strict=True)]

@@ -38,9 +38,10 @@ def output_loss(student_out: Tensor, teacher_out: Tensor) -> Tensor:
 def feature_loss(student: Features, teacher: Features, pairs: Sequence[tuple[str, str]]) -> Tensor:
     """Feature distillation, summed over (teacher feature, student feature) pairs -> (B,).
 
-    ValueError names a pair that is absent or of two shapes.
+    ValueError names a pair that is absent or of two shapes, RuntimeError one that alone is cut off from the student.
     """
     total: Tensor | None = None
+    trained = any(student[name].requires_grad for _, name in pairs if name in student)
     for teacher_name, student_name in pairs:
         if teacher_name not in teacher or student_name not in student:
             raise ValueError(f"no features teacher {teacher_name!r} and student {student_name!r} to compare")
@@ -49,6 +50,8 @@ def feature_loss(student: Features, teacher: Features, pairs: Sequence[tuple[str
             raise ValueError(
                 f"teacher {teacher_name} is {tuple(f_teacher.shape)}, student {student_name} {tuple(f_student.shape)}"
             )
+        if trained and not f_student.requires_grad:
+            raise RuntimeError(f"student {student_name} is cut off from the student: a constant, not learned from")
         loss = mean_square(f_student, f_teacher)
         total = loss if total is None else total + loss
     if total is None:
@@ -60,7 +63,8 @@ def check_gradients(losses: Mapping[str, Tensor], student: nn.Module, teacher: n
     """RuntimeError unless every loss moves the student and none can move the teacher.
 
     BK-SDM's released recipe for Tiny logs a feature term that is cut off from the student (its hook sits inside a
-    reentrant checkpoint); such a constant is not to be trained on unnoticed. Keeps the graph.
+    reentrant checkpoint); such a constant is not to be trained on unnoticed. A single pair of the feature loss is
+    looked after by `feature_loss`. Keeps the graph.
     """
     if any(p.requires_grad for p in teacher.parameters()):
         raise RuntimeError("the teacher's parameters require gradients: freeze it")

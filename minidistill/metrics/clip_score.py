@@ -26,9 +26,9 @@ def clip_pixels(pictures: Sequence[Image.Image], size: int = 64) -> Tensor:
     """
     rows = []
     for picture in pictures:
-        scale = size / min(picture.size)
-        if scale != 1:
-            shape = [max(size, round(side * scale)) for side in picture.size]
+        short = min(picture.size)
+        if short != size:
+            shape = [side * size // short for side in picture.size]  # rounded down, as in OpenAI's code
             picture = picture.resize(shape, Image.Resampling.BICUBIC)  # noqa: PLW2901
         left, top = ((side - size) // 2 for side in picture.size)
         rows.append(np.asarray(picture.crop((left, top, left + size, top + size)), np.float32) / 255)

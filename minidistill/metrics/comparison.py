@@ -14,6 +14,7 @@ from minidistill.data.scenes import Scenes
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar
 from minidistill.distill.block_removal import format_count
 from minidistill.distill.kd import output_loss
+from minidistill.errors import InputError
 from minidistill.metrics.scene_judge import score
 from minidistill.models.unet import UNet, count_macs
 from minidistill.pipeline import Pipeline
@@ -35,24 +36,27 @@ class Comparison:
         self.run, self.teacher, self.batches, self.judged = run, copy.copy(teacher), batches, judged
         self.student = copy.copy(teacher)
         self.student.unet = student
-        data = Scenes("test") if judged else None
-        self.captions = [data.caption(i) for i in range(SHOWN)] if data else batches[-1].captions[:SHOWN]
-        self.rows: dict[str, list[Image.Image]] = {}
+        self.width, self.height = batches.data[0][0].size  # of the training pictures
+        shown = Scenes("test") if judged else batches.data
+        self.captions = [shown[i][1] for i in range(min(SHOWN, len(shown)))]
+        self.teacher_row: list[Image.Image] = []
         self.file = run.path / "results.json"
         self.results = read_json(self.file) if self.file.exists() else {}
 
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png, the teacher's pictures above the student's."""
-        if "teacher" not in self.rows:
-            self.rows["teacher"] = self._pictures(self.teacher, self.captions)
-        name = "before" if step == 0 else "student"
-        self.rows[name] = self._pictures(self.student, self.captions)
+        self.teacher_row = self.teacher_row or self._pictures(self.teacher, self.captions)
+        try:
+            row = self._pictures(self.student, self.captions)
+        except InputError as error:
+            hint = "if it did before, start again with a lower --learning-rate"
+            raise InputError(f"the student of step {step} makes no pictures: {error}; {hint}") from error
         path = self.run.samples / f"step-{step:06d}.png"
-        save_strip(path, [self.rows["teacher"], self.rows[name]], self.captions, ["teacher", f"student, step {step}"])
+        save_strip(path, [self.teacher_row, row], self.captions, ["teacher", f"student, step {step}"])
 
     def strip(self) -> Path:
         """The last strip written."""
-        return max(self.run.samples.glob("step-*.png"))
+        return max(self.run.samples.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
 
     def measure(self, name: str) -> None:
         """Measure the student under `name`, and the teacher if it is not yet; kept in results.json."""
@@ -78,7 +82,8 @@ class Comparison:
         return format_table(rows)
 
     def _pictures(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
-        return pipe(captions, steps=STEPS, guidance=GUIDANCE, seed=SEED, batch_size=16)
+        size = {"height": self.height, "width": self.width}
+        return pipe(captions, steps=STEPS, guidance=GUIDANCE, seed=SEED, batch_size=16, **size)
 
     def _measure(self, pipe: Pipeline) -> dict:
         batch = self.batches[-1]  # a batch that no run trains on

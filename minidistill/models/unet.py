@@ -7,7 +7,7 @@ State-dict names are diffusers', so official weights load as they are. The netwo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -435,6 +435,7 @@ def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77
 
 def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
     """{"Global" | "UNet" | "UNet.<module>": counts}, on the meta device: no weights, no arithmetic."""
+    config = replace(config, upcast_attention=False)  # costs no MACs, and meta has no autocast
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         added_cond = None
         if config.addition_embed_type is not None:

@@ -1,0 +1,340 @@
+"""The losses of BK-SDM and the step they cause, against a computation by hand from the paper's formulas.
+
+By hand means: features caught by forward hooks on diffusers' U-Nets where the original code has its hooks, squared and
+averaged by numpy in float64; and AdamW written out. Also that every single feature pair teaches the student, with and
+without activation checkpointing, which the original recipe for BK-Tiny fails to do.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from minidistill.distill import kd
+from minidistill.distill.block_removal import PAIRINGS, RECIPES, build_student, feature_pairs, plan_removal
+from minidistill.models.unet import SD15, SD21, UNet
+from minidistill.training.optim import adamw, get_precision, optimizer_step
+
+TINY = {
+    "sd15": replace(
+        SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
+    ),
+    "sd21": replace(
+        SD21,
+        block_out_channels=(16, 32, 48, 48),
+        norm_num_groups=8,
+        cross_attention_dim=20,
+        attention_head_dim=(1, 2, 4, 4),
+    ),
+}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+
+# Where the original codes hook (teacher's module, student's module), read from both repositories.
+BLOCKS = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
+UPS = [("up_blocks.1", "up_blocks.0"), ("up_blocks.2", "up_blocks.1"), ("up_blocks.3", "up_blocks.2")]
+HOOKS = {
+    "bk-base": [(name, name) for name in BLOCKS],
+    "bk-small": [(name, name) for name in BLOCKS],
+    "bk-tiny": [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1", "down_blocks.1"),
+        ("down_blocks.2.attentions.1.proj_out", "down_blocks.2.attentions.0.proj_out"),
+        *UPS,
+    ],
+    "segmind-small": [(name, name) for name in (*BLOCKS[:4], "mid_block", *BLOCKS[4:])],
+    "segmind-tiny": [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1", "down_blocks.1"),
+        ("up_blocks.0", "down_blocks.2"),
+        *UPS,
+    ],
+}
+
+
+def make_nets(recipe: str, family: str = "sd15"):
+    """(teacher, student that has moved away from it, feature pairs of the recipe)."""
+    torch.manual_seed(0)
+    teacher = UNet(TINY[family]).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for p in teacher.parameters():
+        p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    removal = plan_removal(teacher.config, RECIPES[recipe].remove)
+    student = build_student(removal, teacher)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+    return teacher, student, feature_pairs(removal, RECIPES[recipe].pairing)
+
+
+def make_inputs(batch: int = 3):
+    """(x_t, t, context), target."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, 16, 16, generator=generator)
+    context = torch.randn(batch, 7, 20, generator=generator)
+    target = torch.randn(batch, 4, 16, 16, generator=generator)
+    return (x, torch.tensor([3, 400, 999])[:batch], context), target
+
+
+def compute_losses(teacher, student, pairs, inputs, target):
+    """As in train_kd: each loss is (B,)."""
+    with torch.no_grad():
+        teacher_out, teacher_features = teacher(*inputs, return_features=True)
+    student_out, student_features = student(*inputs, return_features=True)
+    return {
+        "task": kd.task_loss(student_out, target),
+        "output": kd.output_loss(student_out, teacher_out),
+        "feature": kd.feature_loss(student_features, teacher_features, pairs),
+    }
+
+
+def run_hooked(unet: UNet, names, inputs):
+    """diffusers' output and what the original's hooks catch, as float64 arrays."""
+    theirs = UNet2DConditionModel.from_config(unet.config.to_dict())
+    theirs.load_state_dict(unet.state_dict())
+    caught = {}
+
+    def keep(name):
+        def hook(_module, _inputs, output):
+            caught[name] = (output[0] if isinstance(output, tuple) else output).double().numpy()
+
+        return hook
+
+    modules = dict(theirs.named_modules())
+    for name in names:
+        modules[name].register_forward_hook(keep(name))
+    with torch.no_grad():
+        out = theirs(*inputs).sample
+    return out.double().numpy(), caught
+
+
+# -------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("family", TINY)
+@every_recipe
+def test_every_loss_and_the_total_are_those_of_the_papers_formulas(recipe, family):
+    teacher, student, pairs = make_nets(recipe, family)
+    inputs, target = make_inputs()
+    losses = compute_losses(teacher, student, pairs, inputs, target)
+    assert all(loss.shape == (3,) and loss.dtype == torch.float32 for loss in losses.values())
+
+    eps_t, f_t = run_hooked(teacher, [name for name, _ in HOOKS[recipe]], inputs)
+    eps_s, f_s = run_hooked(student, [name for _, name in HOOKS[recipe]], inputs)
+    expected = {
+        "task": np.mean((target.double().numpy() - eps_s) ** 2),
+        "output": np.mean((eps_t - eps_s) ** 2),
+        "feature": sum(np.mean((f_t[a] - f_s[b]) ** 2) for a, b in HOOKS[recipe]),
+    }
+    for name, value in expected.items():
+        assert value > 1e-4
+        assert losses[name].mean().item() == pytest.approx(value, rel=1e-4), name
+
+    weights = {"nota": (1, 1, 1), "segmind": (1, 0.5, 0.5)}[RECIPES[recipe].pairing]
+    total = sum(w * loss for w, loss in zip(RECIPES[recipe].loss_weights, losses.values(), strict=True)).mean()
+    by_hand = sum(w * value for w, value in zip(weights, expected.values(), strict=True))
+    assert total.item() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_losses_are_means_over_elements_for_each_sample_and_a_plain_sum_over_pairs():
+    student = {"a": torch.tensor([[1.0, 2.0], [0.0, 0.0]]), "b": torch.tensor([[[3.0]], [[1.0]]])}
+    teacher = {"x": torch.tensor([[0.0, 0.0], [2.0, 0.0]]), "y": torch.tensor([[[1.0]], [[1.0]]])}
+    assert kd.mean_square(student["a"], teacher["x"]).tolist() == [2.5, 2.0]
+    assert kd.feature_loss(student, teacher, [("x", "a"), ("y", "b")]).tolist() == [6.5, 2.0]
+    assert kd.feature_loss(student, teacher, [("y", "b")]).tolist() == [4.0, 0.0]
+
+
+def test_an_equal_student_loses_nothing_but_the_task():
+    teacher, _, _ = make_nets("bk-base")
+    removal = plan_removal(teacher.config, ())
+    inputs, target = make_inputs()
+    for pairing in PAIRINGS:
+        pairs = feature_pairs(removal, pairing)
+        losses = compute_losses(teacher, build_student(removal, teacher), pairs, inputs, target)
+        assert losses["output"].max() == losses["feature"].max() == 0 < losses["task"].min()
+
+
+def test_no_gradient_reaches_the_teachers_side():
+    ours, theirs = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    kd.output_loss(ours, theirs).sum().backward()
+    kd.feature_loss({"a": ours}, {"a": theirs}, [("a", "a")]).sum().backward()
+    assert theirs.grad is None and ours.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_of_scale_1000_are_compared_in_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = ((1e3 * torch.randn(2, 4, 8, 8, generator=generator)).to(dtype) for _ in range(2))
+    a.requires_grad_()
+    assert dtype != torch.float16 or (a - b).square().isinf().any(), "the test must be able to fail"
+    pairs = [("f", "f")] * 9
+    losses = [kd.feature_loss({"f": a}, {"f": b}, pairs), kd.output_loss(a, b), kd.task_loss(a, b)]
+    by_hand = ((a.detach().double() - b.double()) ** 2).flatten(1).mean(1)
+    for loss, times in zip(losses, (9, 1, 1), strict=True):
+        assert loss.dtype == torch.float32 and loss.isfinite().all()
+        torch.testing.assert_close(loss.double(), times * by_hand, rtol=1e-5, atol=0)
+        (gradient,) = torch.autograd.grad(loss.mean(), a)
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+# ------------------------------------------------------------------------------------------------------ one step
+
+
+def adamw_by_hand(p, gradients, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+    """Loshchilov and Hutter's algorithm 2, in float64."""
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for step, g in enumerate(gradients, 1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+        p = p - lr * weight_decay * p - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return p
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("recipe", ["bk-tiny", "segmind-tiny"])
+def test_two_optimizer_steps_are_adamw_on_the_weighted_sum_of_the_three_losses(recipe, max_grad_norm):
+    teacher, student, pairs = make_nets(recipe)
+    inputs, target = make_inputs()
+    lr, (w_task, w_out, w_feat) = 1e-3, RECIPES[recipe].loss_weights
+    start = {name: p.detach().double().numpy().copy() for name, p in student.named_parameters()}
+    optimizer = adamw(student.parameters(), lr)
+    scaler = get_precision("fp32", torch.device("cpu")).scaler
+    history = []
+    for _ in range(2):
+        # The same gradient another way: torch's own losses on the whole batch, and autograd.grad.
+        with torch.no_grad():
+            out_t, f_t = teacher(*inputs, return_features=True)
+        out_s, f_s = student(*inputs, return_features=True)
+        mse = torch.nn.functional.mse_loss
+        by_hand = w_task * mse(out_s, target) + w_out * mse(out_s, out_t)
+        by_hand = by_hand + w_feat * sum(mse(f_s[b], f_t[a]) for a, b in pairs)
+        gradients = [g.double().numpy() for g in torch.autograd.grad(by_hand, list(student.parameters()))]
+        norm = np.sqrt(sum((g**2).sum() for g in gradients))
+        shrink = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / norm)
+        assert max_grad_norm is None or shrink < 1
+        history.append([g * shrink for g in gradients])
+
+        losses = compute_losses(teacher, student, pairs, inputs, target)
+        per_sample = sum(w * loss for w, loss in zip((w_task, w_out, w_feat), losses.values(), strict=True))
+        scaler.scale(per_sample.mean()).backward()
+        measured = optimizer_step(student, optimizer, scaler, lr, max_grad_norm)
+        assert measured.item() == pytest.approx(norm, rel=1e-4)
+
+    for i, (name, p) in enumerate(student.named_parameters()):
+        expected = adamw_by_hand(start[name], [step[i] for step in history], lr)
+        # AdamW normalises: where a gradient is rounding noise, so is its step. Compare where it is not.
+        clear = np.min([np.abs(step[i]) for step in history], axis=0) > 1e-6
+        moved = p.detach().double().numpy() - start[name]
+        np.testing.assert_allclose(moved[clear], (expected - start[name])[clear], rtol=2e-2, atol=2e-6, err_msg=name)
+        assert p.grad is None
+
+
+# ---------------------------------------------------------------------------------------- who learns from what
+
+
+def pair_gradients(recipe, family, checkpointing):
+    """{student feature: gradients of its pair's loss alone}."""
+    teacher, student, pairs = make_nets(recipe, family)
+    student.gradient_checkpointing = checkpointing
+    inputs, _ = make_inputs(2)
+    with torch.no_grad():
+        f_teacher = teacher(*inputs, return_features=True)[1]
+    f_student = student(*inputs, return_features=True)[1]
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    result = {}
+    for pair in pairs:
+        loss = kd.feature_loss(f_student, f_teacher, [pair]).mean()
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        result[pair[1]] = dict(zip(names, gradients, strict=True))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family"), [*((name, "sd15") for name in RECIPES), ("bk-tiny", "sd21"), ("segmind-small", "sd21")]
+)
+def test_every_feature_pair_teaches_and_checkpointing_changes_nothing(recipe, family):
+    plain, saving = (pair_gradients(recipe, family, checkpointing) for checkpointing in (False, True))
+    assert list(plain) == list(saving) and len(plain) == len(HOOKS[recipe])
+    for feature, gradients in plain.items():
+        assert gradients["conv_in.weight"].abs().max() > 0, feature  # it reaches all the way down
+        # and starts right at the feature: in the last layer before it
+        side, *rest = feature.split(".")
+        owner = "mid_block" if side == "mid" else f"{side}_blocks.{rest[0]}"
+        if rest[1:] == ["proj_out"]:
+            owner += ".attentions.0.proj_out"
+        own = [g for name, g in gradients.items() if name.startswith(f"{owner}.")]
+        assert own and all(g is not None and g.abs().max() > 0 for g in own), feature
+        for name, gradient in gradients.items():
+            if gradient is None:
+                assert saving[feature][name] is None
+            else:
+                torch.testing.assert_close(saving[feature][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@every_recipe
+def test_a_sound_run_passes_the_check_and_can_still_go_backward(recipe, checkpointing):
+    teacher, student, pairs = make_nets(recipe)
+    student.gradient_checkpointing = checkpointing
+    losses = compute_losses(teacher, student, pairs, *make_inputs())
+    kd.check_gradients(losses, student, teacher)
+    assert all(p.grad is None for p in student.parameters())
+    sum(losses.values()).mean().backward()
+    assert all(p.grad is not None for p in student.parameters())
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """(losses, student, teacher) that pass the check; not to be changed."""
+    teacher, student, pairs = make_nets("bk-tiny")
+    return compute_losses(teacher, student, pairs, *make_inputs()), student, teacher
+
+
+@pytest.mark.parametrize("name", ["task", "output", "feature"])
+def test_a_loss_cut_off_from_the_student_is_named(sound, name):
+    losses, student, teacher = sound
+    with pytest.raises(RuntimeError, match=f"the {name} loss is cut off from the student"):
+        kd.check_gradients(losses | {name: losses[name].detach()}, student, teacher)
+
+
+@pytest.mark.parametrize("name", ["task", "output", "feature"])
+def test_a_loss_without_gradient_in_the_student_is_named(sound, name):
+    losses, student, teacher = sound
+    elsewhere = torch.ones(3, requires_grad=True)
+    for loss in (losses[name] * 0, elsewhere.square()):
+        with pytest.raises(RuntimeError, match=f"the {name} loss has no gradient in the student"):
+            kd.check_gradients(losses | {name: loss}, student, teacher)
+
+
+def test_an_unfrozen_teacher_is_refused(sound):
+    losses, student, teacher = sound
+    _, unfrozen, _ = make_nets("bk-base")
+    kd.check_gradients(losses, student, teacher)
+    with pytest.raises(RuntimeError, match="freeze it"):
+        kd.check_gradients(losses, student, unfrozen)
+
+
+@pytest.mark.parametrize("recipe", ["bk-tiny", "segmind-small"])
+def test_one_feature_cut_off_from_the_student_is_named_among_others_that_are_not(recipe):
+    teacher, student, pairs = make_nets(recipe)
+    inputs, _ = make_inputs()
+    with torch.no_grad():
+        f_teacher = teacher(*inputs, return_features=True)[1]
+    f_student = student(*inputs, return_features=True)[1]
+    for _, name in pairs:  # as the reentrant checkpoint of the original does to one of the six
+        with pytest.raises(RuntimeError, match=f"student {name} is cut off"):
+            kd.feature_loss(f_student | {name: f_student[name].detach()}, f_teacher, pairs)
+    assert kd.feature_loss({k: f.detach() for k, f in f_student.items()}, f_teacher, pairs).isfinite().all()
+
+
+def test_features_that_do_not_pair_are_named():
+    student, teacher = {"down.0": torch.zeros(1, 2, 4, 4)}, {"down.0": torch.zeros(1, 2, 2, 2), "mid": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"teacher down.0 is \(1, 2, 2, 2\), student down.0 \(1, 2, 4, 4\)"):
+        kd.feature_loss(student, teacher, [("down.0", "down.0")])
+    for pair in (("mid", "mid"), ("up.9", "down.0")):
+        with pytest.raises(ValueError, match=f"teacher '{pair[0]}' and student '{pair[1]}'"):
+            kd.feature_loss(student, teacher, [pair])
+    with pytest.raises(ValueError, match="at least one pair"):
+        kd.feature_loss(student, teacher, [])

@@ -1,0 +1,494 @@
+"""The command train_kd from folders to folders: what a run leaves behind, going on after a kill, what is refused.
+
+A tiny teacher saved by diffusers, with all four stages, is distilled on a folder of ten images. The student must load
+in diffusers; a run killed again and again must end in the very bits of the run that was left alone; bad input must end
+in one line and exit code 2, with nothing written.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS, save_pictures, save_tiny_sd1
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from minidistill import train_kd
+from minidistill.distill.block_removal import RECIPES
+from minidistill.metrics import comparison
+from minidistill.pipeline import load_pipeline
+from minidistill.training.config import run_command
+from minidistill.training.seeds import generator_for
+
+ROOT = Path(__file__).parents[1]
+UNET = "unet/diffusion_pytorch_model.safetensors"
+FLAGS = "--recipe bk-small --steps 4 --batch-size 4 --warmup 0 --log-every 1 --checkpoint-every 2 --sample-every 3"
+RUN = FLAGS.split()
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Leave out what takes most of a tiny run and is looked at elsewhere: counting MACs, sampling in many steps.
+
+    One thread: with more, tiny networks wait for threads most of the time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "STEPS", 2)
+        patch.setattr(comparison, "count_macs", lambda *_: {"conv_linear": 0})
+        patch.setattr(train_kd, "removal_rows", lambda *_: [("removed",), ("",)])
+        yield
+    torch.set_num_threads(threads)
+
+
+def command(*words: object) -> int:
+    """Run the command in this process -> exit code."""
+    with pytest.raises(SystemExit) as info:
+        run_command(train_kd.main, train_kd.Config, train_kd.PRESETS, prog="train_kd", argv=list(map(str, words)))
+    return info.value.code
+
+
+@pytest.fixture
+def train(tiny_sd1, pictures):
+    """train(run folder, *flags) -> exit code."""
+    return lambda run, *flags: command("--teacher", tiny_sd1, "--data", pictures, "--out", run, *RUN, *flags)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_sd1, pictures, tmp_path_factory):
+    """The folder of a run with the flags in RUN and no others; not to be changed."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    assert command("--teacher", tiny_sd1, "--data", pictures, "--out", run, *RUN) == 0
+    return run
+
+
+def checkpoint(run: Path, step: int = 4, part: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, or those of one part ("student", "ema", "optimizer"), by their own names."""
+    tensors = load_file(run / f"checkpoints/step-{step:06d}/state.safetensors")
+    return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items() if name.startswith(part)}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys() and a
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "ms_per_step"} for line in lines]
+
+
+def results(run: Path) -> dict[str, dict]:
+    """results.json without what the clock decides."""
+    content = json.loads((run / "results.json").read_text())
+    return {name: {k: v for k, v in row.items() if k != "ms_per_call"} for name, row in content.items()}
+
+
+# a run, and what it leaves behind
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_sd1, pictures, tmp_path_factory):
+    """(run folder, printed) of a run from the command line."""
+    run = tmp_path_factory.mktemp("runs") / "deep" / "run"
+    words = ["--teacher", tiny_sd1, "--data", pictures, "--out", run, *RUN, "--loss-weights", "1,0.5,0.25"]
+    call = [sys.executable, "-m", "minidistill.train_kd", *map(str, words)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD)
+    assert (done.returncode, done.stderr) == (0, "")
+    return run, done.stdout
+
+
+def test_the_student_loads_in_diffusers_and_samples_the_same_pictures(finished, tiny_sd1):
+    student = finished[0] / "student"
+    oracle = diffusers.StableDiffusionPipeline.from_pretrained(student)
+    oracle.set_progress_bar_config(disable=True)
+    assert oracle.unet.config.layers_per_block in (1, [1, 1, 1, 1]) and oracle.unet.config.mid_block_type is None
+    assert oracle.unet.config.block_out_channels == [8, 16, 24, 24]
+    teacher = diffusers.UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet")
+    assert oracle.unet.num_parameters() < 0.6 * teacher.num_parameters()
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = oracle(CAPTIONS[:2], latents=noise, num_inference_steps=4).images
+    found = load_pipeline(student)(CAPTIONS[:2], latents=noise, steps=4)
+    pairs = [[np.asarray(picture, dtype=int) for picture in pair] for pair in zip(found, expected, strict=True)]
+    assert all(np.abs(a - b).max() <= 2 and b.std() > 1 for a, b in pairs)
+
+
+def test_the_run_folder_holds_what_it_should(finished):
+    run, printed = finished
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+        "results.json",
+        "samples",
+        "student",
+    ]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [f"step-00000{i}.png" for i in (0, 3, 4)]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    for path in (run / "student", run / "samples/step-000004.png", run / "curves.png"):
+        assert str(path) in printed
+    for words in ("10 captioned images", "up.2.1", "student before", "step 0004/0004"):
+        assert words in printed
+    Image.open(run / "curves.png").verify()
+
+
+def test_config_json_has_every_setting_and_nothing_left_open(finished):
+    config = json.loads((finished[0] / "config.json").read_text())
+    assert config.keys() == {field.name for field in fields(train_kd.Config)}
+    assert (config["steps"], config["batch_size"], config["loss_weights"]) == (4, 4, [1, 0.5, 0.25])
+    assert (config["resolution"], config["pairing"]) == (32, "nota")
+    assert config["remove"] == list(RECIPES["bk-small"].remove)
+
+
+def test_metrics_name_every_loss_and_add_up(finished):
+    lines = metrics(finished[0])
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["task"] + 0.5 * line["output"] + 0.25 * line["feature"])
+        assert line["lr"] > 0 and line["grad_norm"] > 0
+        bins = line["loss_by_timestep"]
+        assert set(bins) <= {f"{100 * i}-{100 * i + 99}" for i in range(10)}
+        assert 1 <= len(bins) <= 4 and min(bins.values()) <= line["loss"] <= max(bins.values())
+
+
+def test_results_measure_the_teacher_and_the_student_before_and_after(finished):
+    found = results(finished[0])
+    assert list(found) == ["teacher", "student before", "student after"]
+    teacher, before, after = found.values()
+    assert teacher["distance_to_teacher"] == 0 < after["distance_to_teacher"] < before["distance_to_teacher"]
+    assert 0 < after["parameters"] < teacher["parameters"] and 0 < after["macs"] < teacher["macs"]
+    assert before["parameters"] == sum(t.numel() for t in load_file(finished[0] / "student" / UNET).values())
+
+
+def test_strips_show_the_same_teacher_above_a_student_that_changes(finished):
+    strips = [np.asarray(Image.open(path)) for path in sorted((finished[0] / "samples").iterdir())]
+    left, width, height = 92, comparison.SHOWN * 134, 6 + 128  # see strips.py: the label, the columns, a row
+    assert all(strip.shape[1] == left + width for strip in strips)
+    teachers, students = (
+        [strip[rows, left:] for strip in strips] for rows in (slice(6, height), slice(height + 6, 2 * height))
+    )
+    assert (teachers[0] == teachers[1]).all() and (teachers[0] == teachers[2]).all()
+    assert (students[0] != students[1]).any() and (students[1] != students[2]).any()
+
+
+@pytest.mark.parametrize("kind", ["csv", "txt"])
+def test_captions_from_any_kind_of_file_train_the_same_student(train, finished, tmp_path, kind):
+    save_pictures(tmp_path / "pictures", kind)
+    assert train(tmp_path / "run", "--data", tmp_path / "pictures", "--loss-weights", "1,0.5,0.25") == 0
+    assert largest_difference(checkpoint(tmp_path / "run"), checkpoint(finished[0])) < 1e-6
+
+
+def test_scenes_are_judged(train, tmp_path):
+    assert train(tmp_path / "run", "--data", "scenes", "--resolution", "64", "--pictures", "6", "--judged", "2") == 0
+    judged = [row["judge"] for row in results(tmp_path / "run").values()]
+    assert len(judged) == 3 and all(0 <= judge["all"] <= 1 for judge in judged)
+
+
+# settings that must not change the result, or must
+
+
+def test_two_micro_batches_of_four_are_one_batch_of_eight(train, tmp_path, plain):
+    assert train(tmp_path / "whole", "--batch-size", "8") == 0
+    assert train(tmp_path / "split", "--batch-size", "4", "--accumulate", "2") == 0
+    whole, split = (checkpoint(tmp_path / name, part="student") for name in ("whole", "split"))
+    assert largest_difference(whole, split) < 1e-5
+    assert largest_difference(whole, checkpoint(plain, part="student")) > 1e-3, "a larger batch does change the result"
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "split"), strict=True):
+        assert a.pop("loss_by_timestep") == pytest.approx(b.pop("loss_by_timestep"), rel=1e-4)
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path, precision):
+    flags = ("--precision", precision, "--recipe", "bk-tiny")
+    assert train(tmp_path / "kept", *flags) == 0
+    assert train(tmp_path / "recomputed", *flags, "--gradient-checkpointing") == 0
+    assert largest_difference(checkpoint(tmp_path / "kept"), checkpoint(tmp_path / "recomputed")) < 1e-6
+
+
+def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(train, tmp_path, plain):
+    raw = tmp_path / "raw"
+    assert train(raw, "--ema-decay", "0") == 0
+    for run, part in ((plain, "ema"), (raw, "student"), (raw, "ema")):
+        saved = load_file(run / "student" / UNET)
+        assert largest_difference(saved, checkpoint(run, part=part)) == 0, f"{run.name}: {part}"
+    averaged, own = (checkpoint(plain, part=part) for part in ("ema", "student"))
+    assert largest_difference(averaged, own) > 1e-4
+    assert largest_difference(own, checkpoint(raw, part="student")) == 0
+
+
+# going on
+
+# Runs the command in OUT/whole, and in OUT/killed, where SIGKILL ends it at the given moments: when metrics.jsonl has
+# N lines ("lines N"), when a checkpoint is being written ("writing"), and at the N-th file operation ("file N").
+KILLER = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from minidistill import train_kd
+from minidistill.metrics import comparison
+from minidistill.training.config import run_command
+
+comparison.STEPS = 2
+comparison.count_macs = lambda *_: {"conv_linear": 0}
+train_kd.removal_rows = lambda *_: [("removed",), ("",)]
+FILE_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+out, moments, words = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
+left = 0
+
+def count(event, args):
+    global left
+    if event in FILE_OPERATIONS and str(args[0]).startswith(str(out)):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def start(run, *more):
+    child = os.fork()
+    if child == 0:
+        argv = [*words, "--out", str(run), *more]
+        run_command(train_kd.main, train_kd.Config, train_kd.PRESETS, prog="train_kd", argv=argv)
+    return child
+
+def is_now(moment):
+    kind, _, n = moment.partition(" ")
+    if kind == "lines":
+        file = out / "killed/metrics.jsonl"
+        return file.exists() and file.read_text().count("\\n") >= int(n)
+    return kind == "writing" and any((out / "killed/checkpoints").glob(".writing-*"))
+
+os.waitpid(start(out / "whole"), 0)
+sys.addaudithook(count)
+for i, moment in enumerate(moments):
+    left = int(moment.split()[1]) if moment.startswith("file") else 0
+    child = start(out / "killed", *["--resume"] * (i > 0))
+    ended = 0
+    while not ended:
+        if is_now(moment):
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    print("moment", moment, "killed" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}", flush=True)
+left = 0
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(out / "killed", "--resume"), 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows does not have")
+@pytest.mark.parametrize("flags", ["--batch-size 4", "--batch-size 2 --accumulate 2 --precision bf16"])
+def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, pictures, tmp_path, flags):
+    numbers = random.Random(flags)
+    moments = ["lines 1", "writing", *(f"file {numbers.randint(1, 50)}" for _ in range(5)), "lines 5"]
+    words = f"{' '.join(RUN)} --steps 6 --checkpoint-every 1 {flags}".split()
+    call = [sys.executable, "-c", KILLER, tmp_path, ",".join(moments), "--teacher", tiny_sd1, "--data", pictures]
+    done = subprocess.run(
+        [*call, *words], capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" killed\n") >= 6 and "damaged" not in done.stdout, done.stdout
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert {name.split("/")[0] for name in checkpoint(whole, 6)} == {"student", "optimizer", "ema"}
+    same = [f"checkpoints/step-000006/state.{suffix}" for suffix in ("safetensors", "json")]
+    same += [str(path.relative_to(whole)) for path in (whole / "student").rglob("*") if path.is_file()]
+    same += [f"samples/step-00000{step}.png" for step in (0, 3, 6)]
+    assert len(same) > 12
+    for name in same:
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    assert metrics(whole) == metrics(killed) and results(whole) == results(killed)
+
+
+def test_a_finished_run_goes_on_for_more_steps_but_not_for_fewer(train, plain, tmp_path, capsys):
+    run = shutil.copytree(plain, tmp_path / "run")
+    assert train(run, "--resume", "--steps", "6") == 0
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert largest_difference(load_file(run / "student" / UNET), checkpoint(run, 6, "ema")) == 0
+    assert "going on at step 4" in capsys.readouterr().out
+    assert train(run, "--resume", "--steps", "2") == 2
+    assert "has done 6 steps already" in capsys.readouterr().err
+
+
+def test_going_on_needs_no_flag_but_out(plain, tmp_path):
+    run = shutil.copytree(plain, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-000004")
+    shutil.rmtree(run / "student")
+    assert command("--out", run, "--resume") == 0
+    assert (run / "student" / UNET).read_bytes() == (plain / "student" / UNET).read_bytes()
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings_nor_written_over(train, plain, capsys):
+    before = {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()}
+    for flags, reason in (
+        (["--resume", "--recipe", "bk-base"], 'recipe "bk-base" (was "bk-small")'),
+        (["--resume", "--learning-rate", "0.5"], "learning_rate 0.5 (was 0.001)"),
+        ([], "is in use (config.json exists): go on with that run by --resume, or take another --out"),
+    ):
+        assert train(plain, *flags) == 2
+        assert reason in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()} == before
+
+
+# refusals
+
+
+def one_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_last_checkpoint_is_good(
+    train, plain, tmp_path, monkeypatch, capsys
+):
+    run, lr_at = tmp_path / "run", train_kd.lr_at
+    with monkeypatch.context() as patch:
+        patch.setattr(train_kd, "lr_at", lambda step, *rest: 1e30 if step == 2 else lr_at(step, *rest))
+        assert train(run, "--sample-every", "100") == 2
+    error = one_line(capsys)
+    assert "at step 4 (timesteps " in error and "--learning-rate" in error
+    named = {int(t) for t in error.split("timesteps ")[1].split(")")[0].split(", ")}
+    drawn = {int(torch.randint(1000, (), generator=generator_for(0, "sample", n))) for n in range(12, 16)}
+    assert named and named <= drawn
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert not (run / "student").exists()
+
+    assert train(run, "--resume") == 0
+    assert largest_difference(checkpoint(run), checkpoint(plain)) == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(
+    train, tmp_path, monkeypatch, capsys
+):
+    def with_a_bad_gradient(student, *rest):
+        if len(checked) == 1:
+            student.conv_in.weight.grad[0] = torch.nan
+        checked.append(1)
+        return optimizer_step(student, *rest)
+
+    checked, optimizer_step = [], train_kd.optimizer_step
+    monkeypatch.setattr(train_kd, "optimizer_step", with_a_bad_gradient)
+    assert train(tmp_path / "run", "--checkpoint-every", "1") == 2
+    assert "nan at step 2 (timesteps " in one_line(capsys)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_student_that_makes_no_pictures_is_named_by_its_step(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--learning-rate", "1e30", "--sample-every", "1", "--checkpoint-every", "1") == 2
+    error = one_line(capsys)
+    assert "the student of step 1 makes no pictures" in error and "--learning-rate" in error
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def with_tensor(folder: Path, name: str, change) -> Path:
+    """Rewrite the U-Net's weights with one tensor changed, or left out if `change` makes None of it."""
+    tensors = load_file(folder / UNET)
+    tensors[name] = change(tensors[name])
+    save_file({key: value for key, value in tensors.items() if value is not None}, folder / UNET)
+    return folder
+
+
+def other_sd1(folder: Path, **architecture) -> Path:
+    save_tiny_sd1(folder, **architecture)
+    return folder
+
+
+def without_captions(folder: Path) -> Path:
+    (folder / "metadata.jsonl").unlink()
+    return folder
+
+
+def with_cut_files(folder: Path) -> Path:
+    for name in ("1.jpg", "4.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    return folder
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+# name: (flags, from the test's own folder, a copy of the teacher and of the data; words of the message)
+REFUSED = {
+    "no such teacher": (lambda own, *_: ["--teacher", own / "none"], ["no such model", "none"]),
+    "data as teacher": (lambda own, sd1, data: ["--teacher", data], ["not a pipeline folder"]),
+    "tensor missing": (
+        lambda own, sd1, _: ["--teacher", with_tensor(sd1, "conv_in.bias", lambda w: None)],
+        [UNET, "does not fit its configuration", "1 of", "are missing (conv_in.bias)"],
+    ),
+    "tensor of another shape": (
+        lambda own, sd1, _: ["--teacher", with_tensor(sd1, "conv_out.weight", lambda w: w[:, :4].clone())],
+        [UNET, "conv_out.weight is (4, 4, 3, 3) in the file, (4, 8, 3, 3) by the config"],
+    ),
+    "infinite weight": (
+        lambda own, sd1, _: ["--teacher", with_tensor(sd1, "conv_in.bias", lambda w: w / 0)],
+        ["unet/ conv_in.bias is not finite"],
+    ),
+    "three stages": (
+        lambda own, *_: ["--teacher", other_sd1(own / "three", stages=3)],
+        ["--recipe bk-small does not fit", "three", "'down.3.1'", "stage.0 to stage.2", "--remove"],
+    ),
+    "a student as teacher": (
+        lambda own, *_: ["--teacher", other_sd1(own / "bk", layers=1)],
+        ["--recipe bk-small does not fit", "'down.0.1'", "1, 1, 1, 1 layers"],
+    ),
+    "no such recipe": (lambda *_: ["--recipe", "bk-smal"], ["--recipe takes", "did you mean bk-small?"]),
+    "no such block": (lambda *_: ["--remove", "down.1.7"], ["--remove down.1.7 does not fit", "'down.1.7'"]),
+    "blocks that do not fit": (lambda *_: ["--remove", "down.1.0"], ["--remove down.1.0", "up.2 mirrors down.1"]),
+    "no block": (lambda *_: ["--remove", ""], ["--remove names no block"]),
+    "no such data": (lambda own, *_: ["--data", own / "none"], ["data folder", "does not exist"]),
+    "data empty": (lambda own, *_: ["--data", empty(own / "empty")], ["holds no images"]),
+    "no captions": (lambda own, _, data: ["--data", without_captions(data)], ["10 images but no captions"]),
+    "unreadable": (
+        lambda own, _, data: ["--data", with_cut_files(data)],
+        ["2 of 10 images cannot be read", "1.jpg", "4.png"],
+    ),
+    "scenes at 32 pixels": (lambda *_: ["--data", "scenes"], ["scenes are 64x64", "32x32", "--resolution 64"]),
+    "odd resolution": (lambda *_: ["--resolution", "30"], ["--resolution", "multiple of 4"]),
+    "unknown flag": (lambda *_: ["--learning-rat", "1"], ["unknown flag --learning-rat", "--learning-rate"]),
+    "two loss weights": (lambda *_: ["--loss-weights", "1,1"], ["--loss-weights takes three numbers"]),
+    "four loss weights": (lambda *_: ["--loss-weights", "1,1,1,1"], ["--loss-weights takes three numbers"]),
+    "no loss": (lambda *_: ["--loss-weights", "0,0,0"], ["--loss-weights", "not all of them zero"]),
+    "negative loss": (lambda *_: ["--loss-weights", "1,-1,1"], ["--loss-weights must be at least 0"]),
+    "average that never moves": (lambda *_: ["--ema-decay", "1"], ["--ema-decay must be below 1"]),
+    "dropout above 1": (lambda *_: ["--caption-dropout", "10"], ["--caption-dropout", "0 to 1"]),
+    "half precision on a CPU": (lambda *_: ["--precision", "fp16"], ["--precision fp16", "bf16"]),
+    "no such device": (lambda *_: ["--device", "tpu"], ["--device takes cpu, cuda"]),
+    "nothing to resume": (lambda *_: ["--resume"], ["nothing to resume in", "check --out"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tiny_sd1, pictures, tmp_path, capsys, case):
+    flags, reasons = REFUSED[case]
+    copies = shutil.copytree(tiny_sd1, tmp_path / "sd1"), shutil.copytree(pictures, tmp_path / "pictures")
+    words = flags(tmp_path, *copies)
+    capsys.readouterr()
+    assert train(tmp_path / "new/run", *words) == 2
+    error = one_line(capsys)
+    assert all(reason in error for reason in reasons), error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_teacher_that_does_not_name_its_size_needs_a_resolution(train, tiny_sd1, tmp_path, capsys):
+    teacher = shutil.copytree(tiny_sd1, tmp_path / "sd1")
+    config = json.loads((teacher / "unet/config.json").read_text())
+    (teacher / "unet/config.json").write_text(json.dumps({**config, "sample_size": None}))
+    assert train(tmp_path / "run", "--teacher", teacher) == 2
+    assert "sample_size: give --resolution" in one_line(capsys) and not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", "--teacher", teacher, "--resolution", "16", "--steps", "1") == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["resolution"] == 16

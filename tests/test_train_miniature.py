@@ -1,0 +1,96 @@
+"""The command that makes the miniature: all three parts from nothing, a few steps each, and going on after a stop."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from minidistill.data.scenes import Scenes
+from minidistill.errors import InputError
+from minidistill.models.vae import AutoencoderKL
+from minidistill.pipeline import load_pipeline
+from minidistill.train_miniature import VAE, Config, main, near_colour, whiten
+from minidistill.training.batches import to_pixels
+from minidistill.training.run_folder import RunFolder
+from minidistill.weights.files import read_safetensors
+
+FEW = {"batch_size": 2, "pictures": 8, "judged": 4, "precision": "fp32", "log_every": 1, "checkpoint_every": 2}
+
+
+def few(**settings) -> Config:
+    return dataclasses.replace(Config(), **{**FEW, **settings})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Every part trained for two steps."""
+    out = tmp_path_factory.mktemp("runs") / "miniature"
+    main(few(out=str(out), steps=2))
+    return out
+
+
+def test_all_parts_together_are_a_pipeline_that_samples(made):
+    pipe = load_pipeline(made / "pipeline")
+    assert pipe(["a red circle"], steps=1)[0].size == (64, 64)
+    assert (made / "pipeline" / "clip" / "config.json").is_file()
+    assert (made / "unet" / "samples" / "step-000002.png").is_file()
+
+
+@pytest.mark.parametrize("part", ["clip", "vae", "unet"])
+def test_going_on_gives_the_bits_of_never_having_stopped(made, tmp_path, monkeypatch, part):
+    final = {}
+    for name in ("straight", "stopped"):
+        out = tmp_path / name
+        if part == "unet":
+            shutil.copytree(made / "pipeline", out / "pipeline")
+        config = few(out=str(out), part=part, steps=4)
+        if name == "stopped":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(RunFolder, "save", stop_after(RunFolder.save))
+                main(config)
+            config = dataclasses.replace(config, resume=True)
+        main(config)
+        final[name] = read_safetensors(out / part / "checkpoints" / "step-000004" / "state.safetensors")
+    assert final["straight"].keys() == final["stopped"].keys()
+    assert all(torch.equal(tensor, final["stopped"][name]) for name, tensor in final["straight"].items())
+
+
+def stop_after(save):
+    def saved(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    return saved
+
+
+def test_there_must_be_something_to_resume(tmp_path):
+    with pytest.raises(InputError, match="nothing to resume"):
+        main(few(out=str(tmp_path), resume=True))
+
+
+def test_the_unet_needs_the_parts_before_it(tmp_path):
+    with pytest.raises(InputError, match="vae"):
+        main(few(part="unet", steps=1, out=str(tmp_path / "none")))
+
+
+def test_whitening_changes_the_latents_and_nothing_else():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAE)
+    x = to_pixels([Scenes()[i][0] for i in range(64)])
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x[:4])[0])
+        whiten(vae, x)
+        latents = vae.encode(x)[0]
+        after = vae.decode(latents[:4])
+    assert torch.allclose(before, after, atol=1e-4)
+    flat = (latents * vae.config.scaling_factor).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.cov(flat), torch.eye(4), atol=0.02)
+    assert flat.mean(1).abs().max() < 0.02
+
+
+def test_things_weigh_more_than_their_ground():
+    x = to_pixels([Scenes()[1][0]])
+    weight = near_colour(x)
+    assert weight.shape == (1, 1, 64, 64)
+    assert 0.05 < weight.mean() < 0.6 and set(weight.unique().tolist()) == {0.0, 1.0}
