@@ -165,9 +165,8 @@ def train_clip(config: Config, run: RunFolder) -> None:
     folders.save_tokenizer(pipeline, tokenizer)
     folders.save_text_encoder(pipeline, text_encoder.half())
     folders.save_clip(pipeline, clip.half())
-    print(
-        f"retrieval among 100 captions: {retrieval(clip.float(), tokenizer, max(1, config.judged // 100)):.1%} -> {pipeline}"
-    )
+    found = retrieval(clip.float(), tokenizer, rounds=max(1, config.judged // 100))
+    print(f"retrieval among 100 captions: {found:.1%} -> {pipeline}")
 
 
 def trim(ids: Tensor, eos: int) -> Tensor:
@@ -296,7 +295,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
                     run.save(step + 1, parts)
                 if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
                     with ema.swap():
-                        report(run, pipe, step + 1)
+                        report(run, pipe, step + 1, min(64, config.judged))
     with ema.swap():
         pipe.unet.half()
         pipe.save(folder)
@@ -312,7 +311,7 @@ def init_unet(unet: UNet) -> UNet:
     return unet
 
 
-def report(run: RunFolder, pipe: Pipeline, step: int, count: int = 64) -> None:
+def report(run: RunFolder, pipe: Pipeline, step: int, count: int) -> None:
     """Score and strip of held-out captions, always with the same noise."""
     captions = [Scenes("test").caption(i) for i in range(count)]
     pictures = pipe(captions, steps=25, guidance=7.5, seed=0, batch_size=32)

@@ -225,9 +225,9 @@ def test_two_optimizer_steps_are_adamw_on_the_weighted_sum_of_the_three_losses(r
     for i, (name, p) in enumerate(student.named_parameters()):
         expected = adamw_by_hand(start[name], [step[i] for step in history], lr)
         # AdamW normalises: where a gradient is rounding noise, so is its step. Compare where it is not.
-        clear = np.min([np.abs(step[i]) for step in history], axis=0) > 1e-6
+        clear = np.min([np.abs(step[i]) for step in history], axis=0) > 1e-5
         moved = p.detach().double().numpy() - start[name]
-        np.testing.assert_allclose(moved[clear], (expected - start[name])[clear], rtol=2e-2, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(moved[clear], (expected - start[name])[clear], rtol=1e-3, atol=5e-7, err_msg=name)
         assert p.grad is None
 
 
@@ -282,7 +282,7 @@ def test_a_sound_run_passes_the_check_and_can_still_go_backward(recipe, checkpoi
     kd.check_gradients(losses, student, teacher)
     assert all(p.grad is None for p in student.parameters())
     sum(losses.values()).mean().backward()
-    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad.abs().max() > 0 for p in student.parameters())
 
 
 @pytest.fixture(scope="module")

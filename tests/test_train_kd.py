@@ -38,7 +38,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Leave out what takes most of a tiny run and is looked at elsewhere: counting MACs, sampling in many steps.
+    """Leave out what takes most of a tiny run and is tested elsewhere: counting and timing calls, many sampling steps.
 
     One thread: with more, tiny networks wait for threads most of the time.
     """
@@ -47,6 +47,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "STEPS", 2)
         patch.setattr(comparison, "count_macs", lambda *_: {"conv_linear": 0})
+        patch.setattr(comparison, "milliseconds", lambda *_: 0.0)
         patch.setattr(train_kd, "removal_rows", lambda *_: [("removed",), ("",)])
         yield
     torch.set_num_threads(threads)
@@ -213,10 +214,10 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(train, tmp_path, plain
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path, precision):
-    flags = ("--precision", precision, "--recipe", "bk-tiny")
+    flags = ("--precision", precision, "--recipe", "bk-tiny", "--steps", "2")
     assert train(tmp_path / "kept", *flags) == 0
     assert train(tmp_path / "recomputed", *flags, "--gradient-checkpointing") == 0
-    assert largest_difference(checkpoint(tmp_path / "kept"), checkpoint(tmp_path / "recomputed")) < 1e-6
+    assert largest_difference(checkpoint(tmp_path / "kept", 2), checkpoint(tmp_path / "recomputed", 2)) < 1e-6
 
 
 def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(train, tmp_path, plain):
@@ -226,7 +227,7 @@ def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(
         saved = load_file(run / "student" / UNET)
         assert largest_difference(saved, checkpoint(run, part=part)) == 0, f"{run.name}: {part}"
     averaged, own = (checkpoint(plain, part=part) for part in ("ema", "student"))
-    assert largest_difference(averaged, own) > 1e-4
+    assert largest_difference(averaged, own) > 1e-5
     assert largest_difference(own, checkpoint(raw, part="student")) == 0
 
 
@@ -238,6 +239,7 @@ KILLER = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
+import torch._dynamo  # or it is imported in every child anew
 torch.set_num_threads(1)
 from minidistill import train_kd
 from minidistill.metrics import comparison
@@ -245,6 +247,7 @@ from minidistill.training.config import run_command
 
 comparison.STEPS = 2
 comparison.count_macs = lambda *_: {"conv_linear": 0}
+comparison.milliseconds = lambda *_: 0.0
 train_kd.removal_rows = lambda *_: [("removed",), ("",)]
 FILE_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 out, moments, words = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
@@ -292,14 +295,15 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(out / "killed", "--resume"),
 @pytest.mark.parametrize("flags", ["--batch-size 4", "--batch-size 2 --accumulate 2 --precision bf16"])
 def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, pictures, tmp_path, flags):
     numbers = random.Random(flags)
-    moments = ["lines 1", "writing", *(f"file {numbers.randint(1, 50)}" for _ in range(5)), "lines 5"]
+    moments = ["lines 2", "writing", *(f"file {numbers.randint(5, 60)}" for _ in range(3)), "lines 5"]
     words = f"{' '.join(RUN)} --steps 6 --checkpoint-every 1 {flags}".split()
     call = [sys.executable, "-c", KILLER, tmp_path, ",".join(moments), "--teacher", tiny_sd1, "--data", pictures]
     done = subprocess.run(
         [*call, *words], capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" killed\n") >= 6 and "damaged" not in done.stdout, done.stdout
+    assert done.stdout.count(" killed\n") >= 4 and "damaged" not in done.stdout, done.stdout
+    assert done.stdout.count("going on at step") >= 3, done.stdout
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert {name.split("/")[0] for name in checkpoint(whole, 6)} == {"student", "optimizer", "ema"}

@@ -1,0 +1,213 @@
+"""Training batches: sample n is sample n, whatever the batch size, the cache, what came before and where a run resumed.
+
+Also that an epoch is an epoch, that captions are dropped as often as asked, and that latents are samples of the
+posterior diffusers computes.
+"""
+
+from collections import Counter
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidistill.errors import InputError
+from minidistill.pipeline import load_pipeline
+from minidistill.training import batches as module
+from minidistill.training.batches import Batches, to_pixels
+
+SIDE = 32
+
+
+class Pictures:
+    """Ten different pictures with ten different captions; counts how often one is read."""
+
+    def __init__(self, count: int = 10, width: int = SIDE):
+        numbers = np.random.default_rng(0)
+        self.pixels = [numbers.integers(0, 256, (SIDE, width, 3), dtype=np.uint8) for _ in range(count)]
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return Image.fromarray(self.pixels[index]), f"ring number {index}"
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_sd1):
+    return load_pipeline(tiny_sd1)
+
+
+def make(pipe, batch_size=4, seed=0, **options) -> Batches:
+    return Batches(Pictures(), pipe, batch_size=batch_size, seed=seed, **options)
+
+
+def join(batches, numbers):
+    """The tensors and captions of several batches as one."""
+    found = [batches[k] for k in numbers]
+    tensors = (torch.cat([getattr(b, name) for b in found]) for name in ("x0", "context", "eps", "t"))
+    return *tensors, [caption for b in found for caption in b.captions]
+
+
+def assert_same(a, b, exact=True):
+    """Draws to the bit. What a network computed too if exact: its last bits may depend on the batch size."""
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
+        if i < 2 and not exact:
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+        elif i < 4:
+            assert torch.equal(left, right)
+        else:
+            assert left == right
+
+
+def test_a_batch_has_the_shapes_and_dtypes_the_unet_takes(pipe):
+    batch = Batches(Pictures(width=48), pipe, batch_size=3, seed=0)[0]
+    assert batch.x0.shape == batch.eps.shape == (3, 4, 8, 12)  # (height, width)
+    assert batch.context.shape == (3, 16, 16) and batch.t.shape == (3,) and batch.t.dtype == torch.int64
+    assert batch.x0.dtype == batch.eps.dtype == batch.context.dtype == torch.float32
+    assert len(batch.captions) == 3
+    assert pipe.unet(batch.x0, batch.t, batch.context).isfinite().all()
+    assert torch.equal(batch.context, pipe.encode_prompts(batch.captions))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_samples_do_not_depend_on_the_batch_size(pipe, cache):
+    options = {"cache": cache, "caption_dropout": 0.3}
+    whole = join(make(pipe, 8, **options), [0, 1, 2])  # beyond an epoch of 10
+    for size in (1, 2, 4, 12, 24):
+        assert_same(join(make(pipe, size, **options), range(24 // size)), whole, exact=False)
+
+
+def test_samples_do_not_depend_on_the_cache(pipe):
+    with_cache, without = make(pipe, cache=True), make(pipe, cache=False)
+    assert_same(join(with_cache, range(5)), join(without, range(5)), exact=False)
+
+
+def test_the_cache_reads_every_picture_once_and_is_used_as_long_as_it_fits(pipe, monkeypatch):
+    def reads_of_two_epochs(cache):
+        batches = make(pipe, 5, cache=cache)
+        for k in range(4):
+            batches[k]
+        return batches.data.reads - 1  # one read tells the size
+
+    assert reads_of_two_epochs(True) == 10
+    assert reads_of_two_epochs(False) == 20
+    needed = 10 * 2 * 4 * (4 * 8 * 8)  # pictures, mean and deviation, bytes, latent
+    for limit, reads in ((needed, 10), (needed - 1, 20)):
+        monkeypatch.setattr(module, "CACHE_LIMIT", limit)
+        assert reads_of_two_epochs(None) == reads
+
+
+def test_batches_after_a_restart_are_the_same_to_the_bit_in_any_order(pipe):
+    options = {"caption_dropout": 0.3}
+    straight = make(pipe, **options)
+    expected = {k: join(straight, [k]) for k in range(8)}
+    resumed = make(pipe, **options)
+    for k in (5, 6, 7, 0, 3, -1, 4):
+        assert_same(join(resumed, [k]), expected.get(k) or join(make(pipe, **options), [k]))
+
+
+def test_another_seed_is_another_run(pipe):
+    a, b = make(pipe, 10, seed=0)[0], make(pipe, 10, seed=1)[0]
+    assert a.captions != b.captions and sorted(a.captions) == sorted(b.captions)
+    assert not torch.equal(a.t, b.t) and (a.eps - b.eps).flatten(1).abs().amax(1).min() > 1
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 20])
+def test_an_epoch_visits_every_entry_once_in_an_order_of_its_own(pipe, size):
+    batches = make(pipe, size)
+    captions = join(batches, range(60 // size))[-1]
+    epochs = [captions[i : i + 10] for i in range(0, 60, 10)]
+    assert all(Counter(epoch) == Counter(f"ring number {i}" for i in range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_caption_and_picture_stay_together(pipe):
+    batches = make(pipe, 10, cache=False)
+    latents = {}
+    for batch in (batches[0], batches[1], batches[2]):
+        for caption, x0 in zip(batch.captions, batch.x0, strict=True):
+            latents.setdefault(caption, []).append(x0)
+    vae = pipe.vae
+    for caption, found in latents.items():
+        picture = batches.data[int(caption.split()[-1])][0]
+        with torch.no_grad():
+            mean, logvar = vae.encode(to_pixels([picture]))
+        z = (torch.stack(found) / vae.config.scaling_factor - mean) / (logvar / 2).exp()
+        assert z.abs().max() < 5 and abs(z.std().item() - 1) < 0.2
+
+
+def test_latents_are_samples_of_diffusers_posterior_with_a_noise_of_their_own(pipe, tiny_sd1):
+    vae = diffusers.AutoencoderKL.from_pretrained(tiny_sd1, subfolder="vae")
+    batches = make(pipe, 50)
+    batch = batches[0]
+    pixels = np.stack([batches.data.pixels[int(caption.split()[-1])] for caption in batch.captions])
+    with torch.no_grad():
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        posterior = vae.encode(images).latent_dist
+    draw = (batch.x0 / vae.config.scaling_factor - posterior.mean) / posterior.std
+    assert abs(draw.mean().item()) < 0.04 and abs(draw.std().item() - 1) < 0.03  # of 12800 numbers
+    assert abs(batch.eps.mean().item()) < 0.04 and abs(batch.eps.std().item() - 1) < 0.03
+    assert abs((draw * batch.eps).mean().item()) < 0.04
+    assert len({tuple(row.flatten().tolist()) for row in batch.eps}) == 50
+
+
+def test_timesteps_are_uniform_over_the_whole_schedule(pipe):
+    t = make(pipe, 3000)[0].t
+    assert t.min() >= 0 and t.max() <= 999
+    counts = torch.bincount(t // 100, minlength=10)
+    assert len(counts) == 10 and (counts - 300).abs().max() < 5 * (300 * 0.9) ** 0.5
+    assert t.unique().numel() > 900
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(pipe, share):
+    count = 2000
+    kept, dropped = (make(pipe, count, caption_dropout=p)[0] for p in (0.0, share))
+    empty = [caption == "" for caption in dropped.captions]
+    assert abs(sum(empty) - share * count) < 4 * (count * share * (1 - share)) ** 0.5
+    assert "" not in kept.captions
+    assert all(d == ("" if e else k) for k, d, e in zip(kept.captions, dropped.captions, empty, strict=True))
+    for name in ("x0", "eps", "t"):
+        assert torch.equal(getattr(kept, name), getattr(dropped, name))
+    states = dropped.context[torch.tensor(empty)]
+    torch.testing.assert_close(states, pipe.encode_prompts([""]).expand_as(states), rtol=1e-4, atol=1e-5)
+
+
+def test_a_dropout_of_one_drops_every_caption(pipe):
+    assert set(make(pipe, 40, caption_dropout=1.0)[0].captions) == {""}
+
+
+def test_a_batch_of_negative_number_has_draws_that_no_training_batch_has(pipe):
+    batches = make(pipe, 10)
+    held = batches[-1]
+    training = [batches[k] for k in range(20)]
+    seen = {tuple(eps.flatten().tolist()) for batch in training for eps in batch.eps}
+    assert len(seen) == 200
+    assert seen.isdisjoint(tuple(eps.flatten().tolist()) for eps in held.eps)
+    assert not any(torch.equal(batch.t, held.t) for batch in training)
+    assert Counter(held.captions) == Counter(training[0].captions)  # the same pictures, once each
+    assert_same(join(batches, [0]), join(make(pipe, 10), [0]))  # and asking for it changes nothing
+
+
+def test_pixels_run_from_minus_one_to_one_in_the_order_of_the_networks():
+    picture = Image.new("RGB", (3, 2))
+    picture.putpixel((2, 1), (255, 51, 0))
+    pixels = to_pixels([picture, picture])
+    assert pixels.shape == (2, 3, 2, 3) and pixels.dtype == torch.float32
+    assert pixels[1, :, 0, 0].tolist() == [-1, -1, -1]
+    assert pixels[1, :, 1, 2].tolist() == pytest.approx([1, -0.6, -1])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_vae_that_overflows_is_refused(tiny_sd1, cache):
+    pipe = load_pipeline(tiny_sd1)
+    with torch.no_grad():
+        next(pipe.vae.parameters()).fill_(torch.inf)
+    with pytest.raises(InputError) as caught:
+        make(pipe, cache=cache)[0]
+    assert "not finite in torch.float32" in str(caught.value) and "\n" not in str(caught.value)

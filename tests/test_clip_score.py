@@ -1,0 +1,126 @@
+"""CLIP score: pictures enter CLIP as transformers prepares them, cosines are CLIP's own, retrieval counts rightly."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from minidistill.data.scenes import Scenes
+from minidistill.metrics.clip_score import clip_pixels, clip_scores, retrieval
+from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from minidistill.models.tokenizer import train_bpe
+
+# Sides whose resized length is whole, ends below and above a half, and is odd; smaller, equal and larger ones.
+SIZES = [
+    (64, 64), (64, 97), (97, 64), (100, 151), (151, 100), (40, 70), (70, 41), (128, 96), (77, 200), (63, 64), (65, 64),
+    (333, 500), (224, 224),
+]  # fmt: skip
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of every frequency: half noise, half gradient."""
+    pixels = np.random.default_rng(seed).integers(0, 128, (height, width, 3))
+    pixels += np.linspace(0, 127, width, dtype=np.int64)[None, :, None]
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [64, 33])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_pixels_are_those_of_transformers_image_processor(width, height, size):
+    processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    picture = noise(width, height)
+    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    pixels = clip_pixels([picture], size)
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+
+
+def test_pictures_of_several_sizes_make_one_batch():
+    pictures = [noise(64, 64), noise(100, 151, 1), noise(40, 70, 2)]
+    batch = clip_pixels(pictures)
+    assert batch.shape == (3, 3, 64, 64)
+    for picture, pixels in zip(pictures, batch, strict=True):
+        assert torch.equal(clip_pixels([picture])[0], pixels)
+
+
+def test_scores_are_transformers_cosines():
+    captions = ["a red ring", "two green squares above a ring", "a ring"]
+    tokenizer = train_bpe(captions, vocab_size=600, max_length=12)
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=tokenizer.bos,
+        eos_token_id=tokenizer.eos,
+        pad_token_id=tokenizer.pad,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = CLIPConfig(text, vision, projection_dim=16)
+    ours = CLIPModel(config.text_config, config.vision_config)
+    theirs = transformers.CLIPModel(transformers.CLIPConfig.from_dict(config.to_dict())).eval()
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected and all("position_ids" in name for name in missing)
+
+    pictures = [noise(32, 32), noise(50, 77, 1)]
+    scores = clip_scores(ours, tokenizer, pictures, captions)
+    assert scores.shape == (2, 3) and scores.dtype == torch.float32 and not scores.requires_grad
+    with torch.no_grad():
+        out = theirs(input_ids=tokenizer(captions), pixel_values=clip_pixels(pictures, 32))
+        expected = out.logits_per_image / theirs.logit_scale.exp()
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert scores.abs().max() <= 1 + 1e-5 and scores.std() > 1e-3
+
+
+class FakeCLIP(torch.nn.Module):
+    """Knows the held-out scenes by heart: a picture's vector is that of its caption, `turn` captions further."""
+
+    COUNT = 400
+
+    def __init__(self, turn: int = 0):
+        super().__init__()
+        self.config = CLIPConfig(vision_config=CLIPVisionConfig(image_size=64))
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.turn, self.asked = turn, []
+        pictures, captions = zip(*(Scenes("test")[i] for i in range(self.COUNT)), strict=True)
+        self.known = clip_pixels(pictures).flatten(1)
+        self.captions = list(dict.fromkeys(captions))  # a caption may belong to several pictures
+        self.ids = self.tokenize(captions)
+
+    def tokenize(self, captions):
+        self.asked.append(list(captions))
+        return torch.tensor([self.captions.index(caption) for caption in captions])
+
+    def encode_text(self, ids):
+        return torch.eye(self.COUNT)[ids]
+
+    def encode_image(self, pixels):
+        nearest = torch.cdist(pixels.flatten(1), self.known).argmin(1)
+        return torch.eye(self.COUNT)[(self.ids[nearest] + self.turn) % self.COUNT]
+
+
+def test_retrieval_of_a_perfect_model_is_one_on_distinct_captions():
+    clip = FakeCLIP()
+    assert retrieval(clip, clip.tokenize, rounds=3, choices=50) == 1
+    rounds = clip.asked[1:]
+    assert [len(set(captions)) for captions in rounds] == [50, 50, 50]
+    assert len({caption for captions in rounds for caption in captions}) > 100  # other scenes every round
+
+
+def test_retrieval_of_a_model_that_is_always_wrong_is_zero():
+    clip = FakeCLIP(turn=1)
+    assert retrieval(clip, clip.tokenize, rounds=1, choices=50) == 0
+
+
+def test_retrieval_of_a_model_that_sees_nothing_is_chance():
+    clip = FakeCLIP()
+    clip.encode_image = lambda pixels: torch.ones(len(pixels), FakeCLIP.COUNT)
+    assert retrieval(clip, clip.tokenize, rounds=2, choices=20) == 1 / 20
