@@ -2,11 +2,9 @@
 
 import json
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 
 from minidistill.models.tokenizer import train_bpe
@@ -31,6 +29,9 @@ def save_tiny_sd1(folder, stages: int = 4, layers: int = 2, side: int = 32) -> N
 
     side: of its pictures in pixels; the latents' is a quarter of that.
     """
+    import diffusers  # here, for the sake of the test files that need neither: they take seconds to import
+    import transformers
+
     torch.manual_seed(0)
     ours = train_bpe(CAPTIONS, vocab_size=600, max_length=TOKENS)
     ours.save(folder / "tokenizer")
