@@ -31,7 +31,7 @@ from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CL
 from minidistill.models.tokenizer import train_bpe
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig, posterior_std
-from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batches, to_pixels
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
@@ -81,7 +81,7 @@ UNET = UNetConfig(
 class Config:
     part: str = option("all", "which network to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "folder of the runs; the result is in OUT/pipeline")
-    start: str | None = option(None, "SOURCE whose U-Net to go on from; none starts from nothing")
+    start: str | None = option(None, "SOURCE to go on from, for the U-Net; none starts from nothing")
     steps: int | None = option(
         None, "optimizer steps; none takes the part's own: clip 2400, vae 5000, unet 30000", minimum=1
     )
@@ -257,15 +257,14 @@ def train_unet(config: Config, run: RunFolder) -> None:
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
     folder = Path(config.out) / "pipeline"
+    source = folders.find_model(config.start) if config.start else folder
     torch.manual_seed(config.seed)
-    unet = init_unet(UNet(UNET))
-    if config.start:
-        unet.load_state_dict(load_pipeline(config.start).unet.state_dict())
+    unet = folders.load_unet(source) if config.start else init_unet(UNet(UNET))
     pipe = Pipeline(
         unet.to(device),
-        folders.load_vae(folder, device=device),
-        [folders.load_text_encoder(folder, device=device)],
-        [folders.load_tokenizer(folder)],
+        folders.load_vae(source, device=device),
+        [folders.load_text_encoder(source, device=device)],
+        [folders.load_tokenizer(source)],
         ScheduleConfig(),
     )
     optimizer = adamw(unet.parameters(), config.learning_rate, betas=(0.9, 0.99))
@@ -297,8 +296,11 @@ def train_unet(config: Config, run: RunFolder) -> None:
                     with ema.swap():
                         report(run, pipe, step + 1, min(64, config.judged))
     with ema.swap():
-        pipe.unet.half()
+        for network in (pipe.unet, pipe.vae, *pipe.text_encoders):
+            network.half()
         pipe.save(folder)
+        if source != folder and (source / "clip").is_dir():
+            folders.save_clip(folder, folders.load_clip(source).half())
     draw_curves(run.metrics, run.curves)
     print(f"miniature -> {folder}")
 

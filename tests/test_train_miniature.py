@@ -69,6 +69,15 @@ def test_there_must_be_something_to_resume(tmp_path):
         main(few(out=str(tmp_path), resume=True))
 
 
+def test_the_unet_can_go_on_from_another_model(made, tmp_path):
+    """Shown with a learning rate of nothing: what comes out is what went in."""
+    main(few(out=str(tmp_path), part="unet", start=str(made / "pipeline"), steps=1, learning_rate=1e-30))
+    before, after = load_pipeline(made / "pipeline"), load_pipeline(tmp_path / "pipeline")
+    for name, weight in before.unet.state_dict().items():
+        assert torch.allclose(weight, after.unet.state_dict()[name], atol=1e-3)
+    assert (tmp_path / "pipeline" / "clip" / "model.safetensors").is_file()
+
+
 def test_the_unet_needs_the_parts_before_it(tmp_path):
     with pytest.raises(InputError, match="vae"):
         main(few(part="unet", steps=1, out=str(tmp_path / "none")))
