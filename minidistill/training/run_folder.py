@@ -92,9 +92,13 @@ class RunFolder:
             raise InputError(
                 f"{out} is in use ({found[0]} exists): go on with that run by --resume, or take another --out"
             )
-        run.samples.mkdir(parents=True, exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
-        write_json(run.config, config)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_json(run.config, config)  # first: what has it can be resumed, whatever else is missing
+            run.samples.mkdir(exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write a run into {out}: {error.strerror}; take another --out") from error
         return run
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
