@@ -253,7 +253,11 @@ def whiten(vae: AutoencoderKL, x: Tensor) -> None:
 
 
 def train_unet(config: Config, run: RunFolder) -> None:
-    """Ordinary eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 2) -> unet/."""
+    """Ordinary eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 2) -> unet/.
+
+    The loss is weighted by min(1, 1/SNR) (Min-SNR with gamma 1, arXiv 2303.09556, sec. 3.4): the last traces of noise
+    make most of the plain loss, and what the caption says is decided long before them.
+    """
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
     folder = Path(config.out) / "pipeline"
@@ -281,7 +285,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
             with precision.autocast:
                 out = unet(add_noise(x0, eps, t, alpha_bar), t, context)
             per_sample = (out.float() - eps).square().mean((1, 2, 3))
-            loss = per_sample.mean()
+            loss = (per_sample * min_snr_weight(t, alpha_bar)).mean()
             check_finite(per_sample, step + 1, t)
             lr = lr_at(step, config.learning_rate, 200, config.steps, "cosine")
             precision.scaler.scale(loss).backward()
@@ -303,6 +307,12 @@ def train_unet(config: Config, run: RunFolder) -> None:
             folders.save_clip(folder, folders.load_clip(source).half())
     draw_curves(run.metrics, run.curves)
     print(f"miniature -> {folder}")
+
+
+def min_snr_weight(t: Tensor, alpha_bar: Tensor, gamma: float = 1.0) -> Tensor:
+    """min(SNR, gamma) / SNR of timesteps t (B,), the weight of an eps loss (arXiv 2303.09556, eq. 7): (B,)."""
+    a = alpha_bar.to(t.device)[t]
+    return (gamma * (1 - a) / a).clamp(max=1)
 
 
 def init_unet(unet: UNet) -> UNet:

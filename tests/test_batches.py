@@ -70,7 +70,7 @@ def test_a_batch_has_the_shapes_and_dtypes_the_unet_takes(pipe):
     assert batch.x0.dtype == batch.eps.dtype == batch.context.dtype == torch.float32
     assert len(batch.captions) == 3
     assert pipe.unet(batch.x0, batch.t, batch.context).isfinite().all()
-    assert torch.equal(batch.context, pipe.encode_prompts(batch.captions))
+    assert torch.equal(batch.context, pipe.encode_prompts(batch.captions).context)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -175,7 +175,7 @@ def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(pipe, s
     for name in ("x0", "eps", "t"):
         assert torch.equal(getattr(kept, name), getattr(dropped, name))
     states = dropped.context[torch.tensor(empty)]
-    torch.testing.assert_close(states, pipe.encode_prompts([""]).expand_as(states), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states, pipe.encode_prompts([""]).context.expand_as(states), rtol=1e-4, atol=1e-5)
 
 
 def test_a_dropout_of_one_drops_every_caption(pipe):

@@ -231,7 +231,7 @@ def test_a_saved_folder_loads_to_the_same_bits(sources, tmp_path):
         one, other = getattr(pipe, part), getattr(again, part)
         assert one.config == other.config
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    one, other = (p.sample_latents(PROMPTS, steps=2) for p in (pipe, again))
+    one, other = (p(PROMPTS, steps=2, output="latents") for p in (pipe, again))
     assert torch.equal(one, other)
 
 
@@ -362,8 +362,8 @@ def test_unet_and_text_encoder_take_the_asked_dtype_and_the_vae_stays_float32(so
     pipe = load_pipeline(sources["sd1"], dtype=torch.bfloat16)
     dtypes = [{p.dtype for p in part.parameters()} for part in (pipe.unet, pipe.text_encoders[0], pipe.vae)]
     assert dtypes == [{torch.bfloat16}, {torch.bfloat16}, {torch.float32}]
-    exact = load_pipeline(sources["sd1"]).sample_latents(PROMPTS, steps=2, guidance=2)
-    close = pipe.sample_latents(PROMPTS, steps=2, guidance=2)
+    exact = load_pipeline(sources["sd1"])(PROMPTS, steps=2, guidance=2, output="latents")
+    close = pipe(PROMPTS, steps=2, guidance=2, output="latents")
     assert close.dtype == torch.float32
     assert 0 < (close - exact).std() < 0.1 * exact.std()
 
@@ -405,7 +405,7 @@ def test_levels_are_rounded_not_cut():
 def test_a_sample_that_is_not_finite_is_named(sources):
     pipe = load_pipeline(sources["sd1"])
     latents = noise(3)
-    poisoned = pipe.sample_latents([PROMPTS[0]] * 3, latents=latents, steps=1)
+    poisoned = pipe([PROMPTS[0]] * 3, latents=latents, steps=1, output="latents")
     poisoned[1, 0, 0, 0] = torch.inf
     assert "picture 1 is not finite" in refused(pipe.decode, poisoned, batch_size=1)
     with torch.no_grad():

@@ -310,3 +310,44 @@ class AutoencoderKL(nn.Module):
 def posterior_std(logvar: Tensor) -> Tensor:
     """The posterior's standard deviation, from the log-variance clamped to [-30, 20] as in training."""
     return torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+
+
+def decode_tiled(vae: AutoencoderKL, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
+    """`vae.from_latents` in square tiles of `tile` latent pixels: the memory no longer grows with the picture.
+
+    Neighbouring tiles share `overlap` pixels, where one fades into the other. The norms see one tile at a time, so
+    large even areas may differ a little between tiles. Latents no larger than a tile are decoded as always.
+    """
+    height, width = latents.shape[2:]
+    if max(height, width) <= tile:
+        return vae.from_latents(latents)
+    image = weight = None
+    for top in _tile_starts(height, tile, overlap):
+        for left in _tile_starts(width, tile, overlap):
+            part = vae.from_latents(latents[:, :, top : top + tile, left : left + tile])
+            factor = part.shape[2] // min(tile, height)
+            if image is None:
+                image = part.new_zeros(*part.shape[:2], height * factor, width * factor)
+                weight = torch.zeros_like(image[:1, :1])
+            rise = overlap * factor
+            fade = _fade(part.shape[2], rise, part)[:, None] * _fade(part.shape[3], rise, part)[None, :]
+            area = (
+                ...,
+                slice(top * factor, top * factor + part.shape[2]),
+                slice(left * factor, left * factor + part.shape[3]),
+            )
+            image[area] += part * fade
+            weight[area] += fade
+    return image / weight
+
+
+def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin so that they cover `length` and share at least `overlap`; the last one ends at the end."""
+    last = max(0, length - tile)
+    return [*range(0, last, tile - overlap), last]
+
+
+def _fade(length: int, rise: int, like: Tensor) -> Tensor:
+    """1 inside, falling towards 0 over `rise` pixels at both ends; at the picture's own edges it cancels out."""
+    ramp = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / max(1, rise)
+    return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)

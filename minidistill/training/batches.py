@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.models.vae import AutoencoderKL, posterior_std
-from minidistill.pipeline import Pipeline
+from minidistill.pipeline import Pipeline, to_pixels
 from minidistill.training.seeds import generator_for
 
 CACHE_LIMIT = 2 * 2**30  # bytes of latents to keep in memory; larger data sets are encoded batch by batch
@@ -40,12 +39,6 @@ class Batch(NamedTuple):
     eps: Tensor  # standard-normal noise (B, C, h, w)
     t: Tensor  # timesteps (B,), uniform in 0 .. T-1
     captions: list[str]
-
-
-def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size -> (B, 3, H, W) float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Batches:
@@ -88,7 +81,7 @@ class Batches:
         x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
         to_device = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
         x0, eps, t = to_device
-        return Batch(x0, self.pipe.encode_prompts(captions).float(), eps, t, captions)
+        return Batch(x0, self.pipe.encode_prompts(captions).context.float(), eps, t, captions)
 
     def _index(self, n: int) -> int:
         """Which entry of the data set sample n is."""

@@ -20,7 +20,16 @@ from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPT
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig
-from minidistill.weights.files import Model, load_into, read_json, read_tensors, write_json, write_safetensors
+from minidistill.weights.files import (
+    Model,
+    load_into,
+    read_json,
+    read_metadata,
+    read_tensors,
+    write_json,
+    write_safetensors,
+)
+from minidistill.weights.sampling import Sampling, find_sampling
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 
@@ -28,40 +37,32 @@ MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 DIFFUSERS_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
 
-# The version is that of the format: the parts below are written as diffusers has read them since then.
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.21.0",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+NONE = [None, None]
 
 
-def find_model(source: str | Path) -> Path:
-    """The folder that a SOURCE means: a pipeline folder itself, or `miniature`, which is in this package.
+def find_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The pipeline folder, or the single file, that a SOURCE means.
+
+    dtype: float16 prefers files of that precision where there are two kinds.
 
     Raises:
-        InputError: there is no such folder, or it holds no Stable Diffusion 1.x or 2.x pipeline.
+        InputError: there is no such thing.
     """
     folder = MINIATURE if str(source) == "miniature" else Path(source).expanduser()
-    if folder.is_file():
-        raise InputError(f"{source} is a file; a pipeline folder in the diffusers layout is needed, or miniature")
-    if not folder.is_dir():
+    if not folder.exists():
         raise InputError(f"no such model: {source} (give a pipeline folder in the diffusers layout, or miniature)")
+    return folder
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """The index of a pipeline folder. InputError: it has none, or is of a kind that is not computed here."""
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json")
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind == "StableDiffusionXLPipeline":
-        raise InputError(f"{folder} is an SDXL pipeline: only Stable Diffusion 1.x and 2.x are supported so far")
-    if kind != MODEL_INDEX["_class_name"]:
-        raise InputError(f"{folder} is a {kind}: a StableDiffusionPipeline (1.x or 2.x) is needed")
-    return folder
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") not in (SD, SDXL):
+        raise InputError(f"{folder} is a {index.get('_class_name')}: a {SD} or {SDXL} is needed")
+    return index
 
 
 # loading: `folder` is always the pipeline's
@@ -121,6 +122,17 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
         return ScheduleConfig.from_dict(config)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def load_sampling(folder: str | Path, dtype: torch.dtype = torch.float32) -> Sampling | None:
+    """What the U-Net was distilled for, as its weights say. InputError: they say something unreadable."""
+    path = find_weights(_existing_part(Path(folder) / "unet"), DIFFUSERS_STEMS, dtype)[0]
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        return find_sampling(path, read_metadata(path))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _load(
@@ -222,14 +234,40 @@ def save_tokenizer(folder: str | Path, tokenizer: CLIPTokenizer, part: str = "to
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def save_schedule(folder: str | Path, schedule: ScheduleConfig) -> None:
-    """Write `scheduler/`."""
-    write_json(Path(folder) / "scheduler" / "scheduler_config.json", schedule.to_dict())
+def save_schedule(folder: str | Path, schedule: ScheduleConfig, scheduler: str = "DDIMScheduler") -> None:
+    """Write `scheduler/` for a diffusers scheduler: DDIMScheduler or EulerDiscreteScheduler."""
+    config = schedule.to_dict() | {"_class_name": scheduler}
+    write_json(Path(folder) / "scheduler" / "scheduler_config.json", config)
 
 
-def save_model_index(folder: str | Path) -> None:
+def save_model_index(
+    folder: str | Path,
+    kind: str = SD,
+    scheduler: str = "DDIMScheduler",
+    vae: str = "AutoencoderKL",
+    zero_unconditional: bool = False,
+) -> None:
     """Write model_index.json, which makes a folder a pipeline: call it when all the parts are there."""
-    write_json(Path(folder) / "model_index.json", MODEL_INDEX)
+    parts = {
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae],
+        "feature_extractor": NONE,
+        "image_encoder": NONE,
+    }
+    if kind == SDXL:
+        parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        parts["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+        parts["force_zeros_for_empty_prompt"] = zero_unconditional
+    else:
+        parts |= {"safety_checker": NONE, "requires_safety_checker": False}
+    # The version is that of the format: the parts are written as diffusers has read them since then.
+    write_json(
+        Path(folder) / "model_index.json",
+        {"_class_name": kind, "_diffusers_version": "0.21.0", **dict(sorted(parts.items()))},
+    )
 
 
 def _save(

@@ -1,0 +1,66 @@
+"""How a checkpoint wants to be sampled. A distilled model gives good pictures with its own settings only.
+
+    sdxl_lightning_4step_unet.safetensors      4 Euler steps, trailing timesteps, guidance off
+    sdxl_lightning_1step_x0.safetensors        1 step, and the network puts out x0, not eps
+
+Files made here say it themselves, in the metadata of the weights; of SDXL-Lightning's files it is known by their names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from minidistill.diffusion.schedule import PREDICTIONS, SPACINGS
+
+METADATA_KEY = "minidistill.sampling"
+SAMPLERS = ("ddim", "euler")
+LIGHTNING = re.compile(r"sdxl_lightning_(\d+)step(?:_unet|_lora)?(_x0)?$")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings a model was distilled for."""
+
+    steps: int
+    sampler: str = "euler"
+    spacing: str = "trailing"
+    guidance: float = 1.0  # 1 and below: off
+    prediction: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.steps, int) and self.steps >= 1 and isinstance(self.guidance, int | float)):
+            raise ValueError(f"steps must be 1 or more and guidance a number, not {self.steps!r} and {self.guidance!r}")
+        for name, known in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("prediction", PREDICTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+    def __str__(self) -> str:
+        guidance = f"guidance {self.guidance:g}" if self.guidance > 1 else "guidance off"
+        count = f"{self.steps} step{'s' * (self.steps > 1)}"
+        return f"{count} of {self.sampler} with {self.spacing} timesteps, {guidance}"
+
+
+def find_sampling(path: str | Path, metadata: Mapping[str, str]) -> Sampling | None:
+    """What a weights file asks for, by its metadata, else by its name; None if it asks for nothing.
+
+    ValueError: the metadata's entry is not what `sampling_metadata` writes.
+    """
+    if METADATA_KEY in metadata:
+        known = {field.name for field in fields(Sampling)}
+        try:
+            entry = json.loads(metadata[METADATA_KEY])
+            return Sampling(**{name: value for name, value in entry.items() if name in known})
+        except (AttributeError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: the metadata {METADATA_KEY} is not readable ({error})") from error
+    if found := LIGHTNING.match(Path(path).stem):
+        return Sampling(int(found[1]), prediction="sample" if found[2] else "epsilon")
+    return None
+
+
+def sampling_metadata(sampling: Sampling | None) -> dict[str, str]:
+    """What to write into a file so that `find_sampling` gives the same again."""
+    return {} if sampling is None else {METADATA_KEY: json.dumps(asdict(sampling))}
