@@ -17,7 +17,7 @@ from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_scores, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.metrics.scene_judge import judge, score_verdicts
-from minidistill.pipeline import SAMPLERS, load_pipeline
+from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, load_pipeline
 from minidistill.training.config import option, run_command
 from minidistill.training.log import format_table
 from minidistill.training.optim import get_device
@@ -30,9 +30,11 @@ from minidistill.weights.files import write_json
 class Config:
     model: str = option("miniature", "SOURCE: a model folder, or miniature")
     samples: int = option(1000, "held-out captions to draw", minimum=1)
-    steps: int = option(25, "sampling steps", minimum=1)
-    sampler: str = option("ddim", "how to sample", choices=SAMPLERS)
-    guidance: float = option(7.5, "scale of classifier-free guidance; 1 switches it off")
+    steps: int | None = option(None, f"sampling steps; none: the model's own, else {STEPS}", minimum=1)
+    sampler: str | None = option(None, "how to sample; none: the model's own, else ddim", choices=SAMPLERS)
+    guidance: float | None = option(
+        None, f"scale of classifier-free guidance; 1: off; none: the model's own, else {GUIDANCE:g}"
+    )
     seed: int = option(0, "decides the noise")
     batch_size: int = option(16, "pictures at a time; the result does not depend on it", minimum=1)
     parts: bool = option(False, "also judge the VAE's reconstructions and, where the folder has a clip/, its retrieval")

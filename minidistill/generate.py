@@ -1,7 +1,10 @@
-"""Text to image with any model folder.
+"""Text to image with any model.
 
 python -m minidistill.generate --prompt "a red circle" --out circle.png
 python -m minidistill.generate --model path/to/stable-diffusion-v1-5 --device cuda --precision fp16
+python -m minidistill.generate --model path/to/sdxl --unet sdxl_lightning_4step_unet.safetensors --prompt "a fox"
+
+A distilled model is sampled with the settings it was made for, unless flags say otherwise.
 """
 
 import math
@@ -11,15 +14,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
-from minidistill.pipeline import SAMPLERS, Pipeline, load_pipeline
+from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, Pipeline, load_pipeline
 from minidistill.training.config import option, run_command
 from minidistill.training.optim import PRECISIONS, get_device, get_precision
-from minidistill.weights.files import atomic_path, read_safetensors
+from minidistill.weights.files import atomic_path, existing_file, read_safetensors
+from minidistill.weights.sampling import Sampling
 
 BATCH_SIZE = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,22 +33,32 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class GenerateConfig:
     """The flags of this command."""
 
-    model: str = option("miniature", "a pipeline folder in the diffusers layout, or miniature")
+    model: str = option("miniature", "SOURCE: pipeline folder, Hub id, .safetensors or .ckpt file, or miniature")
+    unet: str | None = option(None, "SOURCE of another U-Net for the model")
+    vae: str | None = option(None, "SOURCE of another VAE for the model; a TAESD is one")
+    lora: str | None = option(None, "LoRA file to merge into the model")
+    lora_scale: float = option(1.0, "how strongly the LoRA acts")
     prompt: str = option("a large red circle left of a small blue square", "what the picture shows")
-    negative_prompt: str = option("", "what guidance leads away from")
-    steps: int = option(25, "network evaluations, each with and without the prompt", minimum=1)
-    sampler: str = option("ddim", "solver", choices=SAMPLERS)
+    negative_prompt: str | None = option(None, "what guidance leads away from")
+    steps: int | None = option(None, f"network evaluations; none: the model's own, else {STEPS}", minimum=1)
+    sampler: str | None = option(None, "solver; none: the model's own, else ddim", choices=SAMPLERS)
     spacing: str | None = option(None, "which timesteps; none: as the model says", choices=SPACINGS)
-    guidance: float = option(7.5, "scale of classifier-free guidance; 1 and below switch it off")
+    guidance: float | None = option(
+        None, f"scale of classifier-free guidance; 1 and below: off; none: the model's own, else {GUIDANCE:g}"
+    )
     seed: int = option(0, "decides the initial noise")
+    count: int = option(1, "pictures of the prompt, in a row", minimum=1)
     latents: str | None = option(
         None,
         "safetensors file with the noise to start from, `latents` (B, 4, h, w); B pictures in a row",
     )
+    image: str | None = option(None, "picture to start from")
+    strength: float = option(0.8, "how far an image goes back to noise, above 0 to 1")
     height: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
     width: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
     device: str = option("cpu", "cpu or cuda")
     precision: str = option("fp32", "of U-Net and text encoder; the VAE stays fp32", choices=PRECISIONS)
+    low_memory: bool = option(False, "free the text encoders after use, decode in tiles")
     out: str = option("generated.png", "the picture, a .png file")
 
 
@@ -56,12 +70,14 @@ def generate(config: GenerateConfig) -> None:
     device = get_device(config.device)
     get_precision(config.precision, device)  # refuses what this device cannot do
     noise = read_latents(config.latents) if config.latents else None
-    pipe = load_pipeline(config.model, device, DTYPES[config.precision])
-    count = 1 if noise is None else len(noise)
-    total = config.steps * math.ceil(count / BATCH_SIZE)
+    image = read_image(config.image) if config.image else None
+    loras = [(config.lora, config.lora_scale)] if config.lora else []
+    pipe = load_pipeline(config.model, device, DTYPES[config.precision], unet=config.unet, vae=config.vae, loras=loras)
+    for text in (config.prompt, config.negative_prompt or ""):
+        warn_if_cut(pipe, text)
+    count = config.count if noise is None else len(noise)
     # The output is opened first: that it cannot be written is better found out before the work.
-    # disable=None: a bar on a terminal, silence in a log file.
-    with atomic_path(out) as temporary, tqdm(total=total, desc="sampling", unit="step", disable=None) as bar:
+    with atomic_path(out) as temporary, progress(pipe, config, count) as bar:
         pictures = pipe(
             [config.prompt] * count,
             config.negative_prompt,
@@ -71,15 +87,34 @@ def generate(config: GenerateConfig) -> None:
             sampler=config.sampler,
             spacing=config.spacing,
             latents=noise,
+            image=image,
+            strength=config.strength,
             height=config.height,
             width=config.width,
             batch_size=BATCH_SIZE,
             callback=lambda step: bar.update(),
+            low_memory=config.low_memory,
         )
         side_by_side(pictures).save(temporary)
-    for text in (config.prompt, config.negative_prompt):
-        warn_if_cut(pipe, text)
     print(out)
+
+
+def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
+    """A bar over all steps of all batches; disable=None: on a terminal only, silence in a log file."""
+    own = pipe.sampling or Sampling(STEPS)
+    steps = config.steps or own.steps
+    if config.image:
+        steps = math.floor(steps * config.strength)
+    return tqdm(total=steps * math.ceil(count / BATCH_SIZE), desc="sampling", unit="step", disable=None)
+
+
+def read_image(path: str) -> Image.Image:
+    """An RGB picture. InputError: there is none, or it cannot be read."""
+    try:
+        with Image.open(existing_file(path)) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"cannot read the image {path}: {error}") from error
 
 
 def read_latents(path: str) -> Tensor:

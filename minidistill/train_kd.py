@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minidistill.data.folders import ImageFolder
+from minidistill.data import cache
+from minidistill.data.cache import LatentCache
 from minidistill.data.scenes import SIDE, Scenes
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import kd
@@ -63,9 +64,10 @@ class Config:
         None, "three weights, of the losses task,output,feature; none takes the recipe's", minimum=0
     )
     copy_weights: bool = option(True, "start from the teacher's weights, not from random ones")
-    data: str = option("scenes", "scenes, or a folder of images with captions")
+    data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
     pictures: int = option(4096, "how many scenes to train on", minimum=1)
     resolution: int | None = option(None, "pixels to train at; none takes the teacher's own", minimum=8)
+    flip: bool = option(False, "show every other picture as its mirror image; not where captions say left and right")
     out: str = option("runs/kd", "folder of the run; the student is in OUT/student")
     steps: int = option(240, "optimizer steps", minimum=1)
     batch_size: int = option(32, "samples in a micro-batch", minimum=1)
@@ -114,15 +116,21 @@ def main(config: Config) -> None:
     optimizer = adamw(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     ema = EMA(student, config.ema_decay)
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
-    run = RunFolder.open(config.out, dataclasses.asdict(config), config.resume)
+    run = RunFolder.find(config.out, dataclasses.asdict(config), config.resume)
+    batches = Batches(
+        data,
+        pipe,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        caption_dropout=config.caption_dropout,
+        flip=config.flip,
+    )
+    run.begin(dataclasses.asdict(config))
     describe(config, pipe, removal)
     start = run.restore(parts)
     if start > config.steps:
         raise InputError(f"--steps {config.steps}: the run in {config.out} has done {start} steps already")
 
-    batches = Batches(
-        data, pipe, batch_size=config.batch_size, seed=config.seed, caption_dropout=config.caption_dropout
-    )
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
     comparison = Comparison(run, pipe, student, batches, judged=config.judged if config.data == "scenes" else 0)
     if start == 0:
@@ -223,8 +231,8 @@ def plan(config: Config, pipe: Pipeline) -> Removal:
         raise InputError(f"{flag} does not fit {config.teacher}: {error}{hint}") from error
 
 
-def open_data(config: Config) -> Captioned:
-    """The training pictures: scenes, which have one size, or a folder's, cropped to a square and resized."""
+def open_data(config: Config) -> Captioned | LatentCache:
+    """The training pictures: scenes, which have one size, or a folder's, cropped to a square and resized, or cached."""
     if config.data == "scenes":
         if config.resolution != SIDE:
             raise InputError(
@@ -233,9 +241,9 @@ def open_data(config: Config) -> Captioned:
                 f"images, or --resolution {SIDE}"
             )
         return Scenes("train", length=config.pictures)
-    folder = ImageFolder(config.data, config.resolution)
-    print(folder.report.summary())
-    return folder
+    data = cache.open_data(config.data, config.resolution)
+    print(data.summary())
+    return data
 
 
 def describe(config: Config, pipe: Pipeline, removal: Removal) -> None:

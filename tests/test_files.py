@@ -258,15 +258,24 @@ def test_a_model_on_meta_takes_every_value_and_only_floats_change_type():
     assert not net.training and net[0].weight.requires_grad and isinstance(net[0].weight, nn.Parameter)
 
 
-def test_loaded_values_are_the_models_own(tmp_path):
+def test_a_model_is_the_mapped_file_without_a_second_copy_and_what_it_learns_stays_out_of_the_file(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, small_net().state_dict())
+    before = path.read_bytes()
     tensors = read_safetensors(path)
     net = load_into(on_meta(), tensors, "x")
+    assert all(value.data_ptr() == tensors[name].data_ptr() for name, value in net.state_dict().items())
     with torch.no_grad():
         net[0].weight.zero_()
-    assert tensors["0.weight"].abs().sum() > 0
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in net.state_dict().values())
+    assert path.read_bytes() == before
+    assert read_safetensors(path)["0.weight"].abs().sum() > 0
+
+
+def test_the_files_own_precision_is_kept_on_request(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {name: tensor.half() for name, tensor in small_net().state_dict().items()})
+    assert load_into(on_meta(), read_safetensors(path), "x", None)[0].weight.dtype == torch.float16
+    assert load_into(on_meta(), read_safetensors(path), "x")[0].weight.dtype == torch.float32
 
 
 def test_what_does_not_fit_is_counted_and_named():

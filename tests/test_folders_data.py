@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidistill.data.folders import ImageFolder, load_rgb, scan, to_rgb, to_square
+from minidistill.data import folders, listing
+from minidistill.data.folders import ImageFolder, load_rgb, scan, scan_and_save, to_rgb, to_square
 from minidistill.errors import InputError
 
 
@@ -56,7 +57,7 @@ def test_jsonl_with_subfolders_and_caption_lists(tmp_path):
         "a.png",
         "cats/deep/c.webp",
     ]
-    assert report.captions == ["first", "ein Käfer", "c"]
+    assert report.captions == [("first", "second"), "ein Käfer", "c"]
     assert report.summary() == f"{tmp_path}: 3 captioned images."
 
 
@@ -136,12 +137,14 @@ def test_truncated_and_fake_images_are_skipped_counted_and_named(tmp_path):
     truncate(tmp_path / "03.jpg")
     Image.open(tmp_path / "03.jpg").close()  # it opens well: only decoding tells
     (tmp_path / "07.jpg").write_bytes(b"<html>404</html>")
+    report = scan_and_save(tmp_path)
     folder = ImageFolder(tmp_path, 16)
-    report = folder.report
+    assert folder.report.unreadable == report.unreadable
     assert len(folder) == 18 and len(report.captions) == 18
     assert [text.split()[0] for text in report.unreadable] == ["03.jpg", "07.jpg"]
     assert "truncated" in report.unreadable[0]
-    assert "2 unreadable, skipped: 03.jpg (" in report.summary()
+    assert "07.jpg (not an image)" in report.unreadable
+    assert "2 unreadable, skipped: 03.jpg (" in report.summary() and folder.summary() == report.summary()
     captions = [caption for _, caption in folder]
     assert captions == [f"caption of {i:02}.jpg" for i in range(20) if i not in (3, 7)]
 
@@ -285,11 +288,83 @@ def test_items_are_rgb_squares_and_always_the_same(tmp_path):
         folder[21]
 
 
-def test_a_file_lost_after_the_scan_is_named(tmp_path):
+def test_opening_reads_no_pixels_and_asks_the_disk_about_no_file_it_has_listed(tmp_path, monkeypatch):
     twenty(tmp_path)
+
+    def forbidden(*_):
+        raise AssertionError("opened or asked about")
+
+    monkeypatch.setattr(folders.Image, "open", forbidden)
+    monkeypatch.setattr(listing.os.path, "isfile", forbidden)
+    folder = ImageFolder(tmp_path, 16)
+    assert len(folder) == 20 and folder.name(3) == "03.jpg" and folder.captions(3) == ("caption of 03.jpg",)
+
+
+def test_the_next_readable_example_stands_in_for_a_broken_one_which_is_named_once(tmp_path, capsys):
+    twenty(tmp_path)
+    for name in ("04.jpg", "19.jpg"):
+        truncate(tmp_path / name)
     folder = ImageFolder(tmp_path, 8)
-    truncate(tmp_path / "04.jpg")
-    assert "04.jpg" in refusal(lambda: folder[4])
+    for asked, shown in ((4, 5), (19, 0), (4, 5), (-1, 0)):
+        sample = folder.sample(asked)
+        assert sample.number == shown and sample.name == f"{shown:02}.jpg"
+        assert sample.captions == (f"caption of {shown:02}.jpg",) == (folder[asked][1],)
+        assert np.array_equal(sample.picture, folder[shown][0])
+    said = capsys.readouterr().out
+    assert said.count("04.jpg (") == said.count("19.jpg (") == 1 and said.count("\n") == 2
+    (tmp_path / "10.jpg").unlink()
+    message = refusal(lambda: folder[10])
+    assert "3 of 20 images cannot be read" in message and "10.jpg (No such file" in message
+
+
+def test_a_scan_lists_what_is_wrong_and_a_repaired_file_is_used_again(tmp_path):
+    twenty(tmp_path)
+    whole = (tmp_path / "03.jpg").read_bytes()
+    truncate(tmp_path / "03.jpg")
+    save(tmp_path / "bare.png")
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps(rows("gone.png")[0]) + "\n")
+    scan_and_save(tmp_path, 65)
+    report = json.loads((tmp_path / listing.SCAN_NAME).read_text())
+    assert report["images"] == report["examples"] == 20
+    assert list(report["unreadable"]) == ["03.jpg"] and "truncated" in report["unreadable"]["03.jpg"]["reason"]
+    assert report["without caption"] == ["bare.png"]
+    assert report["in the metadata, not on the disk"] == ["gone.png"]
+    assert len(report["smaller than 65 pixels"]) == 19
+    assert len(ImageFolder(tmp_path, 8)) == 19
+    (tmp_path / "03.jpg").write_bytes(whole)
+    assert len(ImageFolder(tmp_path, 8)) == 20
+
+
+def test_a_refused_scan_leaves_its_list_and_the_folder_stays_refused(tmp_path):
+    twenty(tmp_path)
+    for i in (1, 5, 9):
+        truncate(tmp_path / f"{i:02}.jpg")
+    assert "3 of 20" in refusal(lambda: scan_and_save(tmp_path))
+    assert len(json.loads((tmp_path / listing.SCAN_NAME).read_text())["unreadable"]) == 3
+    assert "3 of 20" in refusal(lambda: ImageFolder(tmp_path, 8))
+    (tmp_path / listing.SCAN_NAME).write_text("{}")
+    assert "is not a scan report: delete it" in refusal(lambda: ImageFolder(tmp_path, 8))
+
+
+def test_a_relative_path_names_the_same_files(tmp_path, monkeypatch):
+    save(tmp_path / "train/a.png")
+    save(tmp_path / "b.png")
+    write_jsonl(tmp_path / "metadata.jsonl", rows("train/a.png", "b.png"))
+    for here, path in ((tmp_path, "."), (tmp_path / "train", ".."), (tmp_path, "train/..")):
+        monkeypatch.chdir(here)
+        folder = ImageFolder(path, 8)
+        assert [folder.name(i) for i in range(len(folder))] == ["train/a.png", "b.png"]
+        assert not folder.report.uncaptioned
+
+
+def test_original_size_and_crop_are_known(tmp_path):
+    save(tmp_path / "wide.png", size=(120, 60))
+    save(tmp_path / "tall.png", size=(50, 80))
+    write_jsonl(tmp_path / "metadata.jsonl", rows("wide.png", "tall.png"))
+    folder = ImageFolder(tmp_path, 20)
+    assert folder.sample(0).original == (60, 120) and folder.sample(0).crop == (0, 10)  # resized to 40 x 20
+    assert folder.sample(1).original == (80, 50) and folder.sample(1).crop == (6, 0)  # resized to 20 x 32
 
 
 def test_to_square_is_resize_then_centre_crop():

@@ -233,9 +233,10 @@ for kill in range(12):
     if child == 0:
         for step in range(1, 100_000):
             run.save_checkpoint(step, {"x": torch.full((200, 200), float(step))}, {"step": step}, keep=1)
-    while not os.listdir(run.checkpoints):
+    wanted = f"step-{1 + kill % 4:06d}"  # a kill at some moment after this one, on fast and slow machines
+    while max([name for name in os.listdir(run.checkpoints) if name[0] != "."], default="") < wanted:
         time.sleep(0.001)
-    time.sleep(0.03 + 0.0137 * kill)
+    time.sleep(0.0037 * kill)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 """
@@ -248,10 +249,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, capsys):
     steps = []
     for kill in range(12):
         checkpoint = RunFolder(tmp_path / str(kill)).latest_checkpoint()
-        if checkpoint is None:  # killed while writing the very first one
-            continue
         steps.append(checkpoint.step)
         assert checkpoint.meta == {"step": checkpoint.step}
         assert torch.equal(checkpoint.tensors["x"], torch.full((200, 200), float(checkpoint.step)))
-    assert len(steps) >= 8 and len(set(steps)) > 2, steps
+    assert len(set(steps)) > 2, steps
     assert "damaged" not in capsys.readouterr().out

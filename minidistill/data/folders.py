@@ -1,120 +1,238 @@
-"""Folders of captioned images.
+"""Folders of captioned images, as pictures for training: decoded, cropped to a square, resized.
 
-Three ways to say which caption belongs to which image, in one tree of folders, sub-folders included:
-
-    metadata.jsonl      {"file_name": "cats/0001.jpg", "text": "a cat"}      one JSON object a line
-    metadata.csv        file_name,text                                       a header, then one row per image
-    0001.jpg 0001.txt   the caption in the text file (or 0001.caption)
-
-`file_name` is relative to the folder of the metadata file. A caption may be a list, the first is taken; an
-empty caption is none. Two rows for one image are two examples. A row outranks a text file.
-
-`scan` decodes every image once, because truncated files open well and fail late, and says what it left out.
+`listing.py` says how captions are given. Opening a folder decodes nothing; broken files are found when they are read,
+another example stands in for each, and they are named. `scan` decodes everything once and leaves a list of the broken
+files in the folder, by which they are left out from then on.
 """
 
-import csv
-import difflib
-import json
+import io
 import os
 import random
-from collections.abc import Iterator
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from minidistill.data.listing import SCAN_NAME, FolderReport, find_examples, refuse_too_many, relative
+from minidistill.data.shards import read_member
 from minidistill.errors import InputError
+from minidistill.weights.files import read_json, write_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
-HOW_TO_CAPTION = "captions come from metadata.jsonl or metadata.csv (file_name, text), or from x.txt beside x.jpg"
+MOST_NAMED = 20  # broken files named one by one while training
 
 
-@dataclass
-class FolderReport:
-    """What a folder holds: `captions[i]` belongs to `files[i]` (a path). The other lists feed the summary."""
+class Sample(NamedTuple):
+    """One example, as read: what a latent cache has to know."""
 
-    path: str
-    files: list[str] = field(repr=False)
-    captions: list[str] = field(repr=False)
-    unreadable: list[str] = field(default_factory=list)  # "name (reason)"
-    uncaptioned: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # named in a metadata file, not on the disk
-    small: list[str] = field(default_factory=list)  # kept, but enlarged to the resolution asked for
-    lookalikes: list[str] = field(default_factory=list)  # files called almost, but not quite, metadata.jsonl
-
-    def summary(self) -> str:
-        """One paragraph for people: how many examples, and what was left out, by name."""
-        parts = [f"{self.path}: {len(self.files)} captioned images"]
-        for names, what in (
-            (self.unreadable, "unreadable, skipped"),
-            (self.uncaptioned, "without caption, skipped"),
-            (self.missing, "in the metadata but not on the disk, skipped"),
-            (self.small, "smaller than the resolution, enlarged"),
-            (self.lookalikes, f"not read, though named almost like {' or '.join(METADATA_NAMES)}"),
-        ):
-            if names:
-                parts.append(f"{len(names)} {what}: {_some(names)}")
-        return "; ".join(parts) + "."
+    picture: Image.Image  # RGB, square
+    captions: tuple[str, ...]  # the first is the caption; training draws one
+    name: str = "a picture"
+    number: int = 0  # which example this is: another one than asked for, if that cannot be read
+    original: tuple[int, int] = (0, 0)  # height and width, before anything was done to it
+    crop: tuple[int, int] = (0, 0)  # rows above and columns left of the square, in pixels of the resized image
 
 
 class ImageFolder:
-    """The readable, captioned images of a folder as (RGB PIL image resolution x resolution, caption).
+    """The captioned images of a folder as (RGB PIL image resolution x resolution, caption).
 
-    The largest square of each image is resized with Lanczos: the central one, or without `center_crop` one
-    at a random place that depends on the index alone. An index always gives the same pixels. `report` is what
-    the scan found. InputError: as `scan`, or a file that has become unreadable since.
+    The largest square of each image is resized with Lanczos: the central one, or without `center_crop` one at a random
+    place that depends on the index alone. An index always gives the same pixels. Instead of a file that cannot be read
+    one gets the next that can. `report` is what was found. InputError: as `find_examples`, or when more than 10 % of
+    the images turn out to be unreadable.
     """
 
     def __init__(self, path: str | Path, resolution: int, center_crop: bool = True) -> None:
         if resolution < 1:
             raise InputError(f"resolution must be at least 1 pixel, got {resolution}")
         self.resolution, self.center_crop = resolution, center_crop
-        self.report = scan(path, resolution)
+        self.report = find_examples(path)
+        _leave_out_scanned(self.report)
+        self._broken: dict[int, str] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.report.files)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, str]:
-        file, caption = self.report.files[i], self.report.captions[i]
-        place = (0.5, 0.5) if self.center_crop else _random_place(i % len(self))
+        sample = self.sample(i)
+        return sample.picture, sample.captions[0]
+
+    def sample(self, i: int) -> Sample:
+        """Example i with all that is known of it, or the next one that can be read. Threads may call it."""
+        i = range(len(self))[i]  # as of any sequence: negative ones count from the end, IndexError
+        for j in chain(range(i, len(self)), range(i)):
+            if j not in self._broken:
+                try:
+                    return self._read(j)
+                except Exception as error:  # decoders raise anything on broken bytes
+                    self._note_broken(j, _reason(error))
+        raise InputError(f"{self.report.path}: no image can be read")
+
+    def summary(self) -> str:
+        """What was found, in one paragraph for people."""
+        return self.report.summary()
+
+    def name(self, i: int) -> str:
+        """Example i's file, relative to the folder."""
+        return self.report.name(i)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """All captions of example i."""
+        caption = self.report.captions[i]
+        return (caption,) if isinstance(caption, str) else caption
+
+    def read_bytes(self, i: int) -> bytes:
+        """The content of example i's file. OSError if it cannot be had."""
+        return _read_bytes(self.report, i)
+
+    def stat(self, i: int) -> tuple[int, int]:
+        """(bytes, time of the last change in ns) of example i's file; the time is that of its tar. (-1, -1): gone."""
+        tar, _, size = self.report.places[i, :3].tolist()
         try:
-            image = to_square(load_rgb(file), self.resolution, place)
-        except Exception as error:  # decoders raise anything on broken bytes
-            raise InputError(f"{file} could be read when the folder was scanned but not now: {error}") from error
-        return image, caption
+            status = os.stat(self.report.files[i] if tar < 0 else self.report.tars[tar])
+        except OSError:
+            return -1, -1
+        return (status.st_size if tar < 0 else size), status.st_mtime_ns
+
+    def _read(self, i: int) -> Sample:
+        image = _decode(self.read_bytes(i))
+        place = (0.5, 0.5) if self.center_crop else _random_place(i)
+        side = min(image.size)
+        left, top = (
+            round((length - side) * fraction * self.resolution / side)
+            for length, fraction in zip(image.size, place, strict=True)
+        )
+        height, width = self.report.places[i, 3:].tolist()
+        original = (height, width) if height > 0 else (image.height, image.width)
+        square = to_square(image, self.resolution, place)
+        return Sample(square, self.captions(i), self.name(i), i, original, (top, left))
+
+    def _note_broken(self, i: int, reason: str) -> None:
+        """Remember and name an unreadable file. InputError if there are too many."""
+        with self._lock:
+            if i in self._broken:
+                return
+            self._broken[i] = f"{self.name(i)} ({reason})"
+            count = len(self._broken)
+            refuse_too_many(self.report.path, list(self._broken.values()), count, len(self))
+            if count <= MOST_NAMED:
+                last = "; no more of them will be named, a scan finds them all" if count == MOST_NAMED else ""
+                print(f"note: {self._broken[i]} cannot be read, the next image stands in for it{last}", flush=True)
 
 
 def scan(path: str | Path, resolution: int | None = None) -> FolderReport:
     """Find the captioned images under `path` and decode each once, with a progress bar on terminals.
 
-    `resolution` only makes the report name the images with a shorter side. InputError: no such folder, no
-    images, no captions, metadata that cannot be understood (file and line are named), or more than 10 % of
-    the images unreadable.
+    `resolution` only makes the report name the images with a shorter side. InputError: as `find_examples`, or more than
+    10 % of the images unreadable.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise InputError(f"data folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
-    images, metadata, texts, lookalikes = _walk(root)
-    report = FolderReport(path=str(root), files=[], captions=[], lookalikes=[_name(f, root) for f in lookalikes])
-    in_rows = _take_rows(metadata, root, report)
-    for image in images:
-        if image in in_rows:
-            continue
-        caption = _caption_beside(image, texts)
-        if caption:
-            report.files.append(image)
-            report.captions.append(caption)
-        else:
-            report.uncaptioned.append(_name(image, root))
-    if not report.files:
-        raise InputError(_why_nothing(report, bool(images)))
-    return _without_unreadable(report, root, resolution)
+    report = find_examples(path)
+    report.leave_out(_try_all(report, resolution))
+    return report
+
+
+def scan_and_save(path: str | Path, resolution: int | None = None) -> FolderReport:
+    """`scan`, and write what it found into the folder, where `ImageFolder` sees which files to leave out."""
+    report = find_examples(path)
+    broken = _try_all(report, resolution)
+    where = {file: i for i, file in enumerate(report.files) if file in broken}
+    content = {
+        "images": len(set(report.files)),
+        "examples": len(report.files),
+        "unreadable": {
+            report.name(i): {"reason": broken[file], "changed": _changed(report, i)} for file, i in where.items()
+        },
+        "damaged tars": report.damaged,
+        "without caption": report.uncaptioned,
+        "in the metadata, not on the disk": report.missing,
+        f"smaller than {resolution} pixels": report.small,
+        "not read, named almost like metadata": report.lookalikes,
+    }
+    write_json(Path(path) / SCAN_NAME, content)  # before anything is refused: it is the list of what to repair
+    report.leave_out(broken)
+    return report
+
+
+def _leave_out_scanned(report: FolderReport) -> None:
+    """Leave out what a scan found broken, unless it has changed since."""
+    file = Path(report.path) / SCAN_NAME
+    if not file.exists():
+        return
+    known = read_json(file).get("unreadable")
+    if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
+        raise InputError(f"{file} is not a scan report: delete it")
+    full = {os.path.normpath(os.path.join(report.path, name)): entry for name, entry in known.items()}
+    found = {os.path.normpath(file): i for i, file in enumerate(report.files)} if full else {}
+    broken = {}
+    for path, entry in full.items():
+        i = found.get(path)
+        if i is not None and entry.get("changed") == _changed(report, i):
+            broken[report.files[i]] = str(entry.get("reason"))
+    if broken:
+        report.leave_out(broken)
+
+
+def _changed(report: FolderReport, i: int) -> list[int]:
+    """Size and time of the last change of the file that example i is in."""
+    tar = int(report.places[i, 0])
+    status = os.stat(report.files[i] if tar < 0 else report.tars[tar])
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _read_bytes(report: FolderReport, i: int) -> bytes:
+    tar, offset, size = report.places[i, :3].tolist()
+    return Path(report.files[i]).read_bytes() if tar < 0 else read_member(report.tars[tar], offset, size)
+
+
+def _decode(content: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(content)) as image:
+        return to_rgb(image)
+
+
+def _try_all(report: FolderReport, resolution: int | None) -> dict[str, str]:
+    """Decode every file once: file -> why it cannot be. Adds the small ones to the report."""
+    numbers = sorted({file: i for i, file in enumerate(report.files)}.values(), key=lambda i: report.files[i])
+    broken: dict[str, str] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(numbers), desc="scan", disable=None) as bar:
+        for start in range(0, len(numbers), 4096):  # in parts: a queue of millions of files would not be small
+            part = numbers[start : start + 4096]
+            for i, (reason, short_side) in zip(part, pool.map(lambda i: _try(report, i), part), strict=True):
+                bar.update()
+                if reason:
+                    broken[report.files[i]] = reason
+                elif resolution is not None and short_side < resolution:
+                    report.small.append(relative(report.files[i], report.path))
+    return broken
+
+
+def _try(report: FolderReport, i: int) -> tuple[str, int]:
+    """(why the file cannot be read, "" if it can; its shorter side in pixels)."""
+    try:
+        with Image.open(io.BytesIO(_read_bytes(report, i))) as image:
+            short_side = min(image.size)
+            image.draft(image.mode, (64, 64))  # JPEG: read everything, compute an eighth of the pixels
+            to_rgb(image)
+    except Exception as error:  # decoders raise anything on broken bytes
+        return _reason(error), 0
+    return "", short_side
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _random_place(i: int) -> tuple[float, float]:
+    numbers = random.Random(i)
+    return numbers.random(), numbers.random()
 
 
 def load_rgb(file: str | Path) -> Image.Image:
@@ -153,160 +271,3 @@ def to_square(image: Image.Image, resolution: int, place: tuple[float, float] = 
     left, top = ((length - side) * fraction for length, fraction in zip(image.size, place, strict=True))
     box = (left, top, left + side, top + side)
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-
-
-def _walk(root: Path) -> tuple[list[str], list[str], set[str], list[str]]:
-    """(images, metadata files, caption files, files named almost like metadata), sorted, none hidden."""
-    images, metadata, texts, lookalikes = [], [], set(), []
-    visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        visited.add(os.path.realpath(folder))
-        subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in visited
-        )
-        for name in sorted(name for name in names if not name.startswith(".")):
-            file = os.path.join(folder, name)
-            suffix = os.path.splitext(name)[1].lower()
-            if name in METADATA_NAMES:
-                metadata.append(file)
-            elif suffix in IMAGE_SUFFIXES:
-                images.append(file)
-            elif name.lower().startswith("metadata") or difflib.get_close_matches(name, METADATA_NAMES, cutoff=0.85):
-                lookalikes.append(file)
-            elif suffix in CAPTION_SUFFIXES:
-                texts.add(file)
-    return images, metadata, texts, lookalikes
-
-
-def _take_rows(metadata: list[str], root: Path, report: FolderReport) -> set[str]:
-    """Add the examples of all metadata files to the report; the image files that the rows speak of."""
-    folders = [os.path.dirname(file) for file in metadata]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise InputError(f"{folder} holds both {' and '.join(METADATA_NAMES)}: keep one")
-    spoken_of = set()
-    for source in metadata:
-        for file_name, caption in _rows(source):
-            file = os.path.normpath(os.path.join(os.path.dirname(source), file_name))
-            spoken_of.add(file)
-            if not os.path.isfile(file):
-                report.missing.append(_name(file, root))
-            elif caption:
-                report.files.append(file)
-                report.captions.append(caption)
-            else:
-                report.uncaptioned.append(_name(file, root))
-    return spoken_of
-
-
-def _rows(source: str) -> Iterator[tuple[str, str]]:
-    """(file_name, caption) of each row of a metadata file; the caption is "" where the row has none."""
-    with open(source, encoding="utf-8-sig", newline="") as lines:  # spreadsheets put a byte-order mark in front
-        try:
-            if source.endswith(".csv"):
-                reader = csv.DictReader(lines)
-                for row in reader:
-                    yield _row(row, f"{source} line {reader.line_num}")
-            else:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _row(json.loads(line), f"{source} line {number}")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{source} is not UTF-8 text: save it as UTF-8") from error
-        except csv.Error as error:
-            raise InputError(f"{source} line {reader.line_num} is not CSV: {error}") from error
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source} line {number} is not one JSON object: {error}") from error
-
-
-def _row(row: object, where: str) -> tuple[str, str]:
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not a JSON object with file_name and text")
-    for key in ("file_name", "text"):
-        if key not in row:
-            raise InputError(f"{where} has no {key!r} but {', '.join(map(repr, row))}: rename or add it")
-    file_name, caption = row["file_name"], row["text"]
-    if not isinstance(file_name, str) or not file_name:
-        raise InputError(f"{where}: file_name must be the name of a file, got {file_name!r}")
-    if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    if caption is not None and not isinstance(caption, str):
-        raise InputError(f"{where}: text must be a string or a list of strings, got {caption!r}")
-    return file_name, (caption or "").strip()
-
-
-def _caption_beside(image: str, texts: set[str]) -> str:
-    """The caption in x.txt or x.caption beside x.jpg, "" if there is none."""
-    for suffix in CAPTION_SUFFIXES:
-        file = os.path.splitext(image)[0] + suffix
-        if file in texts:
-            try:
-                return Path(file).read_text(encoding="utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                raise InputError(f"{file} is not UTF-8 text: save it as UTF-8") from error
-    return ""
-
-
-def _why_nothing(report: FolderReport, any_images: bool) -> str:
-    """The one line to refuse a folder with when it holds no example."""
-    if report.missing:
-        return (
-            f"{report.path}: none of the files in the metadata exists, first {report.missing[0]}: "
-            "file_name must be relative to the folder of the metadata file"
-        )
-    hint = f"; rename {report.lookalikes[0]} to metadata.jsonl or metadata.csv?" if report.lookalikes else ""
-    if any_images or report.uncaptioned:
-        return f"{report.path}: {len(report.uncaptioned)} images but no captions: {HOW_TO_CAPTION}{hint}"
-    return f"{report.path} holds no images ({' '.join(IMAGE_SUFFIXES)}){hint}"
-
-
-def _without_unreadable(report: FolderReport, root: Path, resolution: int | None) -> FolderReport:
-    """Decode every file once; the report without those that cannot be, and with those named."""
-    files = sorted(set(report.files))
-    broken: dict[str, str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc="scan", disable=None) as bar:
-        for start in range(0, len(files), 4096):  # in parts: a queue of millions of files would not be small
-            part = files[start : start + 4096]
-            for file, (reason, short_side) in zip(part, pool.map(_try, part), strict=True):
-                bar.update()
-                if reason:
-                    broken[file] = reason
-                elif resolution is not None and short_side < resolution:
-                    report.small.append(_name(file, root))
-    report.unreadable.extend(f"{_name(file, root)} ({reason})" for file, reason in broken.items())
-    if len(broken) > MOST_UNREADABLE * len(files):
-        raise InputError(
-            f"{report.path}: {len(broken)} of {len(files)} images cannot be read: repair or remove "
-            f"{_some(report.unreadable)}"
-        )
-    keep = [i for i, file in enumerate(report.files) if file not in broken]
-    report.captions[:] = [report.captions[i] for i in keep]
-    report.files[:] = [report.files[i] for i in keep]
-    return report
-
-
-def _try(file: str) -> tuple[str, int]:
-    """(why the file cannot be read, "" if it can; its shorter side in pixels)."""
-    try:
-        with Image.open(file) as image:
-            short_side = min(image.size)
-            image.draft(image.mode, (64, 64))  # JPEG: read everything, compute an eighth of the pixels
-            to_rgb(image)
-    except Exception as error:  # decoders raise anything on broken bytes
-        return " ".join(str(error).split()) or type(error).__name__, 0
-    return "", short_side
-
-
-def _random_place(i: int) -> tuple[float, float]:
-    numbers = random.Random(i)
-    return numbers.random(), numbers.random()
-
-
-def _name(file: str, root: Path) -> str:
-    return os.path.relpath(file, root)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

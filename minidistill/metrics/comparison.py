@@ -36,9 +36,8 @@ class Comparison:
         self.run, self.teacher, self.batches, self.judged = run, copy.copy(teacher), batches, judged
         self.student = copy.copy(teacher)
         self.student.unet = student
-        self.width, self.height = batches.data[0][0].size  # of the training pictures
-        shown = Scenes("test") if judged else batches.data
-        self.captions = [shown[i][1] for i in range(min(SHOWN, len(shown)))]
+        self.width, self.height = batches.size
+        self.captions = [Scenes("test").caption(i) for i in range(SHOWN)] if judged else batches.captions(SHOWN)
         self.teacher_row: list[Image.Image] = []
         self.file = run.path / "results.json"
         self.results = read_json(self.file) if self.file.exists() else {}

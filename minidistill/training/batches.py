@@ -7,14 +7,17 @@ the same after a resume, for any batch size that covers the same numbers, and ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from minidistill.data.cache import LatentCache
+from minidistill.data.folders import ImageFolder, Sample
 from minidistill.errors import InputError
 from minidistill.models.vae import AutoencoderKL, posterior_std
 from minidistill.pipeline import Pipeline, to_pixels
@@ -46,32 +49,39 @@ class Batches:
 
     def __init__(
         self,
-        data: Captioned,
+        data: Captioned | LatentCache,
         pipe: Pipeline,
         *,
         batch_size: int,
         seed: int,
         caption_dropout: float = 0.0,
+        flip: bool = False,
         cache: bool | None = None,
     ) -> None:
         """pipe: encodes pictures and captions. caption_dropout: share of samples trained on the empty caption.
 
+        flip: show every other sample as its mirror image; not where captions say left and right.
         cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
         """
         self.data, self.pipe, self.batch_size, self.seed = data, pipe, batch_size, seed
         self.caption_dropout = caption_dropout
         self.device = pipe.device
         self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
-        self._cache: list[tuple[Tensor, Tensor, str]] | None = None
-        width, height = data[0][0].size
-        size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2
+        self.flip = flip
+        self._cache: Latents | LatentCache | None = None
+        if isinstance(data, LatentCache):
+            data.check(pipe, flip)
+            self._cache, self.size = data, data.size
+            return
+        self.size = width, height = data[0][0].size  # of the pictures
+        size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
         if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
-            self._cache = encode_all(data, pipe.vae)
+            self._cache = encode_all(data, pipe.vae, flip)
 
     def __getitem__(self, k: int) -> Batch:
         numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
         generators = [generator_for(self.seed, "sample", n) for n in numbers]
-        mean, std, captions = self._posteriors([self._index(n) for n in numbers])
+        mean, std, captions = self._examples(numbers)
         T = self.pipe.schedule.num_train_timesteps
         t = torch.stack([torch.randint(T, (), generator=g) for g in generators])
         eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
@@ -81,7 +91,13 @@ class Batches:
         x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
         to_device = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
         x0, eps, t = to_device
-        return Batch(x0, self.pipe.encode_prompts(captions).context.float(), eps, t, captions)
+        return Batch(x0, self._context(captions), eps, t, captions)
+
+    def captions(self, count: int) -> list[str]:
+        """The (first) captions of the first entries of the data set."""
+        if isinstance(self.data, LatentCache):
+            return [self.data.captions(i)[0] for i in range(min(count, len(self.data)))]
+        return [self.data[i][1] for i in range(min(count, len(self.data)))]
 
     def _index(self, n: int) -> int:
         """Which entry of the data set sample n is."""
@@ -91,35 +107,90 @@ class Batches:
             self._order = (epoch, order)
         return int(self._order[1][place])
 
-    def _posteriors(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+        """Posterior means, deviations and captions of these samples. Which side and which caption: their own draws."""
+        indices = [self._index(n) for n in numbers]
+        flipped = [self.flip and bool(_draw(2, self.seed, "flip", n)) for n in numbers]
         if self._cache is not None:
-            found = [self._cache[i] for i in indices]
-            return (
-                torch.stack([m for m, _, _ in found]),
-                torch.stack([s for _, s, _ in found]),
-                [c for *_, c in found],
-            )
-        pictures, captions = zip(*(self.data[i] for i in indices), strict=True)
-        return *_encode(self.pipe.vae, pictures), list(captions)
+            mean, std = self._cache.latents(indices, flipped)
+            found = [self._cache.captions(i) for i in indices]
+        else:
+            samples = [_sample(self.data, i) for i in indices]
+            mean, std = _encode(self.pipe.vae, samples, flipped)
+            found = [sample.captions for sample in samples]
+        captions = [
+            several[_draw(len(several), self.seed, "caption", n)] if len(several) > 1 else several[0]
+            for n, several in zip(numbers, found, strict=True)
+        ]
+        return mean, std, captions
+
+    def _context(self, captions: list[str]) -> Tensor:
+        if isinstance(self._cache, LatentCache) and self._cache.has_text:
+            return self._cache.text_states(captions).context.to(self.device)
+        return self.pipe.encode_prompts(captions).context.float()
 
 
-def encode_all(data: Captioned, vae: AutoencoderKL, batch_size: int = 32) -> list[tuple[Tensor, Tensor, str]]:
-    """(posterior mean, deviation, caption) of every picture, unscaled, float32 on the CPU."""
-    result: list[tuple[Tensor, Tensor, str]] = []
-    bar = tqdm(total=len(data), desc="encoding pictures", unit="", disable=None, leave=False)
-    for start in range(0, len(data), batch_size):
-        chosen = [data[i] for i in range(start, min(start + batch_size, len(data)))]
-        mean, std = _encode(vae, [picture for picture, _ in chosen])
-        result += [(m, s, caption) for m, s, (_, caption) in zip(mean, std, chosen, strict=True)]
-        bar.update(len(chosen))
-    bar.close()
-    return result
+class Latents(NamedTuple):
+    """All of a data set, encoded, in memory; what a LatentCache is on the disk."""
+
+    mean: Tensor  # (N, 1 or 2, C, h, w), unscaled float32 on the CPU; the second is the mirror image's
+    std: Tensor
+    all_captions: list[tuple[str, ...]]
+
+    def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and deviation (B, C, h, w) of these entries or their mirror images."""
+        which = torch.tensor(numbers), torch.tensor(flipped, dtype=torch.int64)
+        return self.mean[which], self.std[which]
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """All captions of entry i."""
+        return self.all_captions[i]
+
+
+def encode_all(data: Captioned, vae: AutoencoderKL, flip: bool = False) -> Latents:
+    """Encode a data set into memory, with a progress bar on terminals."""
+    means, stds, captions = [], [], []
+    with tqdm(total=len(data), desc="encoding pictures", unit="", disable=None, leave=False) as bar:
+        for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
+            means.append(mean)
+            stds.append(std)
+            captions += [sample.captions for sample in chosen]
+            bar.update(len(chosen))
+    return Latents(torch.cat(means), torch.cat(stds), captions)
+
+
+def encode_samples(
+    samples: Iterable[Sample], vae: AutoencoderKL, flip: bool, batch_size: int = 32
+) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
+    """(samples, posterior means, deviations) of one batch after the other; (n, 1 or 2, C, h, w), as in Latents."""
+    samples = iter(samples)
+    while chosen := list(islice(samples, batch_size)):
+        sides = [_encode(vae, chosen, [side] * len(chosen)) for side in ((False, True) if flip else (False,))]
+        mean, std = (torch.stack(parts, dim=1) for parts in zip(*sides, strict=True))
+        yield chosen, mean, std
+
+
+def _draw(count: int, seed: int, what: str, n: int) -> int:
+    return int(torch.randint(count, (), generator=generator_for(seed, what, n)))
+
+
+def _sample(data: Captioned, i: int) -> Sample:
+    if isinstance(data, ImageFolder):
+        return data.sample(i)
+    picture, caption = data[i]
+    return Sample(picture, (caption,), f"picture {i}")
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+def _encode(vae: AutoencoderKL, samples: Sequence[Sample], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Posterior mean and deviation (B, C, h, w), unscaled, float32 on the CPU."""
+    pictures = [ImageOps.mirror(s.picture) if flip else s.picture for s, flip in zip(samples, flipped, strict=True)]
     weight = next(vae.parameters())
     mean, logvar = vae.encode(to_pixels(pictures).to(weight))
-    if not mean.isfinite().all():
-        raise InputError(f"the VAE's latents are not finite in {weight.dtype}: use the VAE in float32")
-    return mean.float().cpu(), posterior_std(logvar).float().cpu()
+    mean, std = mean.float().cpu(), posterior_std(logvar).float().cpu()
+    for sample, finite in zip(samples, (mean + std).flatten(1).isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            raise InputError(
+                f"the VAE's latents of {sample.name} are not finite in {weight.dtype}: use the VAE in float32"
+            )
+    return mean, std

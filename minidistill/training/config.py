@@ -16,6 +16,7 @@ the flags given. Field types: int, float, bool, str, a tuple of one of them such
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -23,7 +24,8 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -108,8 +110,9 @@ def run_command(
     """
     config = None
     try:
-        config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
-        main(config)
+        with _short_warnings():
+            config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
+            main(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -117,6 +120,17 @@ def run_command(
         print(f"\ninterrupted. {_how_to_go_on(config, prog)}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """In a terminal a warning is what it says, in one line, and not where in the code it was said."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 # ------------------------------------------------------------------------------------------------------------

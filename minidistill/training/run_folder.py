@@ -69,7 +69,20 @@ class RunFolder:
         resume: bool = False,
         may_change: Collection[str] = MAY_CHANGE,
     ) -> "RunFolder":
-        """Start a run in `out`, or go on with the one that is there.
+        """Start a run in `out`, or go on with the one that is there: `find`, then `begin`."""
+        run = cls.find(out, config, resume, may_change)
+        run.begin(config)
+        return run
+
+    @classmethod
+    def find(
+        cls,
+        out: str | Path,
+        config: Mapping[str, Any],
+        resume: bool = False,
+        may_change: Collection[str] = MAY_CHANGE,
+    ) -> "RunFolder":
+        """Check that a run can start or go on in `out`; nothing is written.
 
         Without `resume`, `out` must not hold a run or a model. With it, `out` must hold a run whose
         config.json equals `config` but for the fields in `may_change`; if it was killed before its first
@@ -79,27 +92,29 @@ class RunFolder:
             InputError: otherwise. (A mistyped --out with --resume must not train for a week from nothing.)
         """
         run = cls(out)
-        config = json.loads(json.dumps(config))  # tuples become lists, as in the stored file
         if run.path.exists() and not run.path.is_dir():
             raise InputError(f"{out} is a file, --out takes a folder")
         if resume:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
-            _check_same_run(out, read_json(run.config), config, may_change)
+            _check_same_run(out, read_json(run.config), _as_stored(config), may_change)
             if not run._checkpoint_paths():
                 print(f"{out} holds no checkpoint yet: starting at step 0", flush=True)
         elif found := [name for name in SIGNS_OF_A_RUN if (run.path / name).exists()]:
             raise InputError(
                 f"{out} is in use ({found[0]} exists): go on with that run by --resume, or take another --out"
             )
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            write_json(run.config, config)  # first: what has it can be resumed, whatever else is missing
-            run.samples.mkdir(exist_ok=True)
-            run.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write a run into {out}: {error.strerror}; take another --out") from error
         return run
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Write config.json and make the folders. InputError: the operating system refuses."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.config, _as_stored(config))  # first: what has it can be resumed, whatever else is missing
+            self.samples.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write a run into {self.path}: {error.strerror}; take another --out") from error
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
         """Write checkpoints/step-NNNNNN (contents: state.pack), then delete all but the last `keep`."""
@@ -178,6 +193,11 @@ def _check_same_run(
         )
     for name in changed:
         print(f"going on with {describe(name)}", flush=True)
+
+
+def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Tuples become lists, as in the stored file."""
+    return json.loads(json.dumps(config))
 
 
 def _step_of(path: Path) -> int:

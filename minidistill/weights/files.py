@@ -50,6 +50,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .bin, .pt, .pth or .ckpt state dict, read without running any code hidden in the file.
 
+    A training checkpoint that holds the state dict under the name "state_dict" is opened up; what lies beside it
+    (counters, optimizer states) is no part of the model.
+
     Raises:
         InputError: the file is missing, broken, holds anything but tensors, or would need code to be run.
     """
@@ -67,6 +70,8 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
         raise InputError(message) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path} is not a state dict: a file that maps names to tensors, nothing else, is needed")
     return dict(content)
@@ -213,14 +218,14 @@ def load_into(
     model: Model,
     tensors: Mapping[str, Tensor],
     what: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Model:
     """Give every parameter and buffer of `model`, normally built on `meta`, its value from a file. Strict.
 
-    Floating-point tensors become `dtype`. Values are copied out of the mapped file one by one: a file that
-    changes later cannot reach into a running model, and memory is aligned as always, on which the last bit of
-    a matrix product on the CPU may depend.
+    Floating-point tensors become `dtype`; None keeps the file's. What needs no change is the mapped file itself: there
+    is no second copy in memory, and a page that training writes to becomes the process's own. (Never write into a
+    weights file in place while a model uses it; `atomic_path` replaces files instead.)
 
     Args:
         what: the file or folder, for messages.
@@ -241,8 +246,8 @@ def load_into(
         raise InputError(f"{what} does not fit its configuration: {differences}")
     values = {}
     for name, tensor in found.items():
-        new_dtype = dtype if tensor.is_floating_point() else tensor.dtype
-        values[name] = tensor.to(device, new_dtype, copy=True, memory_format=torch.contiguous_format)
+        new_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        values[name] = tensor.to(device, new_dtype).contiguous()
     model.load_state_dict(values, strict=True, assign=True)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:

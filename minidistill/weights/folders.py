@@ -17,42 +17,36 @@ from torch import Tensor, nn
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
-from minidistill.models.vae import AutoencoderKL, VAEConfig
+from minidistill.models.vae import SD_VAE, AutoencoderKL, VAEConfig
+from minidistill.weights.choice import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, is_poorer, pick_weights, shards
 from minidistill.weights.files import (
     Model,
     load_into,
     read_json,
-    read_metadata,
     read_tensors,
     write_json,
     write_safetensors,
 )
-from minidistill.weights.sampling import Sampling, find_sampling
+from minidistill.weights.hub import find_source
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
-
-# The name of a weights file without its suffix: (.safetensors, .bin)
-DIFFUSERS_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
-TRANSFORMERS_STEMS = ("model", "pytorch_model")
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 NONE = [None, None]
 
 
-def find_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The pipeline folder, or the single file, that a SOURCE means.
+def find_model(source: str | Path, dtype: torch.dtype | None = torch.float32) -> Path:
+    """The pipeline folder, the folder of one part, or the single file that a SOURCE means; fetched if it must be.
 
-    dtype: float16 prefers files of that precision where there are two kinds.
+    dtype: float16 prefers weights of that precision where there are two kinds.
 
     Raises:
-        InputError: there is no such thing.
+        InputError: there is no such thing, or it cannot be had now.
     """
-    folder = MINIATURE if str(source) == "miniature" else Path(source).expanduser()
-    if not folder.exists():
-        raise InputError(f"no such model: {source} (give a pipeline folder in the diffusers layout, or miniature)")
-    return folder
+    return MINIATURE if str(source) == "miniature" else find_source(source, dtype)
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
@@ -68,16 +62,32 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 # loading: `folder` is always the pipeline's
 
 
-def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> UNet:
-    """The U-Net of a pipeline folder. InputError: a file is missing, broken or at odds with config.json."""
-    return _load(Path(folder) / "unet", lambda c: UNet(UNetConfig.from_dict(c)), DIFFUSERS_STEMS, dtype, device)
+def load_unet(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    part: str = "unet",
+) -> UNet:
+    """The U-Net of a pipeline folder; part "" if the folder is the U-Net's own.
+
+    InputError: a file is missing, broken or at odds with config.json.
+    """
+    return _load(Path(folder) / part, lambda c: UNet(UNetConfig.from_dict(c)), DIFFUSERS_STEMS, dtype, device)
 
 
 def load_vae(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> AutoencoderKL:
-    """The autoencoder of a pipeline folder. InputError as in `load_unet`."""
-    return _load(Path(folder) / "vae", lambda c: AutoencoderKL(VAEConfig.from_dict(c)), DIFFUSERS_STEMS, dtype, device)
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    part: str = "vae",
+) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder of a pipeline folder, which may be a TAESD. InputError and part as in `load_unet`."""
+
+    def build(config: dict[str, Any]) -> AutoencoderKL | AutoencoderTiny:
+        is_tiny = config.get("_class_name") == "AutoencoderTiny"
+        return AutoencoderTiny(TinyConfig.from_dict(config)) if is_tiny else AutoencoderKL(VAEConfig.from_dict(config))
+
+    return _load(Path(folder) / part, build, DIFFUSERS_STEMS, dtype, device)
 
 
 def load_text_encoder(
@@ -93,6 +103,15 @@ def load_text_encoder(
         return CLIPTextModel(CLIPTextConfig.from_dict(config), projection)
 
     return _load(Path(folder) / part, build, TRANSFORMERS_STEMS, dtype, device)
+
+
+def load_vae_config(folder: str | Path) -> VAEConfig:
+    """The config of a pipeline folder's VAE, or, where that is a TAESD, Stable Diffusion's."""
+    config = read_json(_existing_part(Path(folder) / "vae") / "config.json")
+    try:
+        return SD_VAE if config.get("_class_name") == "AutoencoderTiny" else VAEConfig.from_dict(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder}/vae/config.json: {error}") from error
 
 
 def load_clip(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> CLIPModel:
@@ -124,15 +143,9 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
         raise InputError(f"{path}: {error}") from error
 
 
-def load_sampling(folder: str | Path, dtype: torch.dtype = torch.float32) -> Sampling | None:
-    """What the U-Net was distilled for, as its weights say. InputError: they say something unreadable."""
-    path = find_weights(_existing_part(Path(folder) / "unet"), DIFFUSERS_STEMS, dtype)[0]
-    if path.suffix != ".safetensors":
-        return None
-    try:
-        return find_sampling(path, read_metadata(path))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+def unet_file(folder: str | Path, dtype: torch.dtype | None = None, part: str = "unet") -> Path:
+    """The file, or the first shard, with the weights of a U-Net."""
+    return find_weights(_existing_part(Path(folder) / part), DIFFUSERS_STEMS, dtype)[0]
 
 
 def _load(
@@ -156,33 +169,18 @@ def _load(
     return load_into(model, tensors, str(files[0] if len(files) == 1 else path), dtype, device)
 
 
-def find_weights(path: Path, stems: tuple[str, str], dtype: torch.dtype = torch.float32) -> list[Path]:
-    """The file, or the shards, with the weights of one part: .safetensors before .bin, whole before sharded.
+def find_weights(path: Path, stems: tuple[str, str], dtype: torch.dtype | None = torch.float32) -> list[Path]:
+    """The file, or the shards, with the weights of one part, by the rules of `choice.pick_weights`.
 
-    Among several precisions float16 takes the `.fp16.` files and the others take the plain ones. Where there
-    is only the other kind it is taken, with a warning when that means fewer digits than asked for.
+    Warns where they have fewer digits than `dtype` asks for. InputError: there are none.
     """
-    variants = (".fp16", "") if dtype == torch.float16 else ("", ".fp16")
-    for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
-        for variant in variants:
-            single = path / f"{stem}{variant}.{suffix}"
-            index = path / f"{stem}.{suffix}.index{variant}.json"
-            if not single.is_file() and not index.is_file():
-                continue
-            if variant and dtype != torch.float16:
-                warnings.warn(f"{path} holds float16 weights only; they are used as {dtype}", stacklevel=4)
-            return [single] if single.is_file() else _shards(index)
-    raise InputError(f"no weights in {path}: expected {stems[0]}.safetensors (or its .fp16, sharded or .bin form)")
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index} has no weight_map: it is not the index of a sharded file")
-    names = sorted(set(weight_map.values()))
-    if any(Path(name).name != name for name in names):
-        raise InputError(f"{index} names files outside of its folder")
-    return [index.parent / name for name in names]
+    names = {file.name for file in path.iterdir() if file.is_file()}
+    chosen = pick_weights(names, stems, dtype)
+    if not chosen:
+        raise InputError(f"no weights in {path}: expected {stems[0]}.safetensors (or its .fp16, sharded or .bin form)")
+    if is_poorer(chosen[0], dtype):
+        warnings.warn(f"{path / chosen[0]} is all there is; it is used as {dtype}", stacklevel=4)
+    return shards(path / chosen[0]) if chosen[0].endswith(".json") else [path / chosen[0]]
 
 
 def _existing_part(path: Path) -> Path:

@@ -4,6 +4,7 @@ The names inside our models are the official ones, so most files need nothing. W
 nowhere else. A name that no rule explains is left alone: the strict loader then reports it.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
@@ -41,14 +42,32 @@ def match_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     return matched
 
 
+def without_wrappers(name: str) -> str:
+    """`name` without what torch's wrappers (DDP, FSDP, compile, checkpointing) leave in it."""
+    for wrapper in WRAPPER_NAMES:
+        name = name.replace(wrapper, "") if name.startswith(wrapper) or f".{wrapper}" in name else name
+    return name
+
+
+def tiny_name(name: str) -> str:
+    """A tensor of a TAESD in the names of its own code -> ours, which are diffusers'; other names stay.
+
+    Both number the layers of one sequence, but the original's decoder starts with a layer without weights.
+    """
+    match = re.fullmatch(r"(?:taesd_)?(encoder|decoder)\.(\d{1,3})\.(.+)", name)
+    if match is None:
+        return name
+    half, number, rest = match.groups()
+    return f"{half}.layers.{int(number) - (half == 'decoder')}.{rest}"
+
+
 def _find(name: str, expected: Collection[str]) -> str:
     return next((spelling for spelling in _spellings(name) if spelling in expected), name)
 
 
 def _spellings(name: str) -> Iterator[str]:
     """The names that `name` may have in a model, the most literal first."""
-    for wrapper in WRAPPER_NAMES:
-        name = name.replace(wrapper, "") if name.startswith(wrapper) or f".{wrapper}" in name else name
+    name = without_wrappers(name)
     yield name
     # transformers 5.6 dropped this prefix from CLIPTextModel, and only from it; its older files all have it.
     yield "text_model." + name

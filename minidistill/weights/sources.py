@@ -1,34 +1,43 @@
 """From a SOURCE to the parts of a pipeline, and back to a folder.
 
 A SOURCE is a pipeline folder, a Hub id, a single file (.safetensors, .ckpt) or `miniature`. What it is, is found by
-looking: `hub.py` finds it, `folders.py` and `single_file.py` read it.
+looking: `hub.py` finds it, `folders.py`, `single_file.py`, `vae_file.py` and `lora_files.py` read it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from minidistill.diffusion.schedule import ScheduleConfig
+from minidistill.errors import InputError
 from minidistill.models.clip import CLIPTextModel
+from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet
-from minidistill.models.vae import AutoencoderKL
-from minidistill.weights import folders
-from minidistill.weights.sampling import Sampling, sampling_metadata
+from minidistill.models.vae import AutoencoderKL, VAEConfig
+from minidistill.weights import folders, hub, lora_files
+from minidistill.weights.files import load_into, read_metadata
+from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
+from minidistill.weights.single_file import SingleFile, read_single_file
+from minidistill.weights.vae_file import read_vae_file
 
 Device = str | torch.device
+DType = torch.dtype | None  # None keeps the file's
+CLIP = "openai/clip-vit-large-patch14"  # where the Hub has the vocabulary that single files leave out
 
 
 class Parts(NamedTuple):
     """A whole pipeline; `pipeline.Pipeline` says what each is."""
 
     unet: UNet
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     text_encoders: list[CLIPTextModel]
     tokenizers: list[CLIPTokenizer]
     schedule: ScheduleConfig
@@ -39,31 +48,148 @@ class Parts(NamedTuple):
 def load_parts(
     source: str | Path,
     device: Device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    vae_dtype: torch.dtype = torch.float32,
+    dtype: DType = torch.float32,
+    vae_dtype: DType = torch.float32,
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    ema: bool = False,
 ) -> Parts:
-    """Everything of a SOURCE, with another U-Net or VAE laid over it, and LoRAs merged into it.
+    """Everything of a SOURCE, with another U-Net or VAE laid over it, and LoRAs, (file, scale), merged into it.
+
+    Args:
+        ema: of a single file with both, take the averaged weights of the U-Net.
 
     Raises:
         InputError: something is missing, broken or does not fit together; the message says what.
     """
     base = folders.find_model(source, dtype)
-    sampling = folders.load_sampling(base, dtype)
+    if base.is_file():
+        parts = _from_file(base, device, dtype, vae_dtype, unet, vae, ema)
+    else:
+        parts = _from_folder(base, device, dtype, vae_dtype, unet, vae)
+    sampling = parts.sampling
+    for file, scale in loras:
+        path = folders.find_model(file)
+        names = ("text_encoder", "text_encoder_2")[: len(parts.text_encoders)]
+        networks = {"unet": parts.unet, **dict(zip(names, parts.text_encoders, strict=True))}
+        found = lora_files.read_lora(path, networks)
+        counts = lora_files.merge_into(networks, found, scale)
+        print(f"{path.name}: {lora_files.matched_line(found, counts)}", file=sys.stderr)
+        sampling = _find_sampling(path) or sampling
+    return parts._replace(schedule=_as_distilled(parts.schedule, sampling), sampling=sampling)
+
+
+def _from_folder(
+    base: Path, device: Device, dtype: DType, vae_dtype: DType, unet: str | Path | None, vae: str | Path | None
+) -> Parts:
     index = folders.read_model_index(base)
     suffixes = ("", "_2") if index["_class_name"] == folders.SDXL else ("",)
+    config = folders.load_vae_config(base)
     return Parts(
-        folders.load_unet(base, dtype, device),
-        folders.load_vae(base, vae_dtype, device),
+        load_unet(unet, device, dtype) if unet else folders.load_unet(base, dtype, device),
+        load_vae(vae, device, vae_dtype, config) if vae else folders.load_vae(base, vae_dtype, device),
         [folders.load_text_encoder(base, dtype, device, f"text_encoder{suffix}") for suffix in suffixes],
         [folders.load_tokenizer(base, f"tokenizer{suffix}") for suffix in suffixes],
-        _as_distilled(folders.load_schedule(base), sampling),
-        sampling,
+        folders.load_schedule(base),
+        sampling_of(unet or base, dtype),
         len(suffixes) == 2 and index.get("force_zeros_for_empty_prompt", True),
     )
+
+
+def _from_file(
+    base: Path,
+    device: Device,
+    dtype: DType,
+    vae_dtype: DType,
+    unet: str | Path | None,
+    vae: str | Path | None,
+    ema: bool,
+) -> Parts:
+    file = read_single_file(base, ema)
+    if file.schedule is None or file.vae is None or not file.text_encoders:
+        lacks = "text encoder" if file.vae else "VAE and text encoder"
+        raise InputError(f"{base} has no {lacks}: give it as --unet, and as --model what it is made for")
+    encoders = []
+    for config, tensors in file.text_encoders:
+        with torch.device("meta"):
+            encoder = CLIPTextModel(config, "text_projection.weight" in tensors)
+        encoders.append(load_into(encoder, tensors, str(base), dtype, device))
+    return Parts(
+        load_unet(unet, device, dtype) if unet else _unet_of(file, base, device, dtype),
+        load_vae(vae, device, vae_dtype, file.vae[0]) if vae else _vae_of(*file.vae, base, device, vae_dtype),
+        encoders,
+        list(file.tokenizers) or _clip_tokenizers(base, file.family),
+        file.schedule,
+        sampling_of(unet or base, dtype),
+        file.family == "sdxl",
+    )
+
+
+def load_unet(source: str | Path, device: Device, dtype: DType) -> UNet:
+    """The U-Net of any SOURCE: also of a file or a folder that holds nothing else."""
+    path = folders.find_model(source, dtype)
+    if path.is_file():
+        return _unet_of(read_single_file(path), path, device, dtype)
+    whole = (path / "model_index.json").is_file() or not (path / "config.json").is_file()
+    return folders.load_unet(path, dtype, device, "unet" if whole else "")
+
+
+def load_vae(source: str | Path, device: Device, dtype: DType, base: VAEConfig) -> AutoencoderKL | AutoencoderTiny:
+    """The VAE of any SOURCE. base: config of the VAE it replaces, for what a file alone does not say."""
+    path = folders.find_model(source, dtype)
+    if path.is_file():
+        return _vae_of(*read_vae_file(path, base), path, device, dtype)
+    whole = (path / "model_index.json").is_file() or not (path / "config.json").is_file()
+    return folders.load_vae(path, dtype, device, "vae" if whole else "")
+
+
+def _unet_of(file: SingleFile, path: Path, device: Device, dtype: DType) -> UNet:
+    config, tensors = file.unet
+    return load_into(_on_meta(UNet, config), tensors, str(path), dtype, device)
+
+
+def _vae_of(
+    config: VAEConfig | TinyConfig, tensors: dict, path: Path, device: Device, dtype: DType
+) -> AutoencoderKL | AutoencoderTiny:
+    kind = AutoencoderTiny if isinstance(config, TinyConfig) else AutoencoderKL
+    return load_into(_on_meta(kind, config), tensors, str(path), dtype, device)
+
+
+def _on_meta(kind: type[nn.Module], config: object) -> nn.Module:
+    with torch.device("meta"):
+        return kind(config)
+
+
+def sampling_of(source: str | Path, dtype: DType = None) -> Sampling | None:
+    """What the U-Net of a SOURCE was distilled for."""
+    path = folders.find_model(source, dtype)
+    if path.is_dir():
+        whole = (path / "model_index.json").is_file() or not (path / "config.json").is_file()
+        path = folders.unet_file(path, dtype, "unet" if whole else "")
+    return _find_sampling(path)
+
+
+def _clip_tokenizers(path: Path, family: str) -> list[CLIPTokenizer]:
+    """CLIP's tokenizer, which single files leave out: from beside the file, else from the Hub or its cache."""
+    for folder in (path.parent / "tokenizer", path.parent):
+        if (folder / "vocab.json").is_file():
+            return _padded(CLIPTokenizer.from_folder(folder), family)
+    try:
+        folder = hub.fetch_files(CLIP, ("vocab.json", "merges.txt"))
+    except InputError as error:
+        raise InputError(
+            f"{path} needs CLIP's vocabulary, which no single file holds: put the tokenizer/ folder of any Stable "
+            f"Diffusion beside it ({error})"
+        ) from error
+    return _padded(CLIPTokenizer.from_folder(folder), family)
+
+
+def _padded(tokenizer: CLIPTokenizer, family: str) -> list[CLIPTokenizer]:
+    """SD 1.x pads with the end token, SD 2.x with "!", SDXL has one of each."""
+    pads = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}[family]
+    return [CLIPTokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.max_length, pad) for pad in pads]
 
 
 def save_parts(folder: str | Path, parts: Parts) -> None:
@@ -90,6 +216,15 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     vae = parts.vae.config.to_dict()["_class_name"]
     kind = folders.SDXL if is_sdxl else folders.SD
     folders.save_model_index(folder, kind, scheduler, vae, parts.zero_unconditional)
+
+
+def _find_sampling(path: Path) -> Sampling | None:
+    if path.suffix != ".safetensors":
+        return find_sampling(path, {})
+    try:
+        return find_sampling(path, read_metadata(path))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _as_distilled(schedule: ScheduleConfig, sampling: Sampling | None) -> ScheduleConfig:

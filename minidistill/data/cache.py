@@ -1,0 +1,310 @@
+"""A folder of pictures as the VAE sees them, with their captions: what training reads in place of images.
+
+    cache.json                   what decided the content (CacheKey), how many examples, whether it is finished
+    latents-00000.safetensors    `key.shard` examples each:
+        mean, std                (n, 1 or 2, C, h, w): the posterior of the picture and, with flip, of its mirror image
+        original, crop           (n, 2): height and width it had; rows above, columns left of the square (Sample)
+        shown                    (n,): which example the picture is of, another one where a file could not be read
+        stat, digest             (n, 2) bytes and time of the last change, (n, 16) BLAKE2b of the file's content
+        text                     JSON in UTF-8: names, captions
+    text-00000.safetensors       context (n, L, D), pooled for SDXL, text: the captions they are of; each caption once
+
+The draw from the posterior is left to training. A shard is written under another name and renamed, so what is there is
+whole, and a run that was killed goes on after the last one. Shards are memory-mapped: an example costs its own bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minidistill.data.folders import ImageFolder, Sample
+from minidistill.errors import InputError
+from minidistill.pipeline import Pipeline, TextStates
+from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
+
+FORMAT = "minidistill latents, version 1"
+INDEX_NAME = "cache.json"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """All settings that decide what is in a cache. The data themselves are compared example by example."""
+
+    resolution: int
+    crop: str  # "center", the only rule so far
+    flip: bool
+    store: str  # fp32 or fp16, on the disk
+    precision: str  # of the VAE while encoding
+    shard: int  # examples in a file
+    vae: str  # `vae_digest`
+
+
+class LatentCache:
+    """The examples of a finished cache, in the data folder's order.
+
+    `latents(numbers, flipped)` and `captions(i)` are what batches are made of. InputError: not a cache, not finished, a
+    damaged shard, or data that have changed: if the folder it was made from is still there, it is compared.
+    """
+
+    def __init__(self, path: str | Path, resolution: int | None = None, *, unfinished: bool = False) -> None:
+        """resolution: that training asks for. unfinished: take the shards there are, and look at no data folder."""
+        self.path = Path(path)
+        self.index = read_index(self.path)
+        self.key, self.data_path = self.index["key"], self.index["data"]
+        if not unfinished and not self.index["complete"]:
+            raise InputError(f"{self.path}: this cache is not finished, go on with: {self._command()}")
+        if resolution not in (None, self.key.resolution):
+            raise InputError(
+                f"{self.path} holds latents of {self.key.resolution}-pixel pictures and the training asks for "
+                f"{resolution}: give --resolution {self.key.resolution}, or make a cache: {self._command(resolution)}"
+            )
+        total = -(-self.index["count"] // self.key.shard)
+        files = [shard_path(self.path, n) for n in range(total)]
+        if unfinished:
+            files = [file for n, file in enumerate(files) if all(f.exists() for f in files[: n + 1])]
+        self._shards = [read_safetensors(file) for file in files]
+        self.names: list[str] = []
+        self._captions: list[list[str]] = []
+        for shard in self._shards:
+            text = _unpack_text(shard["text"])
+            self.names += text["names"]
+            self._captions += text["captions"]
+        if not unfinished and len(self) != self.index["count"]:
+            raise InputError(f"{self.path}: {len(self)} examples where {self.index['count']} should be: make it again")
+        self._states: list[dict[str, Tensor]] = []
+        self._rows: dict[str | None, tuple[int, int]] = {}  # caption -> its place in the text states
+        if self.index["text"] and not unfinished:
+            self._open_text(self.index["text"]["count"])
+        if not unfinished and Path(self.data_path).is_dir():
+            self.refuse_stale(ImageFolder(self.data_path, self.key.resolution))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """All captions of example i."""
+        return tuple(self._captions[i])
+
+    def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and deviation (B, C, h, w) of examples or their mirror images, unscaled float32 on the CPU."""
+        found = [(*self._place(i), int(flip)) for i, flip in zip(numbers, flipped, strict=True)]
+        mean, std = (torch.stack([shard[name][row, flip] for shard, row, flip in found]) for name in ("mean", "std"))
+        return mean.float(), std.float()
+
+    def sizes(self, i: int) -> tuple[int, int, int, int]:
+        """(original height, original width, crop top, crop left) of example i: SDXL's micro-conditions."""
+        shard, row = self._place(i)
+        return (*shard["original"][row].tolist(), *shard["crop"][row].tolist())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the pictures."""
+        return self.key.resolution, self.key.resolution
+
+    @property
+    def has_text(self) -> bool:
+        """Whether text states are cached too."""
+        return bool(self._rows)
+
+    def text_states(self, captions: Sequence[str | None]) -> TextStates:
+        """What the text encoders make of captions of this cache, "" and None (no prompt); float32 on the CPU."""
+        found = [(self._states[shard], row) for shard, row in (self._rows[caption] for caption in captions)]
+        parts = {
+            name: torch.stack([shard[name][row] for shard, row in found]).float()
+            for name in TextStates._fields
+            if name in self._states[0]
+        }
+        return TextStates(parts["context"], parts.get("pooled"))
+
+    def check(self, pipe: Pipeline, flip: bool = False) -> None:
+        """InputError unless the cache was made with this VAE, these text encoders, and flips if they are asked for."""
+        hint = f"make the cache again: {self._command(out='ANOTHER')}"
+        if vae_digest(pipe.vae) != self.key.vae:
+            raise InputError(f"{self.path} was made with another VAE than this model's: {hint}")
+        if self.has_text and text_digest(pipe) != self.index["text"]["digest"]:
+            raise InputError(f"{self.path} holds text states of other text encoders than this model's: {hint}")
+        if flip and not self.key.flip:
+            raise InputError(f"{self.path} holds no mirror images: turn flips off, or {hint} --flip")
+
+    def refuse_stale(self, folder: ImageFolder) -> None:
+        """InputError that names the first example in which a data folder is not the one that was cached.
+
+        A file of the same size and time is taken for unchanged; of any other the content decides.
+        """
+        problem = ""
+        if len(folder) != self.index["count"]:
+            problem = f"it holds {len(folder)} examples, then {self.index['count']}"
+        for i, name in enumerate(self.names):
+            if i < len(folder) and (problem_here := self._difference(folder, i, name)):
+                problem = problem_here
+                break
+        if problem:
+            raise InputError(
+                f"{self.path} no longer fits the pictures in {folder.report.path}: {problem}; "
+                f"make the cache again: {self._command(out='ANOTHER')}"
+            )
+
+    def _difference(self, folder: ImageFolder, i: int, name: str) -> str:
+        if folder.name(i) != name:
+            return f"{name} has gone or moved, {folder.name(i)} is in its place"
+        shard, row = self._place(i)
+        if folder.captions(int(shard["shown"][row])) != self.captions(i):
+            return f"another caption for {name}"
+        if list(folder.stat(i)) != shard["stat"][row].tolist() and _digest(folder, i) != bytes(shard["digest"][row]):
+            return f"{name} has changed"
+        return ""
+
+    def _place(self, i: int) -> tuple[dict[str, Tensor], int]:
+        shard, row = divmod(i, self.key.shard)
+        return self._shards[shard], row
+
+    def _open_text(self, count: int) -> None:
+        for number in range(-(-count // self.key.shard)):
+            shard = read_safetensors(text_path(self.path, number))
+            for row, caption in enumerate(_unpack_text(shard["text"])["captions"]):
+                self._rows[caption] = (number, row)
+            self._states.append(shard)
+
+    def _command(self, resolution: int | None = None, out: str | None = None) -> str:
+        flip = " --flip" if self.key.flip else ""
+        return (
+            f"python -m minidistill.cache --model {self.index['model']} --data {self.data_path} "
+            f"--out {out or ('ANOTHER' if resolution else self.path)} "
+            f"--resolution {resolution or self.key.resolution}{flip}"
+        )
+
+    def summary(self) -> str:
+        """What there is, in one sentence for people."""
+        also = " and their mirror images" * self.key.flip + ", text states" * self.has_text
+        return (
+            f"{self.path}: latents of {len(self)} pictures of {self.data_path} at {self.key.resolution} pixels{also}."
+        )
+
+
+def open_data(path: str | Path, resolution: int) -> ImageFolder | LatentCache:
+    """A data folder, or a cache made from one."""
+    return LatentCache(path, resolution) if is_cache(path) else ImageFolder(path, resolution)
+
+
+def is_cache(path: str | Path) -> bool:
+    """Whether a folder is a cache of this kind, finished or not."""
+    file = Path(path) / INDEX_NAME
+    return file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
+
+
+def shard_path(path: Path, number: int) -> Path:
+    """The file of one shard of latents."""
+    return path / f"latents-{number:05d}.safetensors"
+
+
+def text_path(path: Path, number: int) -> Path:
+    """The file of one shard of text states."""
+    return path / f"text-{number:05d}.safetensors"
+
+
+def read_index(path: Path) -> dict:
+    """cache.json, its `key` as a CacheKey."""
+    content = read_json(path / INDEX_NAME)
+    names = {field.name for field in fields(CacheKey)}
+    if content.get("format") != FORMAT or set(content.get("key", {})) != names:
+        raise InputError(f"{path} is not a cache that this version reads ({FORMAT}): make it again in another --out")
+    return {**content, "key": CacheKey(**content["key"])}
+
+
+def write_index(
+    path: Path, key: CacheKey, model: str, data: str, count: int, complete: bool = False, text: Mapping | None = None
+) -> None:
+    """Write cache.json. model and data are where it was made from; text: {"digest", "count"} of finished states."""
+    content = {"format": FORMAT, "key": asdict(key), "model": model, "data": data, "count": count}
+    write_json(path / INDEX_NAME, {**content, "complete": complete, "text": text})
+
+
+def write_shard(
+    path: Path, number: int, key: CacheKey, folder: ImageFolder, samples: Sequence[Sample], mean: Tensor, std: Tensor
+) -> None:
+    """Write shard `number`, from its samples and their posteriors (n, 1 or 2, C, h, w), float32."""
+    numbers = range(number * key.shard, number * key.shard + len(samples))
+    dtype = DTYPES[key.store]
+    stat = [folder.stat(i) for i in numbers]  # before the content is read: what changes later, looks changed
+    digests = [list(_digest(folder, i)) for i in numbers]
+    text = {"names": [folder.name(i) for i in numbers], "captions": [list(sample.captions) for sample in samples]}
+    tensors = {
+        "mean": mean.to(dtype),
+        "std": std.to(dtype),
+        "original": torch.tensor([sample.original for sample in samples], dtype=torch.int32),
+        "crop": torch.tensor([sample.crop for sample in samples], dtype=torch.int32),
+        "shown": torch.tensor([sample.number for sample in samples]),
+        "stat": torch.tensor(stat, dtype=torch.int64),
+        "digest": torch.tensor(digests, dtype=torch.uint8),
+        "text": _pack_text(text),
+    }
+    if not tensors["mean"].isfinite().all():
+        worst = samples[int(mean.flatten(1).abs().amax(1).argmax())].name
+        raise InputError(f"the latents of {worst} are too large for --store {key.store}: use --store fp32")
+    write_safetensors(shard_path(path, number), tensors)
+
+
+def write_text_shard(path: Path, number: int, captions: Sequence[str | None], states: TextStates, store: str) -> None:
+    """Write one shard of text states."""
+    parts = {name: part.to(DTYPES[store]) for name, part in states._asdict().items() if part is not None}
+    for name, part in parts.items():
+        if not part.isfinite().all():
+            raise InputError(f"the text states ({name}) of shard {number} are not finite in {store}: use --store fp32")
+    write_safetensors(text_path(path, number), {**parts, "text": _pack_text({"captions": list(captions)})})
+
+
+def vae_digest(vae: nn.Module) -> str:
+    """SHA-256 of a VAE's configuration and of all weights that latents depend on."""
+    weights = {n: w for n, w in vae.state_dict().items() if not n.startswith(("decoder.", "post_quant_conv."))}
+    return _sha256([repr(vae.config).encode(), *_content(weights)])
+
+
+def text_digest(pipe: Pipeline) -> str:
+    """SHA-256 of the tokenizers and text encoders, with all that decides what they make of a caption."""
+    parts = [repr((pipe.is_sdxl, pipe.zero_unconditional)).encode()]
+    for tokenizer in pipe.tokenizers:
+        known = (sorted(tokenizer.vocab.items()), tokenizer.merges, tokenizer.max_length, tokenizer.pad_token)
+        parts.append(repr(known).encode())
+    for encoder in pipe.text_encoders:
+        parts += [repr(encoder.config).encode(), *_content(encoder.state_dict())]
+    return _sha256(parts)
+
+
+def _content(weights: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        yield repr((name, weight.dtype, tuple(weight.shape))).encode()
+        yield weight.flatten().view(torch.uint8).numpy().data
+
+
+def _sha256(parts: Sequence[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _digest(folder: ImageFolder, i: int) -> bytes:
+    """Of the content of example i's file; of nothing if it cannot be read."""
+    try:
+        content = folder.read_bytes(i)
+    except OSError:
+        content = b""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _pack_text(content: dict) -> Tensor:
+    # A tensor: safetensors writes its own metadata in a random order, and the same data should be the same bytes.
+    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
+
+
+def _unpack_text(tensor: Tensor) -> dict:
+    return json.loads(tensor.numpy().tobytes())

@@ -1,0 +1,158 @@
+"""TAESD: a tiny autoencoder on the latents of Stable Diffusion, for previews and for quick decoding.
+
+One file, on torch alone. The network is Ollin Boer Bohan's TAESD (github.com/madebyollin/taesd); SD 1.x, SD 2.x
+and SDXL (TAESDXL) use the same one with other weights. The state-dict names are those of diffusers'
+`AutoencoderTiny`. It stands in for `models.vae.AutoencoderKL` wherever only `config`, `to_latents` and
+`from_latents` are used.
+
+Two things that are easy to get wrong and hard to see:
+- it was trained on latents as the U-Net has them, already scaled: its own `scaling_factor` is 1;
+- it was trained on images in [0, 1]. Here they are in [-1, 1], as everywhere else, and mapped inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What diffusers' config can also say, with the only value implemented here.
+FIXED = {
+    "act_fn": "relu",
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+    "latent_magnitude": 3,  # this and the next serve to store latents as pictures: no part of the network
+    "latent_shift": 0.5,
+    "force_upcast": False,
+    "shift_factor": 0.0,
+}
+WIDTHS = ("encoder_block_out_channels", "decoder_block_out_channels", "block_out_channels")
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """The architecture. Every stage has the same width; an entry of `num_*_blocks` is a stage's residual blocks."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    width: int = 64
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # the image is halved before every stage but the first
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # and doubled after every stage but the last
+    scaling_factor: float = 1.0  # latents the U-Net sees = encoder latents * scaling_factor
+
+    @property
+    def downscale(self) -> int:
+        """Image side / latent side: 8."""
+        return 2 ** (len(self.num_encoder_blocks) - 1)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> TinyConfig:
+        """Read the config.json of diffusers' `AutoencoderTiny`; absent keys take its defaults.
+
+        Raises ValueError for what this network does not have (stages of different widths, another activation).
+        """
+        known = {field.name for field in fields(cls)} - {"width"}
+        values = {}
+        for key, value in d.items():
+            if key.startswith("_") or value is None:
+                continue
+            if key in WIDTHS:
+                if len({*value, values.setdefault("width", value[0])}) != 1:
+                    raise ValueError(f"TAESD config: {key} = {value!r} is not supported (one width for all stages is)")
+            elif key in known:
+                values[key] = tuple(value) if isinstance(value, list) else value
+            elif key not in FIXED:
+                raise ValueError(f"TAESD config: unknown key {key} = {value!r}")
+            elif value != FIXED[key]:
+                raise ValueError(f"TAESD config: {key} = {value!r} is not supported (only {FIXED[key]!r} is)")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """A config.json from which diffusers' `AutoencoderTiny.from_config` builds the same network."""
+        encoder, decoder = list(self.num_encoder_blocks), list(self.num_decoder_blocks)
+        return {
+            "_class_name": "AutoencoderTiny",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "latent_channels": self.latent_channels,
+            "encoder_block_out_channels": [self.width] * len(encoder),
+            "decoder_block_out_channels": [self.width] * len(decoder),
+            "num_encoder_blocks": encoder,
+            "num_decoder_blocks": decoder,
+            "scaling_factor": self.scaling_factor,
+            **FIXED,
+        }
+
+
+class Block(nn.Module):
+    """relu(x + conv(relu(conv(relu(conv(x)))))): no norms, no change of width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Sequential(_conv(width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+def _conv(in_channels: int, out_channels: int, **options) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, **options)
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H / 8, W / 8)."""
+
+    def __init__(self, config: TinyConfig):
+        super().__init__()
+        width, layers = config.width, []
+        for stage, blocks in enumerate(config.num_encoder_blocks):
+            layers.append(_conv(width, width, stride=2, bias=False) if stage else _conv(config.in_channels, width))
+            layers += [Block(width) for _ in range(blocks)]
+        self.layers = nn.Sequential(*layers, _conv(width, config.latent_channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers((images + 1) / 2)
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) -> images (B, 3, 8 h, 8 w), about [-1, 1]."""
+
+    def __init__(self, config: TinyConfig):
+        super().__init__()
+        width, layers = config.width, [_conv(config.latent_channels, config.width), nn.ReLU()]
+        for blocks in config.num_decoder_blocks[:-1]:
+            layers += [Block(width) for _ in range(blocks)]
+            layers += [nn.Upsample(scale_factor=2), _conv(width, width, bias=False)]
+        layers += [Block(width) for _ in range(config.num_decoder_blocks[-1])]
+        self.layers = nn.Sequential(*layers, _conv(width, config.out_channels))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = torch.tanh(latents / 3) * 3  # keeps out-of-range latents, as early previews have them, within +-3
+        return self.layers(x) * 2 - 1
+
+
+class AutoencoderTiny(nn.Module):
+    """Images <-> latents, in place of the large autoencoder.
+
+    There is no `encode` with a mean and a log-variance: the encoder gives the latents themselves.
+    """
+
+    def __init__(self, config: TinyConfig | None = None):
+        super().__init__()
+        self.config = config or TinyConfig()
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images in [-1, 1] -> the scaled latents a U-Net is trained on, (B, latent_channels, h, w).
+
+        `noise` is there for the large autoencoder's sake and changes nothing: there is no distribution to sample.
+        """
+        return self.encoder(images) * self.config.scaling_factor
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, latent_channels, h, w) -> images (B, 3, H, W), about [-1, 1] and not clamped."""
+        return self.decoder(latents / self.config.scaling_factor)

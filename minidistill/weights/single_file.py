@@ -1,0 +1,310 @@
+"""Single-file checkpoints: a whole Stable Diffusion, or a part of it, in one .safetensors or .ckpt.
+
+    model.diffusion_model.*     the U-Net            model_ema.*      its running average, in full checkpoints
+    first_stage_model.*         the VAE              betas, ...       constants of the training code
+    cond_stage_model.*          the text encoder of SD 1.x (transformers' names) or SD 2.x (open_clip's)
+    conditioner.embedders.0/1.* the two text encoders of SDXL (the first in transformers' names)
+
+The layout has no room for configs: other programs know the architectures by heart. The files written here carry
+them as json in the header (`minidistill.*`), so that any architecture comes back; for files of others they are told
+from the shapes. Tensors are handed on as they lie in the mapped file: nothing is copied before a model takes it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minidistill.diffusion.schedule import ScheduleConfig
+from minidistill.errors import InputError
+from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
+from minidistill.models.tokenizer import CLIPTokenizer
+from minidistill.models.unet import UNet, UNetConfig
+from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
+from minidistill.weights import ldm
+from minidistill.weights.files import read_metadata, read_tensors, write_safetensors
+from minidistill.weights.header import (
+    HEADER_KEYS,
+    SCHEDULE,
+    TEXT,
+    TOKENIZERS,
+    UNET,
+    load_tokenizers,
+    read_config,
+    write_configs,
+)
+from minidistill.weights.infer import (
+    infer_prediction,
+    infer_text_config,
+    infer_unet_config,
+)
+from minidistill.weights.layouts import without_wrappers
+from minidistill.weights.vae_file import read_vae
+
+Tensors = dict[str, Tensor]
+
+# prefix in the file -> the part it belongs to
+PREFIXES = {
+    "model.diffusion_model.": "unet",
+    "model_ema.": "ema",
+    "first_stage_model.": "vae",
+    "cond_stage_model.transformer.": "clip 0",
+    "cond_stage_model.model.": "open_clip 0",
+    "conditioner.embedders.0.transformer.": "clip 0",
+    "conditioner.embedders.0.model.": "open_clip 0",  # SD 2.x as sgm saves it: SD-Turbo
+    "conditioner.embedders.1.model.": "open_clip 1",
+}
+TEXT_PREFIXES = {  # family -> where its text encoders are written
+    "sd1": ("cond_stage_model.transformer.",),
+    "sd2": ("cond_stage_model.model.",),
+    "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+}
+# Constants and counters of the training code, which follow from the schedule or mean nothing at rest.
+UNUSED = {
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+    *("logvar", "lvlb_weights", "scale_factor", "denoiser.sigmas", "cond_stage_model.logit_scale"),
+}
+MARKS = {"v_pred", "ztsnr"}  # empty tensors by which SDXL fine-tunes say how they were trained
+UNUSED_TEXT = {"logit_scale", "attn_mask"}  # CLIP's temperature and causal mask
+OTHER_KINDS = (
+    (r"[._]lora[._](down|up|A|B)\.|^lora_(unet|te)", "a LoRA: give it as --lora"),
+    (r"\.(hada|lokr)_\w", "a LoHa or LoKr adapter, which is not supported"),
+    (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.", "a Flux model, which is not supported"),
+    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, which is not supported"),
+    (r"^control_model\.|^controlnet_|(^|\.)zero_convs\.", "a ControlNet, which is not supported"),
+    (r"(^|\.)motion_modules\.", "a video model (AnimateDiff), which is not supported"),
+    (r"^edm_", "a model trained with an EDM noise schedule (Playground 2.5), which is not supported"),
+)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What a file holds: configs, and tensors in our models' names, still in the mapped file.
+
+    vae and schedule are None and text_encoders is empty where the file has none (a U-Net alone). A text encoder
+    has a projection if `text_projection.weight` is among its tensors. tokenizers is empty where the vocabulary is
+    CLIP's own, which is in no single file. metadata: the header's text, without what was read into the configs.
+    """
+
+    family: str  # "sd1", "sd2" or "sdxl"
+    unet: tuple[UNetConfig, Tensors]
+    vae: tuple[VAEConfig, Tensors] | None
+    text_encoders: tuple[tuple[CLIPTextConfig, Tensors], ...]
+    schedule: ScheduleConfig | None
+    tokenizers: tuple[CLIPTokenizer, ...]
+    metadata: dict[str, str]
+
+
+# reading
+
+
+def read_single_file(path: str | Path, ema: bool = False) -> SingleFile:
+    """Read a checkpoint of SD 1.x, SD 2.x, SDXL or a student of theirs, or a U-Net alone.
+
+    Names may be LDM's or, for a U-Net alone, diffusers' too. What the file does not say is told by `weights.infer`.
+
+    Args:
+        ema: take the running average of the U-Net's weights, which full checkpoints have beside the last ones.
+
+    Raises:
+        InputError: another kind of file, tensors that no known part explains, no average where one is asked for.
+    """
+    tensors, metadata = _read(path)
+    try:
+        return _sort_out(tensors, metadata, ema)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read(path: str | Path) -> tuple[Tensors, dict[str, str]]:
+    tensors = {without_wrappers(name): tensor for name, tensor in read_tensors(path).items()}
+    return tensors, read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+
+
+def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFile:
+    _refuse_other_kinds(tensors)
+    if not any(name.startswith("model.diffusion_model.") for name in tensors):  # a U-Net alone
+        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    parts = _split(tensors)
+    unet = _read_unet(parts, metadata, ema)
+    encoders = _read_text_encoders(parts, metadata)
+    family = _family(unet[0], encoders[0][0] if encoders else None)
+    if len(encoders) not in (0, len(TEXT_PREFIXES[family])):
+        raise InputError(f"it holds {len(encoders)} text encoders, {family} has {len(TEXT_PREFIXES[family])}")
+    schedule = read_config(metadata, SCHEDULE, ScheduleConfig.from_dict)
+    if schedule is None and encoders:
+        # All families share one schedule; they differ in what the network predicts.
+        prediction = infer_prediction(*unet, tensors, metadata)
+        schedule = ScheduleConfig(prediction_type=prediction, rescale_betas_zero_snr="ztsnr" in tensors)
+        if family == "sd2" and UNET not in metadata:
+            size = 96 if schedule.prediction_type == "v_prediction" else 64  # the 768- and the 512-pixel models
+            unet = (replace(unet[0], sample_size=size), unet[1])
+    return SingleFile(
+        family=family,
+        unet=unet,
+        vae=read_vae(parts["vae"], metadata, SDXL_VAE if family == "sdxl" else SD_VAE) if "vae" in parts else None,
+        text_encoders=encoders,
+        schedule=schedule,
+        tokenizers=read_config(metadata, TOKENIZERS, load_tokenizers) or (),
+        metadata={key: text for key, text in metadata.items() if key not in HEADER_KEYS},
+    )
+
+
+def _refuse_other_kinds(tensors: Tensors) -> None:
+    """An InputError that says what the file seems to be, unless it has a U-Net and nothing that is not for us."""
+    for pattern, kind in OTHER_KINDS:
+        if any(re.search(pattern, name) for name in tensors):
+            raise InputError(f"not a Stable Diffusion checkpoint: it seems to be {kind}")
+    unet = ("model.diffusion_model.", "input_blocks.0.0.weight", "down_blocks.0.resnets.0.")
+    if any(name.startswith(unet) for name in tensors):
+        return
+    kind = f"something else ({len(tensors)} tensors: {ldm.first_few(list(tensors))})"
+    if any(name.endswith(("coder.conv_in.weight", "decoder.layers.0.weight")) for name in tensors):
+        kind = "a VAE alone: give it as --vae"
+    elif any(name.endswith("token_embedding.weight") for name in tensors):
+        kind = "a text encoder alone: a whole checkpoint, or a U-Net, is needed"
+    raise InputError(f"not a Stable Diffusion checkpoint: it seems to be {kind}")
+
+
+def _split(tensors: Tensors) -> dict[str, Tensors]:
+    """{part: its tensors, without their prefix}. InputError: a tensor that belongs to no known part."""
+    parts: dict[str, Tensors] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix:
+            part = parts.setdefault(PREFIXES[prefix], {})
+            if name.removeprefix(prefix) in part:
+                raise InputError(f"{name} is there twice, in two spellings")
+            part[name.removeprefix(prefix)] = tensor
+        elif name not in UNUSED | MARKS:
+            unknown.append(name)
+    if unknown:
+        raise InputError(f"{len(unknown)} of {len(tensors)} tensors belong to no known part ({ldm.first_few(unknown)})")
+    return parts
+
+
+def _read_unet(parts: dict[str, Tensors], metadata: dict[str, str], ema: bool) -> tuple[UNetConfig, Tensors]:
+    tensors = _averaged(parts) if ema else parts["unet"]
+    if "input_blocks.0.0.weight" in tensors:
+        tensors = ldm.from_ldm_unet(tensors)
+    return read_config(metadata, UNET, UNetConfig.from_dict) or infer_unet_config(tensors), tensors
+
+
+def _averaged(parts: dict[str, Tensors]) -> Tensors:
+    """The U-Net from `model_ema.*`, where names have lost their dots: model_ema.diffusion_modelout2bias."""
+    average, result = parts.get("ema", {}), {}
+    for name in parts["unet"]:
+        flat = f"diffusion_model.{name}".replace(".", "")
+        if flat not in average:
+            missing = "no EMA weights" if len(average) < 3 else f"no EMA weight of {name}"
+            raise InputError(f"there is {missing} in it: read it without ema")
+        result[name] = average[flat]
+    return result
+
+
+def _read_text_encoders(
+    parts: dict[str, Tensors], metadata: dict[str, str]
+) -> tuple[tuple[CLIPTextConfig, Tensors], ...]:
+    saved = read_config(metadata, TEXT, lambda configs: [CLIPTextConfig.from_dict(c) for c in configs])
+    encoders = []
+    for index in range(2):
+        kinds = [kind for kind in ("clip", "open_clip") if f"{kind} {index}" in parts]
+        if len(kinds) > 1 or (kinds and index != len(encoders)):
+            raise InputError(
+                "its text encoders are not those of one Stable Diffusion: one too many, or the first lacks"
+            )
+        if not kinds:
+            continue
+        tensors = _text_names(parts[f"{kinds[0]} {index}"], kinds[0])
+        if saved:
+            config = saved[index] if index < len(saved) else saved[-1]
+        else:
+            tensors = _without_unread(tensors, index)
+            config = infer_text_config(tensors, "gelu" if kinds[0] == "open_clip" else "quick_gelu")
+        encoders.append((config, tensors))
+    return tuple(encoders)
+
+
+def _text_names(tensors: Tensors, kind: str) -> Tensors:
+    """open_clip's or transformers' names, of any age -> ours."""
+    used = {n: t for n, t in tensors.items() if n not in UNUSED_TEXT and not n.endswith("position_ids")}
+    if kind == "open_clip":
+        return ldm.from_open_clip(used)
+    ours = ("text_model.", "text_projection.")
+    return {name if name.startswith(ours) else f"text_model.{name}": tensor for name, tensor in used.items()}
+
+
+def _without_unread(tensors: Tensors, index: int) -> Tensors:
+    """Leave out what a whole CLIP has and the first text encoder does not use.
+
+    Its projection, and in SD 2.x, which reads the states before the last of 24 layers, that layer.
+    """
+    if index > 0:
+        return tensors
+    last = "text_model.encoder.layers.23."
+    return {name: t for name, t in tensors.items() if not name.startswith(("text_projection.", last))}
+
+
+def _family(unet: UNetConfig, text: CLIPTextConfig | None) -> str:
+    if unet.addition_embed_type is not None:
+        return "sdxl"
+    is_sd2 = text.hidden_act == "gelu" if text else unet.cross_attention_dim == 1024
+    return "sd2" if is_sd2 else "sd1"
+
+
+# writing
+
+
+def write_single_file(
+    path: str | Path,
+    unet: UNet,
+    vae: AutoencoderKL,
+    text_encoders: Sequence[CLIPTextModel],
+    schedule: ScheduleConfig,
+    tokenizers: Sequence[CLIPTokenizer] = (),
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a pipeline as one .safetensors file in LDM's layout (sgm's for SDXL), atomically.
+
+    Args:
+        tokenizers: kept in the file's header, unless their vocabulary is CLIP's own.
+        dtype: of all weights in the file; None keeps each model's own.
+        metadata: text to carry along in the header.
+
+    Raises:
+        InputError: parts this layout has no place for, a name that does not end in .safetensors, a full disk.
+    """
+    family = _family(unet.config, text_encoders[0].config if text_encoders else None)
+    prefixes = TEXT_PREFIXES[family]
+    for fits, problem in (
+        (Path(path).suffix == ".safetensors", "a single file is written as .safetensors only"),
+        (isinstance(vae, AutoencoderKL), "a tiny VAE (TAESD) has no place in a single file: use the full one"),
+        (len(text_encoders) == len(prefixes), f"{family} has {len(prefixes)} text encoders, not {len(text_encoders)}"),
+    ):
+        if not fits:
+            raise InputError(f"cannot write {path}: {problem}")
+    parts = {
+        "model.diffusion_model.": ldm.to_ldm_unet(_weights(unet), unet.config),
+        "first_stage_model.": ldm.to_ldm_vae(_weights(vae), vae.config),
+    }
+    for prefix, encoder in zip(prefixes, text_encoders, strict=True):
+        weights = _weights(encoder)
+        parts[prefix] = ldm.to_open_clip(weights, encoder.config) if prefix.endswith("model.") else weights
+    tensors = {prefix + name: _cast(tensor, dtype) for prefix, part in parts.items() for name, tensor in part.items()}
+    own = write_configs(unet, vae, text_encoders, schedule, tokenizers)
+    write_safetensors(path, tensors, {**(metadata or {}), **own})
+
+
+def _weights(model: nn.Module) -> Tensors:
+    return {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

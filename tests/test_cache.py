@@ -1,0 +1,336 @@
+"""Protects the cache on disk: it trains as the pictures do, to the bit; is refused when stale; survives a kill."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS, TOKENS
+from PIL import Image, ImageOps
+
+from minidistill import cache as command
+from minidistill.cache import CacheConfig
+from minidistill.data import cache as module
+from minidistill.data.cache import LatentCache, open_data, text_path
+from minidistill.data.folders import ImageFolder
+from minidistill.diffusion.schedule import ScheduleConfig
+from minidistill.errors import InputError
+from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
+from minidistill.models.tokenizer import train_bpe
+from minidistill.models.unet import UNet, UNetConfig
+from minidistill.models.vae import AutoencoderKL, VAEConfig
+from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.training.batches import Batches, to_pixels
+from minidistill.training.config import run_command
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The smallest pipeline there can be, saved."""
+    torch.manual_seed(0)
+    tokenizer = train_bpe(CAPTIONS, vocab_size=600, max_length=TOKENS)
+    text = CLIPTextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    unet = UNetConfig(
+        sample_size=SIDE // 4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=SIDE))
+    folder = tmp_path_factory.mktemp("model")
+    Pipeline(UNet(unet), vae, [CLIPTextModel(text)], [tokenizer], ScheduleConfig()).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return load_pipeline(model)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eleven pictures; the last has three captions."""
+    numbers = np.random.default_rng(0)
+    rows = []
+    (tmp_path / "data").mkdir()
+    for i, caption in enumerate([*CAPTIONS, ["one", "two", "three"]]):
+        pixels = numbers.integers(0, 256, (36, 40 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"data/{i:02}.png")
+        rows.append({"file_name": f"{i:02}.png", "text": caption})
+    write_rows(tmp_path / "data", rows)
+    return tmp_path / "data"
+
+
+def write_rows(folder, rows) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make(model, data, out=None, **options):
+    """A cache beside the data, small shards."""
+    out = out or data.parent / "cache"
+    command.main(
+        CacheConfig(model=str(model), data=str(data), out=str(out), **{"shard": 4, "batch_size": 4, **options})
+    )
+    return out
+
+
+def refusal(call) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def in_memory(folder, pipe, **options) -> Batches:
+    return Batches(folder, pipe, batch_size=6, seed=0, cache=True, **options)
+
+
+def from_disk(path, pipe, **options) -> Batches:
+    return Batches(LatentCache(path), pipe, batch_size=6, seed=0, **options)
+
+
+def assert_same(a: Batches, b: Batches, numbers=range(8)) -> None:
+    for k in numbers:
+        for left, right in zip(a[k], b[k], strict=True):
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+# training from it
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_from_the_cache_are_those_from_the_pictures_to_the_bit(model, pipe, data, flip):
+    out = make(model, data, flip=flip, shard=32, batch_size=32)  # batches of 32, as in memory
+    options = {"caption_dropout": 0.3, "flip": flip}
+    expected = in_memory(ImageFolder(data, SIDE), pipe, **options)
+    assert_same(from_disk(out, pipe, **options), expected)
+    assert {caption for k in range(30) for caption in expected[k].captions} == {*CAPTIONS, "", "one", "two", "three"}
+
+
+def test_shards_and_batches_change_no_more_than_last_bits_and_pictures_read_one_by_one_neither(model, pipe, data):
+    out = make(model, data, flip=True)
+    assert len(list(out.glob("latents-*"))) == 3
+    direct = Batches(ImageFolder(data, SIDE), pipe, batch_size=6, seed=0, cache=False, flip=True)
+    cached = from_disk(out, pipe, flip=True)
+    for k in (0, 5, -1):
+        a, b = direct[k], cached[k]
+        torch.testing.assert_close(a.x0, b.x0, rtol=1e-4, atol=1e-5)
+        assert torch.equal(a.t, b.t) and torch.equal(a.eps, b.eps) and a.captions == b.captions
+    assert direct.captions(3) == cached.captions(3) == CAPTIONS[:3]
+    assert direct.size == cached.size == (SIDE, SIDE)
+
+
+@torch.no_grad()
+def test_each_entry_holds_the_posterior_of_its_picture_and_of_the_mirror_image(model, pipe, data):
+    latents, folder = LatentCache(make(model, data, flip=True)), ImageFolder(data, SIDE)
+    for i in (0, 3, 4, 10):
+        for flip in (False, True):
+            picture = ImageOps.mirror(folder[i][0]) if flip else folder[i][0]
+            mean, logvar = pipe.vae.encode(to_pixels([picture]))
+            found = latents.latents([i], [flip])
+            torch.testing.assert_close(found[0], mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[1], (logvar / 2).exp(), rtol=1e-4, atol=1e-5)
+    assert latents.sizes(10) == (36, 50, 0, 6)  # 36 x 50 becomes 32 x 44
+    assert latents.captions(10) == ("one", "two", "three")
+    assert len(latents) == 11 and latents.names[10] == "10.png"
+
+
+def test_every_other_sample_is_flipped_and_every_caption_of_several_drawn(model, pipe, data):
+    out = make(model, data, flip=True)
+    plain, flipped = (Batches(LatentCache(out), pipe, batch_size=220, seed=0, flip=flip)[0] for flip in (False, True))
+    same = (plain.x0 == flipped.x0).flatten(1).all(1)
+    assert 80 < same.sum() < 140 and plain.captions == flipped.captions
+    assert torch.equal(plain.t, flipped.t) and torch.equal(plain.eps, flipped.eps)
+    counts = [plain.captions.count(caption) for caption in ("one", "two", "three")]
+    assert sum(counts) == 20 and min(counts) >= 2
+
+
+def test_text_states_are_those_of_the_text_encoder(model, pipe, data):
+    out = make(model, data)
+    before = {file.name: file.read_bytes() for file in out.glob("latents-*")}
+    make(model, data, text_states=True)  # adds them
+    assert before == {file.name: file.read_bytes() for file in out.glob("latents-*")}
+    assert len(list(out.glob("text-*"))) == 4  # no caption, the empty one, and 13 others
+    latents = LatentCache(out)
+    assert latents.has_text and "text states" in latents.summary()
+    for captions in ([*CAPTIONS], ["", None], ["three", "three"]):
+        torch.testing.assert_close(latents.text_states(captions).context, pipe.encode_prompts(captions).context)
+    batch = from_disk(out, pipe, caption_dropout=0.3)[0]
+    torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context, rtol=1e-4, atol=1e-5)
+    os.utime(text_path(out, 0), ns=(1, 1))
+    make(model, data, text_states=True)  # nothing to do
+    assert text_path(out, 0).stat().st_mtime_ns == 1
+
+
+def test_half_precision_halves_the_files(model, pipe, data):
+    whole, half = (make(model, data, data.parent / store, store=store) for store in ("fp32", "fp16"))
+    a, b = (LatentCache(path).latents(range(11), [False] * 11) for path in (whole, half))
+    assert b[0].dtype == torch.float32 and not torch.equal(a[0], b[0])
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    sizes = [sum(file.stat().st_size for file in path.glob("latents-*")) for path in (whole, half)]
+    assert abs(sizes[0] - sizes[1] - 11 * 2 * 2 * 4 * 64) < 200  # the headers have padding
+
+
+def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, pipe, data, capsys):
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for i in range(11, 32):
+        shutil.copyfile(data / "00.png", data / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": f"number {i}"})
+    write_rows(data, rows)
+    for name in ("03.png", "04.png", "31.png"):
+        (data / name).write_bytes((data / name).read_bytes()[:-1000])
+    out = make(model, data, shard=32, batch_size=32)
+    said = capsys.readouterr().out
+    assert all(said.count(f"note: {name} (") == 1 for name in ("03.png", "04.png", "31.png"))
+    latents = LatentCache(out)
+    assert latents.captions(3) == latents.captions(4) == (CAPTIONS[5],) and latents.captions(31) == (CAPTIONS[0],)
+    assert torch.equal(*(latents.latents([i], [False])[0] for i in (3, 5)))
+    assert_same(from_disk(out, pipe), in_memory(ImageFolder(data, SIDE), pipe))
+
+
+# what is refused
+
+
+def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data):
+    out = make(model, data)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    os.utime(data / "02.png", ns=(1, 1))
+    assert len(LatentCache(out)) == 11  # the same content
+    content = (data / "06.png").read_bytes()
+    shutil.copyfile(data / "05.png", data / "06.png")
+    message = refusal(lambda: LatentCache(out))
+    assert "06.png has changed" in message and "python -m minidistill.cache" in message and "--resolution 32" in message
+    assert "06.png has changed" in refusal(lambda: make(model, data))
+    (data / "06.png").write_bytes(content)
+    write_rows(data, [*rows[:4], {**rows[4], "text": "another"}, *rows[5:]])
+    assert "another caption for 04.png" in refusal(lambda: LatentCache(out))
+    write_rows(data, rows[:-1])
+    assert "holds 10 examples, then 11" in refusal(lambda: LatentCache(out))
+    write_rows(data, [rows[1], rows[0], *rows[2:]])
+    assert "00.png has gone or moved, 01.png is in its place" in refusal(lambda: LatentCache(out))
+    write_rows(data, rows)
+    assert len(LatentCache(out)) == 11
+    data.rename(data.parent / "elsewhere")
+    assert len(LatentCache(out)) == 11
+
+
+def test_other_networks_and_settings_are_refused(model, pipe, data):
+    out = make(model, data, text_states=True)
+    latents = open_data(out, SIDE)
+    assert isinstance(latents, LatentCache) and isinstance(open_data(data, SIDE), ImageFolder)
+    assert "32-pixel pictures and the training asks for 64" in refusal(lambda: open_data(out, 64))
+    assert "holds no mirror images" in refusal(lambda: from_disk(out, pipe, flip=True))
+    for network, weight, said in (
+        (pipe.vae, "encoder.conv_out.weight", "another VAE"),
+        (pipe.vae, "decoder.conv_in.weight", ""),  # latents do not depend on it
+        (pipe.text_encoders[0], "final_layer_norm.weight", "text states of other text encoders"),
+    ):
+        tensor = next(value for name, value in network.state_dict().items() if name.endswith(weight))
+        before = tensor.clone()
+        tensor += 1
+        if said:
+            assert said in refusal(lambda: from_disk(out, pipe))
+        else:
+            from_disk(out, pipe)
+        tensor.copy_(before)
+    message = refusal(lambda: make(model, data, resolution=16, flip=True))
+    assert "resolution 16 (was 32), flip True (was False)" in message and "take another --out" in message
+    assert "must be a multiple of --batch-size" in refusal(lambda: make(model, data, shard=6))
+    assert "not a cache" in refusal(lambda: make(model, data, out=data))
+    assert "multiple of 4" in refusal(lambda: make(model, data, out=data.parent / "x", resolution=30))
+    assert "--out is required" in refusal(lambda: command.main(CacheConfig(model=str(model), data=str(data))))
+
+
+def test_a_damaged_shard_and_an_unreadable_version_are_refused(model, data):
+    out = make(model, data)
+    file = module.shard_path(out, 1)
+    file.write_bytes(file.read_bytes()[:-5])
+    assert "latents-00001.safetensors" in refusal(lambda: LatentCache(out))
+    index = json.loads((out / "cache.json").read_text())
+    (out / "cache.json").write_text(json.dumps({**index, "format": "minidistill latents, version 0"}))
+    assert "not a cache that this version reads" in refusal(lambda: open_data(out, SIDE))
+
+
+def test_latents_that_are_not_finite_are_blamed_on_their_file(model, data, monkeypatch):
+    encode = AutoencoderKL.encode
+
+    def overflow(vae, images):
+        mean, logvar = encode(vae, images)
+        mean[len(mean) // 2] = torch.inf
+        return mean, logvar
+
+    monkeypatch.setattr(AutoencoderKL, "encode", overflow)
+    assert "latents of 02.png are not finite in torch.float32" in refusal(lambda: make(model, data))
+
+
+# the run
+
+
+KILLED = """
+import os, signal, sys
+from minidistill import cache
+from minidistill.weights import files
+
+whole, shards = files.save_file, []
+
+def torn(tensors, path, metadata):
+    whole(tensors, path, metadata)
+    shards.append(path)
+    if len(shards) == 3:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+files.save_file = torn
+model, data, out = sys.argv[1:]
+cache.main(cache.CacheConfig(model=model, data=data, out=out, shard=2, batch_size=2))
+"""
+
+
+def test_a_cache_whose_making_was_killed_is_refused_then_finished_with_the_same_bytes(model, data, capsys):
+    out, straight = data.parent / "killed", make(model, data, data.parent / "straight", shard=2, batch_size=2)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(data), str(out)], check=False)
+    assert done.returncode == -9
+    assert [file.name for file in sorted(out.glob("latents-*"))] == [f"latents-0000{i}.safetensors" for i in (0, 1)]
+    assert len(list(out.glob(".*.safetensors"))) == 1
+    message = refusal(lambda: open_data(out, SIDE))
+    assert "not finished" in message and f"--out {out}" in message
+    first = module.shard_path(out, 0)
+    os.utime(first, ns=(1, 1))
+    make(model, data, out, shard=2, batch_size=2)
+    assert "going on after 4 of 11 examples" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == 1
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in straight.iterdir()}
+
+
+def test_the_command_scans_and_refuses_in_one_line(data, capsys):
+    def run(*words):
+        with pytest.raises(SystemExit) as done:
+            run_command(command.main, CacheConfig, prog="cache", argv=words)
+        return done.value.code, capsys.readouterr()
+
+    (data / "10.png").write_bytes(b"no")
+    code, said = run("--data", str(data), "--scan-only", "--resolution", "37")
+    assert code == 0 and "1 unreadable, skipped: 10.png (not an image)" in said.out, said
+    assert "10 smaller than the resolution" in said.out
+    assert len(ImageFolder(data, SIDE)) == 10
+    code, said = run("--data", "nowhere", "--out", "x")
+    assert code == 2 and said.err == "error: data folder nowhere does not exist\n"

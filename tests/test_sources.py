@@ -1,0 +1,236 @@
+"""Any SOURCE to a pipeline, parts laid over it, and `convert`, there and back: always the same pictures."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_pipeline import levels, load_oracle, refused, save_oracle
+from test_sdxl import PROMPTS, noise, oracle_of, save_sdxl
+
+from minidistill import convert
+from minidistill.models.lora import ATTENTION, add_lora
+from minidistill.models.taesd import AutoencoderTiny
+from minidistill.pipeline import load_pipeline
+from minidistill.training.config import run_command
+from minidistill.weights.files import read_metadata
+from minidistill.weights.lora_files import write_lora
+from minidistill.weights.sampling import Sampling, sampling_metadata
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+SETTINGS = {"latents": noise(), "steps": 2}
+KINDS = ("sd1", "sd2", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """{kind: pipeline folder}, not to be changed."""
+    found = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in KINDS}
+    for kind in ("sd1", "sd2"):
+        save_oracle(found[kind], kind)
+    save_sdxl(found["sdxl"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(sources, tmp_path_factory):
+    """{kind: the same pipeline as a single file}, not to be changed."""
+    folder = tmp_path_factory.mktemp("files")
+    for kind in KINDS:
+        assert run_convert(sources[kind], folder / f"{kind}.safetensors") == 0
+    return {kind: folder / f"{kind}.safetensors" for kind in KINDS}
+
+
+def run_convert(*words) -> int:
+    with pytest.raises(SystemExit) as info:
+        run_command(convert.main, convert.Config, prog="convert", argv=[str(word) for word in words])
+    return info.value.code
+
+
+def all_tensors(folder) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.parent.name}/{name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
+def same(one, other) -> bool:
+    return np.array_equal(levels(one), levels(other))
+
+
+def altered(folder, new, seed: int = 3):
+    """A copy of a pipeline folder whose U-Net has other weights."""
+    shutil.copytree(folder, new)
+    torch.manual_seed(seed)
+    tensors = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in load_file(new / UNET).items()}
+    save_file(tensors, new / UNET)
+    return new
+
+
+# single files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_is_the_pipeline_it_was_made_of(sources, files, kind):
+    folder, file = load_pipeline(sources[kind]), load_pipeline(files[kind])
+    assert file.schedule == folder.schedule
+    assert file.zero_unconditional == folder.zero_unconditional
+    assert [t.pad for t in file.tokenizers] == [t.pad for t in folder.tokenizers]
+    assert same(file(PROMPTS, **SETTINGS), folder(PROMPTS, **SETTINGS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_to_file_to_folder_is_bit_exact(sources, files, tmp_path, kind):
+    assert run_convert(files[kind], tmp_path / "again") == 0
+    load_pipeline(sources[kind]).save(tmp_path / "ours")
+    expected, found = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "again")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    names = [sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*.json")) for f in ("ours", "again")]
+    assert names[0] == names[1]
+    for name in names[0]:
+        one, other = (json.loads((tmp_path / folder / name).read_text()) for folder in ("ours", "again"))
+        assert one == other
+
+
+def test_the_miniature_goes_through_a_single_file_in_its_own_precision(tmp_path):
+    assert run_convert("miniature", tmp_path / "m.safetensors") == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "m.safetensors").values()} == {torch.float16}
+    one, other = load_pipeline("miniature"), load_pipeline(tmp_path / "m.safetensors")
+    assert same(one("a red circle", steps=2), other("a red circle", steps=2))
+
+
+def test_convert_changes_precision_only_on_request(sources, tmp_path):
+    assert run_convert(sources["sd1"], tmp_path / "half", "--dtype", "fp16") == 0
+    assert {tensor.dtype for tensor in all_tensors(tmp_path / "half").values()} == {torch.float16}
+    full, half = load_pipeline(sources["sd1"]), load_pipeline(tmp_path / "half")
+    assert torch.equal(half.unet.conv_in.weight, full.unet.conv_in.weight.half().float())
+
+
+def test_a_single_file_without_a_vocabulary_takes_the_one_beside_it(sources, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("minidistill.weights.hub.fetch_files", offline)
+    for kind in KINDS:
+        metadata = {k: v for k, v in read_metadata(files[kind]).items() if k != "minidistill.tokenizers"}
+        save_file(load_file(files[kind]), tmp_path / f"{kind}.safetensors", metadata)
+    assert "put the tokenizer/ folder" in refused(load_pipeline, tmp_path / "sd1.safetensors")
+    shutil.copytree(sources["sd1"] / "tokenizer", tmp_path / "tokenizer")
+    for kind in ("sd1", "sd2"):
+        found = load_pipeline(tmp_path / f"{kind}.safetensors")
+        expected = load_pipeline(sources[kind])
+        assert [t.pad for t in found.tokenizers] == [t.pad for t in expected.tokenizers]
+        assert same(found(PROMPTS, **SETTINGS), expected(PROMPTS, **SETTINGS))
+
+
+def offline(*_):
+    from minidistill.errors import InputError
+
+    raise InputError("offline")
+
+
+# parts laid over a model
+
+
+@pytest.mark.parametrize("form", ["folder", "unet folder", "file"])
+def test_another_unet_is_laid_over_a_model(sources, tmp_path, form):
+    other = altered(sources["sd1"], tmp_path / "other")
+    source = {"folder": other, "unet folder": other / "unet", "file": tmp_path / "other.safetensors"}[form]
+    if form == "file":
+        assert run_convert(other, source) == 0
+    expected, base = (load_pipeline(f)(PROMPTS, **SETTINGS) for f in (other, sources["sd1"]))
+    found = load_pipeline(sources["sd1"], unet=source)(PROMPTS, **SETTINGS)
+    assert same(found, expected) and not same(found, base)
+
+
+def test_a_lightning_unet_brings_its_settings(sources, files, tmp_path):
+    name = tmp_path / "sdxl_lightning_2step_unet.safetensors"
+    tensors = {n: t for n, t in load_file(files["sdxl"]).items() if n.startswith("model.diffusion_model.")}
+    config = read_metadata(files["sdxl"])["minidistill.unet_config"]
+    save_file(tensors, name, {"format": "pt", "minidistill.unet_config": config})
+    pipe = load_pipeline(sources["sdxl"], unet=name)
+    assert pipe.sampling == Sampling(2)
+    oracle = oracle_of(sources["sdxl"])
+    oracle.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        oracle.scheduler.config, timestep_spacing="trailing"
+    )
+    expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2, guidance_scale=0, height=32, width=32).images
+    assert np.abs(levels(pipe(PROMPTS, latents=noise())) - levels(expected)).max() <= 2
+    assert "--unet" in refused(load_pipeline, name), "alone it makes no pictures"
+
+
+def test_settings_survive_conversion(sources, tmp_path):
+    pipe = load_pipeline(sources["sdxl"])
+    pipe.sampling = Sampling(1, prediction="sample")
+    pipe.save(tmp_path / "folder")
+    assert run_convert(tmp_path / "folder", tmp_path / "one.safetensors") == 0
+    assert run_convert(tmp_path / "one.safetensors", tmp_path / "again") == 0
+    for source in ("one.safetensors", "again"):
+        found = load_pipeline(tmp_path / source)
+        assert found.sampling == pipe.sampling and found.schedule.prediction_type == "sample"
+    assert sampling_metadata(pipe.sampling).items() <= read_metadata(tmp_path / "again" / UNET).items()
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_taesd_takes_the_vaes_place(sources, tmp_path, form):
+    torch.manual_seed(0)
+    oracle = load_oracle(sources["sd1"])
+    oracle.vae = diffusers.AutoencoderTiny()
+    oracle.vae.save_pretrained(tmp_path / "taesd")
+    source = tmp_path / "taesd"
+    if form == "file":
+        source = source / "diffusion_pytorch_model.safetensors"
+    pipe = load_pipeline(sources["sd1"], vae=source)
+    assert isinstance(pipe.vae, AutoencoderTiny)
+    expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2, height=64, width=64).images
+    assert np.abs(levels(pipe(PROMPTS, **SETTINGS)) - levels(expected)).max() <= 2
+    pipe.save(tmp_path / "saved")
+    assert same(load_pipeline(tmp_path / "saved")(PROMPTS, **SETTINGS), pipe(PROMPTS, **SETTINGS))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_lora_is_merged_as_diffusers_does(sources, tmp_path, capsys, scale):
+    pipe = load_pipeline(sources["sd1"])
+    add_lora(pipe.unet, ATTENTION, rank=2, alpha=4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if name.endswith("lora_up"):
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    write_lora(tmp_path / "lora.safetensors", {"unet": pipe.unet})
+    merged = load_pipeline(sources["sd1"], loras=[(tmp_path / "lora.safetensors", scale)])
+    assert "modules matched" in capsys.readouterr().err
+    oracle = load_oracle(sources["sd1"])
+    oracle.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    oracle.fuse_lora(lora_scale=scale)
+    expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2).images
+    assert np.abs(levels(merged(PROMPTS, **SETTINGS)) - levels(expected)).max() <= 2
+    assert not same(expected, load_pipeline(sources["sd1"])(PROMPTS, **SETTINGS))
+
+
+# refusals
+
+
+def test_convert_touches_nothing_that_is_there(sources, files, tmp_path, capsys):
+    before = files["sd1"].read_bytes()
+    assert run_convert(sources["sd1"], files["sd1"]) == 2
+    assert "exists" in capsys.readouterr().err and files["sd1"].read_bytes() == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    assert run_convert(sources["sd1"], tmp_path / "full") == 2
+    assert run_convert(sources["sd1"], tmp_path / "name.ckpt", "--layout", "single-file") == 2
+    assert ".safetensors" in capsys.readouterr().err
+    assert run_convert("nowhere", tmp_path / "new") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_sources_of_the_wrong_kind_are_refused_with_the_way_out(sources, files, tmp_path):
+    (tmp_path / "page.safetensors").write_text("<html>404</html>")
+    (tmp_path / "cut.safetensors").write_bytes(files["sd1"].read_bytes()[:5000])
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "lora.safetensors")
+    assert "web page" in refused(load_pipeline, tmp_path / "page.safetensors")
+    assert "cut short" in refused(load_pipeline, tmp_path / "cut.safetensors")
+    assert "--lora" in refused(load_pipeline, tmp_path / "lora.safetensors")
+    assert "not a VAE" in refused(load_pipeline, sources["sd1"], vae=tmp_path / "lora.safetensors")
+    for option in ({"unet": files["sd1"]}, {"loras": [(tmp_path / "none.safetensors", 1.0)]}):
+        assert refused(load_pipeline, sources["sdxl"], **option)

@@ -1,0 +1,170 @@
+"""TAESD: the same pictures and latents as diffusers' AutoencoderTiny, from files of every spelling."""
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from minidistill.errors import InputError
+from minidistill.models.taesd import AutoencoderTiny, TinyConfig
+from minidistill.models.vae import SDXL_VAE
+from minidistill.weights.files import load_into
+from minidistill.weights.vae_file import read_vae_file
+
+SMALL = {
+    "encoder_block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+    "latent_channels": 3,
+    "num_encoder_blocks": (1, 1, 2, 1),
+    "num_decoder_blocks": (2, 1, 1, 1),
+}
+
+
+def oracle(**config) -> diffusers.AutoencoderTiny:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderTiny(**config).eval()
+
+
+def ours(theirs: diffusers.AutoencoderTiny) -> AutoencoderTiny:
+    with torch.device("meta"):
+        model = AutoencoderTiny(TinyConfig.from_dict(dict(theirs.config)))
+    return load_into(model, theirs.state_dict(), "x")
+
+
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def own_spelling(state: dict[str, torch.Tensor], half: str) -> dict[str, torch.Tensor]:
+    """A half of a TAESD as its own code saves it: the decoder's first layer is a clamp without weights."""
+    first = 1 if half == "decoder" else 0
+    names = {name: name.removeprefix(f"{half}.layers.") for name in state if name.startswith(half)}
+    return {
+        f"{int(rest.split('.')[0]) + first}.{rest.partition('.')[2]}": state[name].clone()
+        for name, rest in names.items()
+    }
+
+
+@pytest.mark.parametrize("config", [{}, SMALL], ids=["taesd", "small"])
+@torch.no_grad()
+def test_latents_and_pictures_are_diffusers(config):
+    theirs = oracle(**config)
+    model = ours(theirs)
+    images, channels = random(2, 3, 32, 48).clamp(-1, 1), theirs.config.latent_channels
+    latents = random(2, channels, 4, 6, scale=4.0)  # beyond +-3, where they are squeezed
+    assert (model.to_latents(images) - theirs.encode(images).latents).abs().max() < 1e-5
+    assert (model.from_latents(latents) - theirs.decode(latents).sample).abs().max() < 1e-5
+
+
+def test_it_has_the_official_number_of_tensors_and_parameters():
+    model = AutoencoderTiny()
+    assert len(model.state_dict()) == 134
+    assert sum(p.numel() for p in model.parameters()) == 2_445_063
+    assert model.state_dict().keys() == oracle().state_dict().keys()
+
+
+@torch.no_grad()
+def test_it_stands_in_for_the_large_vae():
+    model = ours(oracle(**SMALL))
+    config, images = model.config, random(1, 3, 16, 24).clamp(-1, 1)
+    latents = model.to_latents(images, noise=random(1, 3, 2, 3))
+    assert torch.equal(latents, model.to_latents(images))
+    assert latents.shape == (1, config.latent_channels, 16 // config.downscale, 24 // config.downscale)
+    assert model.from_latents(latents).shape == images.shape
+    assert config.scaling_factor == 1 and config.downscale == 8
+
+
+@torch.no_grad()
+def test_a_scaling_factor_is_applied_both_ways():
+    images = random(1, 3, 16, 16).clamp(-1, 1)
+    plain = ours(oracle(**SMALL))
+    scaled = ours(oracle(**SMALL, scaling_factor=2.0))
+    assert torch.allclose(scaled.to_latents(images), 2 * plain.to_latents(images))
+    latents = plain.to_latents(images)
+    assert torch.allclose(scaled.from_latents(2 * latents), plain.from_latents(latents), atol=1e-6)
+
+
+def test_configs_go_to_diffusers_and_back():
+    config = TinyConfig.from_dict(dict(oracle(**SMALL).config))
+    assert config == TinyConfig(
+        latent_channels=3, width=8, num_encoder_blocks=(1, 1, 2, 1), num_decoder_blocks=(2, 1, 1, 1)
+    )
+    again = diffusers.AutoencoderTiny.from_config(config.to_dict())
+    assert again.state_dict().keys() == oracle(**SMALL).state_dict().keys()
+    assert TinyConfig.from_dict(config.to_dict()) == config
+    assert TinyConfig.from_dict({"_class_name": "AutoencoderTiny"}) == TinyConfig()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_fn": "gelu"},
+        {"encoder_block_out_channels": [64, 64, 32, 64]},
+        {"encoder_block_out_channels": [64] * 4, "decoder_block_out_channels": [32] * 4},
+        {"use_midblock": True},
+    ],
+)
+def test_a_config_it_cannot_build_is_refused(change):
+    with pytest.raises(ValueError, match=list(change)[-1]):
+        TinyConfig.from_dict(change)
+
+
+# files
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "whole", "halves", "prefixed"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_files_of_every_spelling_are_read(tmp_path, spelling, suffix):
+    state = oracle().state_dict()
+    save = save_file if suffix == ".safetensors" else torch.save
+    halves = {half: own_spelling(state, half) for half in ("encoder", "decoder")}
+    path = tmp_path / f"taesd_decoder{suffix}"
+    if spelling == "diffusers":
+        save(state, path)
+    elif spelling == "halves":
+        for half, tensors in halves.items():
+            save(tensors, tmp_path / f"taesd_{half}{suffix}")
+    else:
+        prefix = "taesd_" if spelling == "prefixed" else ""
+        save({f"{prefix}{half}.{n}": t for half, part in halves.items() for n, t in part.items()}, path)
+    config, tensors = read_vae_file(path, SDXL_VAE)
+    assert config == TinyConfig()
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[name], state[name]) for name in state)
+
+
+def test_both_halves_mean_the_same(tmp_path):
+    state = oracle().state_dict()
+    for half in ("encoder", "decoder"):
+        save_file(own_spelling(state, half), tmp_path / f"taesdxl_{half}.safetensors")
+    one, two = (read_vae_file(tmp_path / f"taesdxl_{half}.safetensors")[1] for half in ("encoder", "decoder"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_half_alone_is_refused_with_the_name_of_the_other(tmp_path):
+    save_file(own_spelling(oracle().state_dict(), "decoder"), tmp_path / "taesd_decoder.safetensors")
+    with pytest.raises(InputError, match=r"taesd_encoder\.safetensors"):
+        read_vae_file(tmp_path / "taesd_decoder.safetensors")
+    save_file(own_spelling(oracle().state_dict(), "encoder"), tmp_path / "preview.safetensors")
+    with pytest.raises(InputError, match="decoder must lie beside it"):
+        read_vae_file(tmp_path / "preview.safetensors")
+
+
+@torch.no_grad()
+def test_the_original_network_gives_the_same_pictures(tmp_path):
+    """The decoder as TAESD's own code builds it, from pictures in [0, 1]."""
+    theirs = oracle()
+
+    class Clamp(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x / 3) * 3
+
+    original = nn.Sequential(Clamp(), *theirs.decoder.layers)
+    for half in ("encoder", "decoder"):
+        save_file(own_spelling(theirs.state_dict(), half), tmp_path / f"taesd_{half}.safetensors")
+    original.load_state_dict(own_spelling(theirs.state_dict(), "decoder"))
+    config, tensors = read_vae_file(tmp_path / "taesd_encoder.safetensors")
+    model = load_into(AutoencoderTiny(config), tensors, "x")
+    latents = random(1, 4, 4, 4)
+    assert (model.from_latents(latents) - (original(latents) * 2 - 1)).abs().max() < 1e-5
