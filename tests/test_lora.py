@@ -26,7 +26,7 @@ from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 from minidistill.weights import lora_files
 from minidistill.weights.files import read_metadata, write_safetensors
-from minidistill.weights.lora_files import attach, matched_line, merge_into, read_lora, sgm_blocks, sgm_name, write_lora
+from minidistill.weights.lora_files import attach, matched_line, merge_into, read_lora, sgm_names, write_lora
 
 TINY_SD1 = replace(
     SD15,
@@ -639,14 +639,14 @@ def test_kohya_files_have_kohyas_names_and_header(tmp_path):
     ],
 )  # fmt: skip
 def test_sgm_names_are_the_official_ones(config, name, official):
-    assert sgm_name(name, sgm_blocks(config)) == official
+    assert sgm_names(config)[name] == official
 
 
 def sgm_file(path, weights: dict[str, LoRAWeights], config: UNetConfig) -> None:
     """A kohya file with the block names of Stability AI's code."""
-    tensors = {}
+    names, tensors = sgm_names(config), {}
     for name, (down, up, alpha) in weights.items():
-        key = "lora_unet_" + sgm_name(name, sgm_blocks(config)).replace(".", "_")
+        key = "lora_unet_" + names[name].replace(".", "_")
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
     write_safetensors(path, tensors)
 
@@ -686,12 +686,9 @@ def test_a_file_like_lightnings_matches_788_of_788(style, tmp_path):
 
 def test_no_two_layers_share_a_spelling():
     with torch.device("meta"):
-        networks = {"unet": UNet(SDXL)}
-    spelled = [
-        s
-        for name in lora.candidates(networks["unet"])
-        for s in set(lora_files._spellings("unet", name, sgm_blocks(SDXL)))
-    ]
+        names = list(lora.candidates(UNet(SDXL)))
+    sgm = sgm_names(SDXL)
+    spelled = [s for name in names for s in set(lora_files._spellings("unet", name, sgm[name]))]
     assert len(spelled) == len(set(spelled))
 
 

@@ -480,6 +480,38 @@ def test_an_sd2_file_gives_its_size_its_prediction_and_no_unused_layer(tmp_path)
         assert not [name for name in file.text_encoders[0][1] if ".23." in name or "projection" in name]
 
 
+@pytest.mark.parametrize("marks", [(), ("v_pred",), ("v_pred", "ztsnr")])
+def test_an_sdxl_file_gives_both_encoders_its_vaes_scale_and_its_marks(foreign, tmp_path, marks):
+    config = replace(
+        SDXL, block_out_channels=(64, 64), layers_per_block=1, attention_head_dim=1,
+        transformer_layers_per_block=(1, 2), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    first = {name: torch.zeros_like(tensor) for name, tensor in foreign[1]["text"].state_dict().items()}
+    second = {"token_embedding.weight": torch.zeros(9, 1280), "positional_embedding": torch.zeros(77, 1280)}
+    second |= {"transformer.resblocks.0.mlp.c_fc.weight": torch.zeros(4, 1280), "logit_scale": torch.tensor(1.0)}
+    second["text_projection"] = torch.randn(1280, 20, generator=torch.Generator().manual_seed(0))
+    tensors = {
+        **prefixed(UNET, ldm.to_ldm_unet(UNet(config).state_dict(), config)),
+        **{name: tensor for name, tensor in foreign[0].items() if name.startswith(VAE)},
+        **prefixed("conditioner.embedders.0.transformer.", first),
+        **prefixed("conditioner.embedders.1.model.", second),
+        **{mark: torch.zeros(0) for mark in marks},
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    file = read_single_file(tmp_path / "x.safetensors")
+    assert (file.family, file.unet[0], file.vae[0].scaling_factor) == ("sdxl", config, 0.13025)
+    assert [one.hidden_size for one, _ in file.text_encoders] == [768, 1280]
+    assert [one.hidden_act for one, _ in file.text_encoders] == ["quick_gelu", "gelu"]
+    assert torch.equal(file.text_encoders[1][1]["text_projection.weight"], second["text_projection"].T)
+    assert file.text_encoders[1][0].projection_dim == 20 and len(file.text_encoders[0][1]) == len(first)
+    prediction = "v_prediction" if marks else "epsilon"
+    assert file.schedule == ScheduleConfig(prediction_type=prediction, rescale_betas_zero_snr="ztsnr" in marks)
+    only_one = {name: tensor for name, tensor in tensors.items() if not name.startswith("conditioner.embedders.1")}
+    save_file(only_one, tmp_path / "x.safetensors")
+    assert "1 text encoders, sdxl has 2" in refused(read_single_file, tmp_path / "x.safetensors")
+
+
 # a VAE alone
 
 

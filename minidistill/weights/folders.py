@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from minidistill.models.lora import lora_layers
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
@@ -275,6 +276,8 @@ def _save(
     stems: tuple[str, str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
+    if lora_layers(model):
+        raise InputError(f"cannot write {path}: a live LoRA is no part of a model folder; merge it or take it off first")
     name = f"{stems[0]}.safetensors"
     others = [old.name for stem in set(stems) for old in sorted(path.glob(f"{stem}[.-]*")) if old.name != name]
     if others:

@@ -24,6 +24,7 @@ from minidistill.errors import InputError
 from minidistill.models.lora import LoRAWeights, attach_lora, candidates, fit, lora_weights, merge_weights
 from minidistill.models.unet import UNetConfig
 from minidistill.weights.files import read_json, read_metadata, read_tensors, write_safetensors
+from minidistill.weights.ldm import ldm_unet_names
 
 Loras = dict[str, dict[str, LoRAWeights]]  # by part of the pipeline ("unet", "text_encoder", ...), by layer
 
@@ -80,59 +81,10 @@ TRANSFORMERS = ("transformer.", "lora_transformer_", "lora_unet_double_", "lora_
 # names
 
 
-# Leaves of a residual block, and what stands outside of the blocks: diffusers' name -> sgm's.
-SGM_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-SGM_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_out": "out.2",
-}
-
-
-def sgm_blocks(config: UNetConfig) -> dict[str, str]:
-    """Name of every resnet, transformer and resampler -> its name in Stability AI's code (ldm, sgm).
-
-    There the blocks of a half are numbered through, conv_in and the downsamplers with them; an upsampler belongs to
-    the block before it.
-    """
-    blocks = dict(SGM_OUTSIDE)
-    innermost = len(config.layers_per_block) - 1
-    number = 0
-    for stage, layers in enumerate(config.layers_per_block):
-        for layer in range(layers):
-            number += 1
-            blocks[f"down_blocks.{stage}.resnets.{layer}"] = f"input_blocks.{number}.0"
-            blocks[f"down_blocks.{stage}.attentions.{layer}"] = f"input_blocks.{number}.1"
-        if stage < innermost:
-            number += 1
-            blocks[f"down_blocks.{stage}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-    for i, name in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        blocks[f"mid_block.{name}"] = f"middle_block.{i}"
-    number = -1
-    for index, layers in enumerate(reversed(config.layers_per_block)):
-        for layer in range(layers + 1):
-            number += 1
-            blocks[f"up_blocks.{index}.resnets.{layer}"] = f"output_blocks.{number}.0"
-            blocks[f"up_blocks.{index}.attentions.{layer}"] = f"output_blocks.{number}.1"
-        if index < innermost:
-            position = 2 if config.up_block_types[index] == "CrossAttnUpBlock2D" else 1
-            blocks[f"up_blocks.{index}.upsamplers.0.conv"] = f"output_blocks.{number}.{position}.conv"
-    return blocks
-
-
-def sgm_name(name: str, blocks: Mapping[str, str]) -> str:
-    """The name of a U-Net's layer in Stability AI's code, by its `sgm_blocks`."""
-    block = next(block for block in blocks if f"{name}.".startswith(f"{block}."))
-    leaf = name[len(block) + 1 :]
-    return f"{blocks[block]}.{SGM_RESNET.get(leaf, leaf)}".removesuffix(".")
+def sgm_names(config: UNetConfig) -> dict[str, str]:
+    """Name of every layer of a U-Net -> its name in Stability AI's code (ldm, sgm), which numbers blocks through."""
+    pairs = ldm_unet_names(config).items()
+    return {name.removesuffix(".weight"): sgm.removesuffix(".weight") for name, sgm in pairs}
 
 
 def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
@@ -140,20 +92,20 @@ def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     table = {}
     for part in KOHYA_PREFIXES:
         if part in networks:
-            blocks = sgm_blocks(networks[part].config) if part == "unet" else None
+            sgm = sgm_names(networks[part].config) if part == "unet" else {}
             for name in candidates(networks[part]):
-                for spelling in _spellings(part, name, blocks):
+                for spelling in _spellings(part, name, sgm.get(name, name)):
                     table.setdefault(spelling, (part, name))  # a bare name of both text encoders is the first one's
     return table
 
 
-def _spellings(part: str, name: str, blocks: Mapping[str, str] | None) -> Iterator[str]:
+def _spellings(part: str, name: str, sgm: str) -> Iterator[str]:
     dotted = [name, name.removeprefix("text_model.")]  # transformers 5.6 dropped that prefix
     for end, old in OLD_ENDS.items():
         dotted += [d.removesuffix(end) + old for d in dotted if d.endswith(end)]
     for d in dotted:
         yield from (f"{part}.{d}", d)
-    for official in [name] if blocks is None else [name, sgm_name(name, blocks)]:
+    for official in (name, sgm):
         for prefix in KOHYA_PREFIXES[part]:
             yield prefix + official.replace(".", "_")
 
