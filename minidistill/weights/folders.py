@@ -277,7 +277,9 @@ def _save(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     if lora_layers(model):
-        raise InputError(f"cannot write {path}: a live LoRA is no part of a model folder; merge it or take it off first")
+        raise InputError(
+            f"cannot write {path}: a live LoRA is no part of a model folder; merge it or take it off first"
+        )
     name = f"{stems[0]}.safetensors"
     others = [old.name for stem in set(stems) for old in sorted(path.glob(f"{stem}[.-]*")) if old.name != name]
     if others:
