@@ -139,12 +139,12 @@ def main(config: Config) -> None:
     with MetricsLog(run.metrics, config.steps, config.log_every, start, len(alpha_bar)) as log:
         for step in range(start, config.steps):
             for k in range(config.accumulate):
-                x0, context, eps, t, _ = batches[step * config.accumulate + k]
+                x0, context, eps, t, _, added_cond = batches[step * config.accumulate + k]
                 x_t = add_noise(x0, eps, t, alpha_bar)
                 with precision.autocast, torch.no_grad():
-                    teacher_out, teacher_features = teacher(x_t, t, context, return_features=True)
+                    teacher_out, teacher_features = teacher(x_t, t, context, added_cond, return_features=True)
                 with precision.autocast:
-                    student_out, student_features = student(x_t, t, context, return_features=True)
+                    student_out, student_features = student(x_t, t, context, added_cond, return_features=True)
                 target = training_target(x0, eps, t, alpha_bar, pipe.schedule.prediction_type)
                 losses = {
                     "task": kd.task_loss(student_out, target),
@@ -163,7 +163,7 @@ def main(config: Config) -> None:
             lr = lr_at(step, config.learning_rate, config.warmup, config.steps, config.lr_schedule)
             norm = optimizer_step(student, optimizer, precision.scaler, lr, config.max_grad_norm)
             if not precision.scaler.is_enabled():  # it would have skipped this step; so the weights are lost
-                check_finite(norm, step + 1, t)
+                check_finite(norm, step + 1, t, "gradient norm")
             ema.update()
             log.end_step(step + 1, lr=lr, grad_norm=norm)
 
@@ -195,7 +195,8 @@ def check_numbers(config: Config) -> None:
 
 def check_weights(pipe: Pipeline, source: str) -> None:
     """Refuse a teacher with nan or infinity among its weights, and name the first."""
-    for part, network in (("unet", pipe.unet), ("vae", pipe.vae), ("text_encoder", pipe.text_encoders[0])):
+    encoders = zip(("text_encoder", "text_encoder_2"), pipe.text_encoders, strict=False)
+    for part, network in (("unet", pipe.unet), ("vae", pipe.vae), *encoders):
         for name, weight in network.named_parameters():
             if not weight.isfinite().all():
                 raise InputError(f"{source}: {part}/ {name} is not finite; download or save this model again")

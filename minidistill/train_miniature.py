@@ -281,7 +281,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     alpha_bar = make_alpha_bar(pipe.schedule)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
-            x0, context, eps, t, _ = batches[step]
+            x0, context, eps, t, *_ = batches[step]
             with precision.autocast:
                 out = unet(add_noise(x0, eps, t, alpha_bar), t, context)
             per_sample = (out.float() - eps).square().mean((1, 2, 3))

@@ -168,18 +168,18 @@ def test_timesteps_are_uniform_over_the_whole_schedule(pipe):
 def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(pipe, share):
     count = 2000
     kept, dropped = (make(pipe, count, caption_dropout=p)[0] for p in (0.0, share))
-    empty = [caption == "" for caption in dropped.captions]
+    empty = [caption is None for caption in dropped.captions]
     assert abs(sum(empty) - share * count) < 4 * (count * share * (1 - share)) ** 0.5
-    assert "" not in kept.captions
-    assert all(d == ("" if e else k) for k, d, e in zip(kept.captions, dropped.captions, empty, strict=True))
+    assert None not in kept.captions
+    assert all(d == (None if e else k) for k, d, e in zip(kept.captions, dropped.captions, empty, strict=True))
     for name in ("x0", "eps", "t"):
         assert torch.equal(getattr(kept, name), getattr(dropped, name))
     states = dropped.context[torch.tensor(empty)]
-    torch.testing.assert_close(states, pipe.encode_prompts([""]).context.expand_as(states), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states, pipe.encode_prompts([None]).context.expand_as(states), rtol=1e-4, atol=1e-5)
 
 
 def test_a_dropout_of_one_drops_every_caption(pipe):
-    assert set(make(pipe, 40, caption_dropout=1.0)[0].captions) == {""}
+    assert set(make(pipe, 40, caption_dropout=1.0)[0].captions) == {None}
 
 
 def test_a_batch_of_negative_number_has_draws_that_no_training_batch_has(pipe):

@@ -40,8 +40,13 @@ RELATIONS = ("left of", "right of", "above", "below", "inside")
 NUMBERS = ("a", "two", "three")
 HOLDERS = ("circle", "square", "heart")  # shapes with room for another one inside
 
-# One colour a shape is kept from training, so that a picture of it shows composition, not memory.
-HELD_OUT = frozenset((shape, list(COLOURS)[(3 * i + 1) % 8]) for i, shape in enumerate(SHAPES))
+# (shape, colour, size): an eighth of the combinations, two for each shape, two for each colour, is kept from training,
+# so that a picture of one shows composition, not memory.
+HELD_OUT = frozenset(
+    (shape, list(COLOURS)[(3 * i + shift) % 8], size)
+    for i, shape in enumerate(SHAPES)
+    for size, shift in (("small", 1), ("large", 5))
+)
 
 STRIPE_PERIOD, CHECK_PERIOD, DOT_PERIOD, DOT_RADIUS, GRAIN_SIDE = 12, 16, 12, 3.2, 4  # pixels
 CONTRAST, SLOPE, GRAIN = (
@@ -93,8 +98,8 @@ class Scene:
 class Scenes:
     """The embedded data set: `scenes[i]` is (PIL picture 64x64, caption), the same for ever.
 
-    split "train" never draws a HELD_OUT combination of shape and colour; in split "test" the first thing is always
-    one, and its caption says so. Both are unlimited; `length` only says where a pass ends.
+    split "train" never draws a HELD_OUT combination of shape, colour and size; in split "test" the first thing is
+    always one, and its caption says so. Both are unlimited; `length` only says where a pass ends.
     """
 
     def __init__(self, split: str = "train", length: int = 100_000) -> None:
@@ -133,10 +138,14 @@ def draw_scene(index: int, split: str = "train") -> Scene:
         relation = "inside"
     elif kind == "related" or (kind == "three" and rng.random() < 0.5):
         relation = rng.choice(RELATIONS[:4])
-    things = _pick_things(rng, kind, count, split)
-    texture = rng.choice(TEXTURES) if rng.random() < 0.7 else "plain"
-    full = Statement(things, relation, texture, rng.choice(tuple(GROUNDS)))
-    full, places = _place(rng, full)
+    while True:
+        things = _pick_things(rng, kind, count, split)
+        texture = rng.choice(TEXTURES) if rng.random() < 0.7 else "plain"
+        full = Statement(things, relation, texture, rng.choice(tuple(GROUNDS)))
+        full, places = _place(rng, full)  # may make things smaller
+        held_out = [(thing.shape, thing.colour, thing.size) in HELD_OUT for thing in full.things]
+        if held_out[0] if split == "test" else not any(held_out):
+            break
     return Scene(full, _leave_out(rng, full, split), places, rng.getrandbits(32))
 
 
@@ -144,17 +153,14 @@ def _pick_things(rng: random.Random, kind: str, count: int, split: str) -> tuple
     """Shapes, colours and sizes; no two things of a scene share shape and colour, unless they are counted."""
     things: list[Thing] = []
     while len(things) < count:
-        shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
         first = not things
+        shape, colour, size = rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES))
         if first and split == "test":
-            shape, colour = rng.choice(sorted(HELD_OUT))
-        if split == "train" and (shape, colour) in HELD_OUT:
-            continue
+            shape, colour, size = rng.choice(sorted(HELD_OUT))
         if any((shape, colour) == (t.shape, t.colour) for t in things):
             continue
         if kind == "inside" and not first and (shape not in HOLDERS or colour == things[0].colour):
             continue
-        size = rng.choice(tuple(SIZES))
         if kind == "inside":
             size = "small" if first else "large"
         elif count == 3 and (kind == "counted" or any(t.size == "large" for t in things)):
@@ -200,18 +206,18 @@ def relation_holds(relation: str, a: Place, b: Place, slack: float = 1.0) -> boo
 
 
 def _leave_out(rng: random.Random, full: Statement, split: str) -> Statement:
-    """Drop a part of what could be said. A thing keeps its shape or its colour; test keeps the held-out pair."""
+    """Drop a part of what could be said. A thing keeps its shape or its colour; test keeps all of the first."""
     things = []
     for i, thing in enumerate(full.things):
         said = thing
-        dropped = rng.random()
+        dropped, without_size = rng.random(), rng.random() < 0.5
         if not (split == "test" and i == 0):
             if dropped < 0.10:
                 said = replace(said, colour=None)
             elif dropped < 0.18:
                 said = replace(said, shape=None)
-        if rng.random() < 0.5:
-            said = replace(said, size=None)
+            if without_size:
+                said = replace(said, size=None)
         things.append(said)
     if len(set(full.things)) < len(full.things):  # counted things share one phrase
         things = [things[0]] * len(things)

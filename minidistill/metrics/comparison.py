@@ -103,7 +103,7 @@ class Comparison:
     def _distance(self, unet: UNet, batch: Batch) -> float:
         """Mean squared difference to the teacher's output (the output loss) on one batch."""
         x_t = add_noise(batch.x0, batch.eps, batch.t, make_alpha_bar(self.teacher.schedule))
-        teacher, student = (u(x_t.to(u.dtype), batch.t, batch.context) for u in (self.teacher.unet, unet))
+        teacher, student = (u(x_t, batch.t, batch.context, batch.added_cond) for u in (self.teacher.unet, unet))
         return output_loss(student, teacher).mean().item()
 
 
@@ -116,7 +116,7 @@ def milliseconds(unet: UNet, batch: Batch, rounds: int = 7) -> float:
         if x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        unet(x, batch.t, context)
+        unet(x, batch.t, context, batch.added_cond)
         if x.is_cuda:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - begin))

@@ -8,6 +8,7 @@ State-dict names are diffusers', so official weights load as they are. The netwo
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -433,6 +434,7 @@ def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77
     }
 
 
+@lru_cache
 def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
     """{"Global" | "UNet" | "UNet.<module>": counts}, on the meta device: no weights, no arithmetic."""
     config = replace(config, upcast_attention=False)  # costs no MACs, and meta has no autocast

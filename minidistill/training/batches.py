@@ -20,9 +20,10 @@ from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.errors import InputError
 from minidistill.models.vae import AutoencoderKL, posterior_std
-from minidistill.pipeline import Pipeline, to_pixels
+from minidistill.pipeline import Pipeline, TextStates, to_pixels
 from minidistill.training.seeds import generator_for
 
+Sizes = tuple[int, int, int, int]  # original height and width; what was cropped above and at the left
 CACHE_LIMIT = 2 * 2**30  # bytes of latents to keep in memory; larger data sets are encoded batch by batch
 
 
@@ -41,7 +42,8 @@ class Batch(NamedTuple):
     context: Tensor  # text states (B, L, D)
     eps: Tensor  # standard-normal noise (B, C, h, w)
     t: Tensor  # timesteps (B,), uniform in 0 .. T-1
-    captions: list[str]
+    captions: list[str | None]  # None: trained without a prompt
+    added_cond: dict[str, Tensor] | None  # of SDXL: pooled text, and the sizes of the pictures
 
 
 class Batches:
@@ -58,7 +60,7 @@ class Batches:
         flip: bool = False,
         cache: bool | None = None,
     ) -> None:
-        """pipe: encodes pictures and captions. caption_dropout: share of samples trained on the empty caption.
+        """pipe: encodes pictures and captions. caption_dropout: share of samples trained without a prompt.
 
         flip: show every other sample as its mirror image; not where captions say left and right.
         cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
@@ -81,17 +83,18 @@ class Batches:
     def __getitem__(self, k: int) -> Batch:
         numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
         generators = [generator_for(self.seed, "sample", n) for n in numbers]
-        mean, std, captions = self._examples(numbers)
+        mean, std, captions, sizes = self._examples(numbers)
         T = self.pipe.schedule.num_train_timesteps
         t = torch.stack([torch.randint(T, (), generator=g) for g in generators])
         eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
         draw = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
         dropped = [float(torch.rand((), generator=g)) < self.caption_dropout for g in generators]
-        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        captions = [None if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
         x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
         to_device = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
         x0, eps, t = to_device
-        return Batch(x0, self._context(captions), eps, t, captions)
+        text = self._text_states(captions)
+        return Batch(x0, text.context, eps, t, captions, self._added_cond(text, sizes))
 
     def captions(self, count: int) -> list[str]:
         """The (first) captions of the first entries of the data set."""
@@ -107,27 +110,42 @@ class Batches:
             self._order = (epoch, order)
         return int(self._order[1][place])
 
-    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """Posterior means, deviations and captions of these samples. Which side and which caption: their own draws."""
+    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str], list[Sizes]]:
+        """Posterior means, deviations, captions and sizes of these samples.
+
+        Which side and which caption: by draws of their own.
+        """
         indices = [self._index(n) for n in numbers]
         flipped = [self.flip and bool(_draw(2, self.seed, "flip", n)) for n in numbers]
         if self._cache is not None:
             mean, std = self._cache.latents(indices, flipped)
             found = [self._cache.captions(i) for i in indices]
+            sizes = [self._cache.sizes(i) for i in indices]
         else:
             samples = [_sample(self.data, i) for i in indices]
             mean, std = _encode(self.pipe.vae, samples, flipped)
             found = [sample.captions for sample in samples]
+            sizes = [(*sample.original, *sample.crop) for sample in samples]
         captions = [
             several[_draw(len(several), self.seed, "caption", n)] if len(several) > 1 else several[0]
             for n, several in zip(numbers, found, strict=True)
         ]
-        return mean, std, captions
+        return mean, std, captions, sizes
 
-    def _context(self, captions: list[str]) -> Tensor:
+    def _text_states(self, captions: list[str | None]) -> TextStates:
         if isinstance(self._cache, LatentCache) and self._cache.has_text:
-            return self._cache.text_states(captions).context.to(self.device)
-        return self.pipe.encode_prompts(captions).context.float()
+            found = self._cache.text_states(captions)
+        else:
+            found = self.pipe.encode_prompts(captions)
+        return TextStates(*(None if part is None else part.to(self.device).float() for part in found))
+
+    def _added_cond(self, text: TextStates, sizes: list[Sizes]) -> dict[str, Tensor] | None:
+        """SDXL's micro-conditions (arXiv 2307.01952, sec. 2.2), each sample's own: original size, crop, size now."""
+        if text.pooled is None:
+            return None
+        width, height = self.size
+        ids = torch.tensor([(*size, height, width) for size in sizes], dtype=torch.float32, device=self.device)
+        return {"text_embeds": text.pooled, "time_ids": ids}
 
 
 class Latents(NamedTuple):
@@ -136,6 +154,7 @@ class Latents(NamedTuple):
     mean: Tensor  # (N, 1 or 2, C, h, w), unscaled float32 on the CPU; the second is the mirror image's
     std: Tensor
     all_captions: list[tuple[str, ...]]
+    all_sizes: list[Sizes]
 
     def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Posterior mean and deviation (B, C, h, w) of these entries or their mirror images."""
@@ -146,17 +165,22 @@ class Latents(NamedTuple):
         """All captions of entry i."""
         return self.all_captions[i]
 
+    def sizes(self, i: int) -> Sizes:
+        """Entry i's original height and width, and where it was cropped: top, left."""
+        return self.all_sizes[i]
+
 
 def encode_all(data: Captioned, vae: AutoencoderKL, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
-    means, stds, captions = [], [], []
+    means, stds, captions, sizes = [], [], [], []
     with tqdm(total=len(data), desc="encoding pictures", unit="", disable=None, leave=False) as bar:
         for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
             means.append(mean)
             stds.append(std)
             captions += [sample.captions for sample in chosen]
+            sizes += [(*sample.original, *sample.crop) for sample in chosen]
             bar.update(len(chosen))
-    return Latents(torch.cat(means), torch.cat(stds), captions)
+    return Latents(torch.cat(means), torch.cat(stds), captions, sizes)
 
 
 def encode_samples(
@@ -178,7 +202,7 @@ def _sample(data: Captioned, i: int) -> Sample:
     if isinstance(data, ImageFolder):
         return data.sample(i)
     picture, caption = data[i]
-    return Sample(picture, (caption,), f"picture {i}")
+    return Sample(picture, (caption,), f"picture {i}", original=(picture.height, picture.width))
 
 
 @torch.no_grad()

@@ -135,10 +135,11 @@ class NonFiniteLoss(InputError):
     """The loss became nan or infinite: the run cannot go on with these settings."""
 
 
-def check_finite(loss: Tensor, step: int, t: Tensor) -> None:
+def check_finite(loss: Tensor, step: int, t: Tensor, what: str = "loss") -> None:
     """Raise NonFiniteLoss naming the step and the timesteps unless every value of `loss` is finite.
 
-    `loss` is a scalar, or (B,) beside `t` (B,), and then only the timesteps of the bad samples are named.
+    `loss` is a scalar, or (B,) beside `t` (B,), and then only the timesteps of the bad samples are named. `what` it is
+    called in the message.
     """
     finite = torch.isfinite(loss.detach())
     if bool(finite.all()):
@@ -148,6 +149,6 @@ def check_finite(loss: Tensor, step: int, t: Tensor) -> None:
     steps = sorted(set(bad.flatten().tolist()))
     where = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
     raise NonFiniteLoss(
-        f"the loss is {value} at step {step} (timesteps {where}): "
+        f"the {what} is {value} at step {step} (timesteps {where}): "
         "start again with a lower --learning-rate, or with --precision bf16 or fp32"
     )
