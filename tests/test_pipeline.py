@@ -455,7 +455,10 @@ UNET, VAE, TEXT = (
 )
 BREAKS = {
     "no index": (lambda f: (f / INDEX).unlink(), ["not a pipeline folder"]),
-    "SDXL": (lambda f: change_json(f / INDEX, _class_name="StableDiffusionXLPipeline"), ["SDXL"]),
+    "half an SDXL": (
+        lambda f: change_json(f / INDEX, _class_name="StableDiffusionXLPipeline"),
+        ["no folder text_encoder_2/"],
+    ),
     "other model": (lambda f: change_json(f / INDEX, _class_name="FluxPipeline"), ["FluxPipeline"]),
     "no unet": (lambda f: shutil.rmtree(f / "unet"), ["no folder unet/"]),
     "no weights": (lambda f: (f / UNET).unlink(), ["no weights in", "unet"]),
@@ -509,8 +512,8 @@ def test_parts_of_different_models_are_refused(copy):
 
 
 def test_sources_that_are_no_folder_are_refused(tmp_path, sources):
-    assert "no such model: nowhere" in refused(load_pipeline, "nowhere")
-    assert "is a file" in refused(load_pipeline, sources["sd1"] / UNET)
+    assert "no such file or folder: nowhere" in refused(load_pipeline, "nowhere")
+    assert "carries no config" in refused(load_pipeline, sources["sd1"] / UNET)
 
 
 # the command
@@ -562,7 +565,7 @@ def test_generate_says_when_a_prompt_is_cut(miniature, capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--model", "nowhere"], "no such model: nowhere"),
+        (["--model", "nowhere"], "no such file or folder: nowhere"),
         (["--latents", "none.safetensors"], "no such file: none.safetensors"),
         (["--latents", "other.safetensors"], "no tensor `latents`"),
         (["--latents", "flat.safetensors"], "(B, C, h, w)"),

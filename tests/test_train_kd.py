@@ -428,7 +428,7 @@ def empty(folder: Path) -> Path:
 
 # name: (flags, from the test's own folder, a copy of the teacher and of the data; words of the message)
 REFUSED = {
-    "no such teacher": (lambda own, *_: ["--teacher", own / "none"], ["no such model", "none"]),
+    "no such teacher": (lambda own, *_: ["--teacher", own / "none"], ["no such file or folder", "none"]),
     "data as teacher": (lambda own, sd1, data: ["--teacher", data], ["not a pipeline folder"]),
     "tensor missing": (
         lambda own, sd1, _: ["--teacher", with_tensor(sd1, "conv_in.bias", lambda w: None)],

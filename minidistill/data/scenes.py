@@ -183,10 +183,10 @@ def _place(rng: random.Random, full: Statement) -> tuple[Statement, tuple[Place,
             x, y = (rng.uniform(r + 1.5, SIDE - r - 1.5) for _ in "xy")
             places.append(Place(x, y, r, rng.uniform(-10, 10)))
         if full.relation == "inside":
-            inner, outer = places[0], replace(places[1], r=rng.uniform(17.0, 18.5))
+            inner, outer = places[0], replace(places[1], r=rng.uniform(20.0, 21.5))
             x, y = (rng.uniform(outer.r + 1.5, SIDE - outer.r - 1.5) for _ in "xy")
             places[1] = replace(outer, x=x, y=y)
-            places[0] = replace(inner, x=x + rng.uniform(-1, 1), y=y + rng.uniform(-1.5, 0.5), r=rng.uniform(7.5, 8.0))
+            places[0] = replace(inner, x=x + rng.uniform(-1, 1), y=y + rng.uniform(-1.5, 0.5), r=rng.uniform(8.7, 9.3))
             return full, tuple(places)
         clear = all(
             max(abs(a.x - b.x), abs(a.y - b.y)) > a.r + b.r + 3 for i, a in enumerate(places) for b in places[:i]
