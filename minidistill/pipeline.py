@@ -153,6 +153,10 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str | None]) -> TextStates:
+        """`text_states` without gradients."""
+        return self.text_states(prompts)
+
+    def text_states(self, prompts: Sequence[str | None]) -> TextStates:
         """Text states of any prompts; None is no prompt, the one place where that is defined.
 
         SD 1.x and 2.x: the encoder's last state after the final norm. SDXL (arXiv 2307.01952, sec. 2.1): both encoders'
@@ -171,7 +175,8 @@ class Pipeline:
         pooled = outputs[-1].pooled
         if self.zero_unconditional:
             absent = torch.tensor([prompt is None for prompt in prompts], device=context.device)
-            context[absent], pooled[absent] = 0, 0
+            context = context.masked_fill(absent[:, None, None], 0)
+            pooled = pooled.masked_fill(absent[:, None], 0)
         return TextStates(context, pooled)
 
     def added_cond(self, pooled: Tensor | None, height: int, width: int) -> dict[str, Tensor] | None:

@@ -48,6 +48,8 @@ from minidistill.training.optim import (
     optimizer_step,
 )
 from minidistill.training.run_folder import RunFolder
+from minidistill.weights.model_card import write_card
+from minidistill.weights.publish import open_repo, push
 
 LOSSES = ("task", "output", "feature")
 
@@ -57,16 +59,23 @@ class Config:
     teacher: str = option("miniature", "SOURCE of the teacher: a model folder in the diffusers layout, or miniature")
     recipe: str = option("bk-tiny", "which blocks go, and how the losses are weighed", choices=tuple(RECIPES))
     remove: tuple[str, ...] | None = option(
-        None, "blocks to remove, as in down.1.1,up.2.1,mid,stage.3; none takes the recipe's"
+        None, "blocks to remove, as in down.1.1,up.2.1,mid,stage.3,down.2.0@6; none takes the recipe's"
     )
     pairing: str | None = option(None, "which features to compare; none takes the recipe's", choices=PAIRINGS)
     loss_weights: tuple[float, ...] | None = option(
         None, "three weights, of the losses task,output,feature; none takes the recipe's", minimum=0
     )
+    feature_norm: bool = option(False, "divide each feature's loss by the teacher's mean square (as LAPTOP-Diff does)")
     copy_weights: bool = option(True, "start from the teacher's weights, not from random ones")
     data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
     pictures: int = option(4096, "how many scenes to train on", minimum=1)
     resolution: int | None = option(None, "pixels to train at; none takes the teacher's own", minimum=8)
+    random_conditioning: bool = option(
+        False, "replace captions by random ones, the more often the noisier: p(t) = exp(-5 (1 - t/T))"
+    )
+    image_free: int = option(
+        0, "train on this many latents that the teacher samples from the data's captions, not on pictures", minimum=0
+    )
     flip: bool = option(False, "show every other picture as its mirror image; not where captions say left and right")
     out: str = option("runs/kd", "folder of the run; the student is in OUT/student")
     steps: int = option(240, "optimizer steps", minimum=1)
@@ -88,6 +97,8 @@ class Config:
     sample_every: int = option(80, "steps between strips", minimum=1)
     checkpoint_every: int = option(80, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", minimum=1)
+    push_to_hub: str | None = option(None, "OWNER/NAME on the Hugging Face Hub that gets the student; none: nobody")
+    private: bool = option(False, "the repository that --push-to-hub makes is private")
     resume: bool = option(False, "go on with the run in OUT")
 
 
@@ -117,19 +128,12 @@ def main(config: Config) -> None:
     ema = EMA(student, config.ema_decay)
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     run = RunFolder.find(config.out, dataclasses.asdict(config), config.resume)
-    batches = Batches(
-        data,
-        pipe,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        caption_dropout=config.caption_dropout,
-        flip=config.flip,
-    )
+    if config.push_to_hub:
+        open_repo(config.push_to_hub, config.private)
+    batches = open_batches(config, data, pipe)
     run.begin(dataclasses.asdict(config))
     describe(config, pipe, removal)
     start = run.restore(parts)
-    if start > config.steps:
-        raise InputError(f"--steps {config.steps}: the run in {config.out} has done {start} steps already")
 
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
     comparison = Comparison(run, pipe, student, batches, judged=config.judged if config.data == "scenes" else 0)
@@ -149,7 +153,7 @@ def main(config: Config) -> None:
                 losses = {
                     "task": kd.task_loss(student_out, target),
                     "output": kd.output_loss(student_out, teacher_out),
-                    "feature": kd.feature_loss(student_features, teacher_features, pairs),
+                    "feature": kd.feature_loss(student_features, teacher_features, pairs, config.feature_norm),
                 }
                 per_sample = sum(weights[name] * loss for name, loss in losses.items())  # (B,)
                 check_finite(per_sample, step + 1, t)
@@ -179,8 +183,12 @@ def main(config: Config) -> None:
         comparison.measure("student after")
         comparison.student.save(run.path / "student")
     draw_curves(run.metrics, run.curves)
+    folder, settings = run.path / "student", dataclasses.asdict(config)
+    write_card(folder, "student", settings, comparison.results, comparison.strip(), config.push_to_hub)
     print(f"\n{comparison.table()}\n")
-    print(f"student   {run.path / 'student'}\npictures  {comparison.strip()}\ncurves    {run.curves}")
+    print(f"student   {folder}\npictures  {comparison.strip()}\ncurves    {run.curves}")
+    if config.push_to_hub:
+        print(f"online    {push(folder, config.push_to_hub, config.private)}")
 
 
 def check_numbers(config: Config) -> None:
@@ -191,6 +199,8 @@ def check_numbers(config: Config) -> None:
         raise InputError(f"--ema-decay must be below 1, not {config.ema_decay:g}: the average would never move")
     if config.caption_dropout > 1:
         raise InputError(f"--caption-dropout is a share of the samples, 0 to 1, not {config.caption_dropout:g}")
+    if config.flip and config.image_free:
+        raise InputError("--flip needs pictures to mirror, and --image-free trains on none: leave out one of them")
 
 
 def check_weights(pipe: Pipeline, source: str) -> None:
@@ -245,6 +255,22 @@ def open_data(config: Config) -> Captioned | LatentCache:
     data = cache.open_data(config.data, config.resolution)
     print(data.summary())
     return data
+
+
+def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) -> Batches:
+    """Batches of the data; with --image-free, of latents made now by the teacher from their captions."""
+    if config.image_free:
+        captions = [kd.captions_of(data, i % len(data))[0] for i in range(config.image_free)]
+        data = kd.TeacherLatents(pipe, captions, config.resolution, config.seed, config.batch_size)
+    kind = kd.RandomCaptions if config.random_conditioning else Batches
+    return kind(
+        data,
+        pipe,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        caption_dropout=config.caption_dropout,
+        flip=config.flip,
+    )
 
 
 def describe(config: Config, pipe: Pipeline, removal: Removal) -> None:

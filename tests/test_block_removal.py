@@ -41,8 +41,16 @@ SIZES = {  # the student's parameters, its tensors
     ("sd21", "segmind-small"): (583_480_964, 442),
     ("sd21", "segmind-tiny"): (326_825_604, 358),
 }
+SIZES_XL = {  # published as 1161 M and 782 M (the model cards of KOALA), 1.3 B, 0.74 B (arXiv 2401.02677)
+    "koala-1b": (1_161_184_324, 790),
+    "koala-700m": (782_822_724, 584),
+    "ssd-1b": (1_331_334_404, 944),
+    "segmind-vega": (745_225_604, 564),
+}
+FOUR_STAGES = [name for name in RECIPES if name not in SIZES_XL]
 every_student = pytest.mark.parametrize(("family", "recipe"), SIZES)
-every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+every_recipe = pytest.mark.parametrize("recipe", FOUR_STAGES)
+every_xl_recipe = pytest.mark.parametrize("recipe", SIZES_XL)
 
 TINY = replace(
     SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
@@ -65,6 +73,7 @@ TINY_SDXL = replace(
     addition_time_embed_dim=8,
     projection_class_embeddings_input_dim=6 * 8 + 12,
 )
+DEEP_SDXL = replace(TINY_SDXL, transformer_layers_per_block=(1, 2, 7))  # deeper than any recipe leaves it
 TINY_SSD = replace(  # transformers of different depths within a stage, as in SSD-1B
     TINY_SDXL,
     mid_block_type="UNetMidBlock2D",
@@ -92,6 +101,11 @@ CUSTOM = {
     "uneven-layers": (replace(TINY, layers_per_block=(1, 3, 2, 2)), ("down.1.1", "down.1.2", "up.2.1", "up.2.2")),
     "sdxl": (TINY_SDXL, ("down.0.1", "up.2.1", "down.2.1", "up.0.1", "mid")),
     "ssd": (TINY_SSD, ("down.1.1", "up.1.1", "down.2.1", "up.0.1")),
+    "one-transformer-shorter": (TINY_SDXL, ("up.0.1@1",)),
+    "a-depth-shared-with-mid": (TINY_SDXL, ("mid@2", "down.2.0@2", "down.2.1@1", "up.1.0@1")),
+    "mid-of-one-resnet": (TINY, ("mid@0",)),
+    "mid-of-one-resnet-on-more-pixels": (TINY, ("stage.3", "mid@0")),
+    "mid-of-one-resnet-and-a-shorter-transformer": (TINY_SDXL, ("down.2.0@1", "mid@0")),
 }
 
 
@@ -203,6 +217,28 @@ def test_the_config_says_what_the_official_config_json_says(family, recipe):
     assert {name: config[name] for name in expected} == expected
 
 
+@every_xl_recipe
+def test_students_of_sdxl_have_the_published_size_and_diffusers_builds_the_same_tensors(recipe):
+    config = plan(SDXL, RECIPES[recipe].remove).student
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(config.to_dict()).state_dict()
+    student = meta(config)
+    assert (numel(student), len(student.state_dict())) == SIZES_XL[recipe]
+    assert {name: w.shape for name, w in student.state_dict().items()} == {n: w.shape for n, w in theirs.items()}
+
+
+def test_transformers_of_sdxls_students_are_as_deep_as_the_published_ones():
+    found = {name: plan(SDXL, RECIPES[name].remove).student.transformer_depths() for name in SIZES_XL}
+    assert found == {  # stages without transformers count as 1
+        "koala-1b": ([(1,), (2,), (6,)], 6, [(6, 6), (2, 2), (1, 1)]),
+        "koala-700m": ([(1,), (2,), (5,)], 5, [(5, 5), (2, 2), (1, 1)]),
+        "ssd-1b": ([(1, 1), (2, 2), (4, 4)], 4, [(4, 4, 10), (2, 1, 1), (1, 1, 1)]),
+        "segmind-vega": ([(1, 1), (1, 1), (2, 2)], 2, [(2, 2, 2), (1, 1, 1), (1, 1, 1)]),
+    }
+    mids = [plan(SDXL, RECIPES[name].remove).student.mid_block_type for name in SIZES_XL]
+    assert mids == ["UNetMidBlock2DCrossAttn", None, "UNetMidBlock2D", "UNetMidBlock2D"]
+
+
 def test_recipes_carry_the_loss_weights_of_their_papers():
     weights = {name: recipe.loss_weights for name, recipe in RECIPES.items()}
     assert weights == {
@@ -211,6 +247,7 @@ def test_recipes_carry_the_loss_weights_of_their_papers():
         "bk-tiny": (1, 1, 1),
         "segmind-small": (1, 0.5, 0.5),
         "segmind-tiny": (1, 0.5, 0.5),
+        **dict.fromkeys(SIZES_XL, (1, 1, 1)),
     }
 
 
@@ -290,7 +327,7 @@ def test_students_are_what_segminds_surgery_leaves_of_the_teacher(config, recipe
 def removals():
     """(id, Removal) of every recipe and every custom list, on tiny teachers."""
     for name, recipe in RECIPES.items():
-        yield name, (TINY, recipe.remove)
+        yield name, (DEEP_SDXL if name in SIZES_XL else TINY, recipe.remove)
     yield from CUSTOM.items()
 
 
@@ -305,7 +342,7 @@ def test_every_student_tensor_is_a_teacher_tensor_to_the_bit_and_all_others_were
     assert list(sources) == list(student) and max(Counter(sources.values()).values()) == 1
     for name, source in sources.items():
         assert torch.equal(student[name], weights[source]), name
-    gone = tuple(f"{module}." for entry in remove for module in block_removal._modules(entry, config))
+    gone = tuple(f"{module}." for entry in remove for module in block_removal.removed_modules(entry, config))
     assert {name for name in weights if name.startswith(gone)} == set(weights) - set(sources.values())
 
 
@@ -360,6 +397,20 @@ def test_diffusers_loads_a_saved_student_and_gives_the_same_output(tmp_path, con
             assert_close(student(*inputs), run_diffusers(theirs, *inputs))
 
 
+def test_a_cut_transformer_is_its_first_blocks():
+    remove = ("mid@2", "down.2.0@2", "down.2.1@1", "up.0.0@1", "up.1.2@1")
+    teacher = make_teacher(TINY_SDXL)
+    student = build_student(plan_removal(TINY_SDXL, remove), teacher)
+    with torch.no_grad():  # a transformer block without its last layers adds nothing to what it reads
+        for entry in remove:
+            for block in block_removal.removed_modules(entry, TINY_SDXL):
+                for name, p in teacher.get_submodule(block).named_parameters():
+                    if ".to_out." in name or ".net.2." in name:
+                        p.zero_()
+        inputs = make_inputs(TINY_SDXL)
+        assert_close(student(*inputs), teacher(*inputs))
+
+
 def test_removing_nothing_is_the_teacher():
     teacher = make_teacher(TINY)
     removal = plan_removal(TINY, ())
@@ -398,6 +449,12 @@ def test_the_features_compared_are_those_of_the_original(config, recipe, pairing
 @every_recipe
 def test_a_recipe_names_its_own_pairing(recipe):
     assert RECIPES[recipe].pairing == ("segmind" if recipe.startswith("segmind") else "nota")
+
+
+@every_xl_recipe
+def test_students_of_sdxl_are_compared_stage_by_stage_and_in_the_mid_block(recipe):
+    names = ["down.0", "down.1", "down.2", *["mid"] * (recipe != "koala-700m"), "up.0", "up.1", "up.2"]
+    assert feature_pairs(plan(SDXL, RECIPES[recipe].remove), RECIPES[recipe].pairing) == [(n, n) for n in names]
 
 
 @every_removal
@@ -457,6 +514,38 @@ def test_a_mid_block_that_the_teacher_has_not_cannot_go():
 def test_a_recipe_of_four_stages_is_refused_on_three_by_its_first_entry_that_is_not_there(config, recipe):
     message = refusal(config, *RECIPES[recipe].remove)
     assert "'down.3.1'" in message and "stage.0 to stage.2" in message and "2, 2, 2 layers" in message
+
+
+@every_xl_recipe
+def test_a_recipe_of_deep_transformers_is_refused_where_they_are_not(recipe):
+    assert "has 1 blocks, it cannot be cut" in refusal(TINY, *RECIPES[recipe].remove)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("down.2.0@3", "'down.2.0@3': the transformer of down.2.0 has 3 blocks, give 1 to 2"),
+        ("down.2.0@0", "give 1 to 2"),
+        ("down.2.0@", "give 1 to 2"),
+        ("down.2.0@01", "give 1 to 2"),
+        ("mid@-1", "give 0 to 2"),
+        ("up.2.0@1", "no transformer to cut by 'up.2.0@1': it has mid (3), down.1.0 (2), down.1.1 (2), down.2.0 (3)"),
+        ("stage.2@1", "no transformer to cut by 'stage.2@1'"),
+    ],
+)
+def test_a_cut_that_leaves_as_much_or_nothing_is_refused_with_the_depths_there_are(entry, said):
+    assert said in refusal(TINY_SDXL, entry)
+
+
+@pytest.mark.parametrize("entry", ["down.2.0@2", "mid@2"])
+def test_the_mid_block_and_the_transformer_that_gives_its_depth_are_cut_as_one(entry):
+    message = refusal(TINY_SDXL, entry)
+    assert message.endswith("remove mid too, or give it the depth of down.2.0: down.2.0@2,mid@2")
+    plan_removal(TINY_SDXL, ("down.2.0@2", "mid@2"))
+
+
+def test_a_mid_block_without_a_transformer_cannot_be_cut():
+    assert "no transformer to cut by 'mid@0'" in refusal(plan_removal(TINY, ("mid@0",)).student, "mid@0")
 
 
 def test_a_recipe_is_refused_on_its_own_student():

@@ -2,19 +2,31 @@
 
 By hand means: features caught by forward hooks on diffusers' U-Nets where the original code has its hooks, squared and
 averaged by numpy in float64; and AdamW written out. Also that every single feature pair teaches the student, with and
-without activation checkpointing, which the original recipe for BK-Tiny fails to do.
+without activation checkpointing, which the original recipe for BK-Tiny fails to do. At the end the options that are
+later than the paper, and runs of the command with them and with a tiny SDXL.
 """
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from conftest import CAPTIONS
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from test_sdxl import save_sdxl
 
+from minidistill import train_kd
+from minidistill.data.folders import ImageFolder
+from minidistill.data.scenes import Scenes
 from minidistill.distill import kd
 from minidistill.distill.block_removal import PAIRINGS, RECIPES, build_student, feature_pairs, plan_removal
+from minidistill.errors import InputError
+from minidistill.metrics import comparison
 from minidistill.models.unet import SD15, SD21, UNet
+from minidistill.pipeline import load_pipeline
+from minidistill.training.batches import Batches
 from minidistill.training.optim import adamw, get_precision, optimizer_step
 
 TINY = {
@@ -29,8 +41,6 @@ TINY = {
         attention_head_dim=(1, 2, 4, 4),
     ),
 }
-every_recipe = pytest.mark.parametrize("recipe", RECIPES)
-
 # Where the original codes hook (teacher's module, student's module), read from both repositories.
 BLOCKS = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
 UPS = [("up_blocks.1", "up_blocks.0"), ("up_blocks.2", "up_blocks.1"), ("up_blocks.3", "up_blocks.2")]
@@ -51,6 +61,7 @@ HOOKS = {
         *UPS,
     ],
 }
+every_recipe = pytest.mark.parametrize("recipe", HOOKS)
 
 
 def make_nets(recipe: str, family: str = "sd15"):
@@ -252,7 +263,7 @@ def pair_gradients(recipe, family, checkpointing):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "family"), [*((name, "sd15") for name in RECIPES), ("bk-tiny", "sd21"), ("segmind-small", "sd21")]
+    ("recipe", "family"), [*((name, "sd15") for name in HOOKS), ("bk-tiny", "sd21"), ("segmind-small", "sd21")]
 )
 def test_every_feature_pair_teaches_and_checkpointing_changes_nothing(recipe, family):
     plain, saving = (pair_gradients(recipe, family, checkpointing) for checkpointing in (False, True))
@@ -338,3 +349,170 @@ def test_features_that_do_not_pair_are_named():
             kd.feature_loss(student, teacher, [pair])
     with pytest.raises(ValueError, match="at least one pair"):
         kd.feature_loss(student, teacher, [])
+
+
+# ---------------------------------------------------------------------------------- options beyond the paper
+
+
+def test_normalised_features_weigh_alike_whatever_their_size():
+    student = {"a": torch.tensor([[1.0, 2.0], [0.0, 0.0]])}
+    teacher = {"a": torch.tensor([[2.0, 0.0], [1.0, 1.0]])}
+    assert kd.feature_loss(student, teacher, [("a", "a")]).tolist() == [2.5, 1.0]
+    assert kd.feature_loss(student, teacher, [("a", "a")], normalized=True).tolist() == [1.25, 1.0]  # by 2 and by 1
+    for scale in (1e-3, 1e3):
+        student["b"], teacher["b"] = scale * student["a"], scale * teacher["a"]
+        both = kd.feature_loss(student, teacher, [("a", "a"), ("b", "b")], normalized=True)
+        torch.testing.assert_close(both, torch.tensor([2.5, 2.0]))
+    silent = {"a": torch.zeros(2, 2)}
+    assert kd.feature_loss(student, silent, [("a", "a")], normalized=True).isfinite().all()
+
+
+def test_random_captions_are_rare_in_clear_pictures_and_the_rule_in_noise():
+    p = kd.random_caption_probability(torch.tensor([0, 500, 900, 1000]))
+    assert p.tolist() == pytest.approx([0.00673795, 0.0820850, 0.6065307, 1.0], rel=1e-5)
+    assert kd.random_caption_probability(torch.tensor([50]), 100).item() == pytest.approx(0.0820850, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_sd1):
+    """A pipeline, not to be changed."""
+    return load_pipeline(tiny_sd1)
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """A folder with a tiny SDXL, not to be changed."""
+    folder = tmp_path_factory.mktemp("xl")
+    save_sdxl(folder)
+    return folder
+
+
+def folder_data(pictures) -> ImageFolder:
+    return ImageFolder(pictures, 32)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, pictures, kind):
+    pipe = pipe if kind == "sd1" else load_pipeline(xl)
+    settings = {"batch_size": 24, "seed": 3, "caption_dropout": 0.3}
+    plain = Batches(folder_data(pictures), pipe, **settings)[2]
+    found = kd.RandomCaptions(folder_data(pictures), pipe, **settings)[2]
+    for name in ("x0", "eps", "t"):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    changed = [a != b for a, b in zip(found.captions, plain.captions, strict=True)]
+    assert 1 <= sum(changed) <= 12 and None in found.captions
+    assert [c is None for c in found.captions] == [c is None for c in plain.captions]
+    assert set(found.captions) <= {*CAPTIONS, None}
+    text = pipe.encode_prompts(found.captions)
+    assert torch.equal(found.context, text.context) and not torch.equal(found.context, plain.context)
+    if kind == "sdxl":
+        assert torch.equal(found.added_cond["text_embeds"], text.pooled)
+        assert torch.equal(found.added_cond["time_ids"], plain.added_cond["time_ids"])
+
+
+def test_random_captions_do_not_depend_on_the_batch_size_and_are_as_frequent_as_the_formula_says(pipe, pictures):
+    data = folder_data(pictures)
+    large = kd.RandomCaptions(data, pipe, batch_size=200, seed=0)[0]
+    small = kd.RandomCaptions(data, pipe, batch_size=4, seed=0)
+    assert [c for k in range(5) for c in small[k].captions] == large.captions[:20]
+    plain = Batches(data, pipe, batch_size=200, seed=0)[0].captions
+    other = torch.tensor([a != b for a, b in zip(plain, large.captions, strict=True)]).float()
+    p = 0.9 * kd.random_caption_probability(large.t)  # one in ten draws its own
+    deviation = (p * (1 - p)).sum().sqrt()
+    assert abs(other.sum() - p.sum()) < 4 * deviation
+    assert other[large.t < 300].mean() < 0.1 and other[large.t > 850].mean() > 0.4
+
+
+def test_captions_are_found_without_reading_pictures(pictures, monkeypatch):
+    data = folder_data(pictures)
+    monkeypatch.setattr(ImageFolder, "sample", None)
+    monkeypatch.setattr(Scenes, "__getitem__", None)
+    assert kd.captions_of(data, 3) == (CAPTIONS[3],)
+    assert kd.captions_of(Scenes("test"), 7) == (Scenes("test").caption(7),)
+    assert kd.captions_of([("picture", "a caption")], 0) == ("a caption",)
+
+
+def test_image_free_latents_are_the_teachers_samples(pipe, xl):
+    for teacher in (pipe, load_pipeline(xl)):
+        made = kd.TeacherLatents(teacher, CAPTIONS[:5], 32, seed=4, batch_size=2)
+        expected = teacher(CAPTIONS[:5], seed=4, output="latents", steps=25, guidance=7.5, batch_size=5)
+        batch = Batches(made, teacher, batch_size=5, seed=0)[0]
+        order = [CAPTIONS.index(caption) for caption in batch.captions]
+        assert sorted(order) == list(range(5))
+        assert (batch.x0 - expected[order]).abs().max() < 1e-4 * expected.abs().max()
+        assert len(made) == 5 and made.size == (32, 32) and made.sizes(1) == (32, 32, 0, 0)
+    assert batch.added_cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 5
+    again = Batches(made, teacher, batch_size=5, seed=0)[1]  # another epoch: the same latents, other noise
+    assert set(again.captions) == set(batch.captions) and not torch.equal(again.eps, batch.eps)
+
+
+# ------------------------------------------------------------------------------------- through the command
+
+
+@pytest.fixture
+def train(monkeypatch, pictures):
+    """train(teacher, out, **settings): a short run on ten pictures, without what takes time and is tested elsewhere."""
+    monkeypatch.setattr(comparison, "STEPS", 2)
+    monkeypatch.setattr(comparison, "count_macs", lambda *_: {"conv_linear": 0})
+    monkeypatch.setattr(comparison, "milliseconds", lambda *_: 0.0)
+    monkeypatch.setattr(train_kd, "removal_rows", lambda *_: [("removed",), ("",)])
+
+    def run(teacher, out, **settings):
+        usual = {"data": str(pictures), "batch_size": 4, "steps": 4, "warmup": 0, "log_every": 1, "sample_every": 100}
+        config = train_kd.Config(teacher=str(teacher), out=str(out), **{**usual, "checkpoint_every": 2, **settings})
+        train_kd.main(config)
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+EVERY_OPTION = {"feature_norm": True, "random_conditioning": True, "image_free": 6, "remove": ("mid", "stage.3")}
+
+
+def test_a_run_with_every_option_goes_on_to_the_same_bits(train, tiny_sd1, tmp_path):
+    whole = train(tiny_sd1, tmp_path / "whole", **EVERY_OPTION)
+    assert all(line["feature"] > 0 for line in whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/student")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-000004")
+    train(tiny_sd1, tmp_path / "cut", **EVERY_OPTION, resume=True)
+    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/student").rglob("*") if p.is_file()]
+    for name in (*files, "checkpoints/step-000004/state.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+
+
+def test_every_option_changes_what_is_learned(train, tiny_sd1, tmp_path):
+    remove = EVERY_OPTION["remove"]
+    runs = {"plain": train(tiny_sd1, tmp_path / "plain", remove=remove, steps=1)}
+    for name in ("feature_norm", "random_conditioning", "image_free"):
+        runs[name] = train(tiny_sd1, tmp_path / name, remove=remove, steps=1, **{name: EVERY_OPTION[name]})
+    losses = {name: [lines[0][loss] for loss in train_kd.LOSSES] for name, lines in runs.items()}
+    assert losses["feature_norm"][:2] == losses["plain"][:2] and losses["feature_norm"][2] != losses["plain"][2]
+    assert len({tuple(values) for values in losses.values()}) == 4
+
+
+def test_mirror_images_of_no_pictures_are_refused(train, tiny_sd1, tmp_path):
+    with pytest.raises(InputError, match="--flip needs pictures"):
+        train(tiny_sd1, tmp_path / "run", flip=True, image_free=4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_sdxl_learns_and_loads_in_diffusers(train, xl, tmp_path):
+    settings = {"pairing": "segmind", "loss_weights": (0, 1, 0.1), "ema_decay": 0, "steps": 30, "batch_size": 8}
+    lines = train(xl, tmp_path / "run", remove=("mid@0", "down.2.0@1", "up.0.0@1", "up.0.1@1"), **settings)
+    for name in ("output", "feature"):
+        first, last = (np.mean([line[name] for line in some]) for some in (lines[:5], lines[-5:]))
+        assert last < 0.8 * first, name
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    before, after = (results[f"student {when}"]["distance_to_teacher"] for when in ("before", "after"))
+    assert after < 0.8 * before
+    student = tmp_path / "run/student"
+    oracle = StableDiffusionXLPipeline.from_pretrained(student, add_watermarker=False)
+    oracle.set_progress_bar_config(disable=True)
+    assert oracle.unet.config.mid_block_type == "UNetMidBlock2D"
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    settings = {"latents": noise, "height": 32, "width": 32}
+    expected = oracle(CAPTIONS[:2], num_inference_steps=4, guidance_scale=7.5, **settings).images
+    found = load_pipeline(student)(CAPTIONS[:2], steps=4, sampler="euler", **settings)
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 2 and np.asarray(a).std() > 1

@@ -4,8 +4,10 @@ A U-Net of Stable Diffusion has, in every down stage i, layers down.i.0, down.i.
 the text, a transformer), in every up stage layers up.i.0, up.i.1, up.i.2, and a mid block. A recipe is the list of what
 goes away, in the teacher's numbering:
 
-    down.1.1   up.2.1   one layer           mid   the mid block
-    stage.3             a whole resolution level: its down and its up stage, and the downsampler that led to it
+    down.1.1   up.2.1     one layer           mid   the mid block
+    stage.3               a whole resolution level: its down and its up stage, and the downsampler that led to it
+    down.2.0@6   mid@6    all but the first 6 blocks of one transformer: SDXL's are up to 10 deep
+    mid@0                 the mid block's transformer and second resnet, as SSD-1B has it
 
 From that one list follow the student's config, which teacher weight fills which student weight, which features are
 compared in distillation, and the table of what was saved. A student is built from its config and filled by the map;
@@ -14,21 +16,30 @@ nothing is ever cut out of a live network.
 Of an up stage's three layers the middle one goes. Skips drop from three to two a stage: the kept down layer's and the
 previous stage's. Layer 0 has always read the first kind, layer 2 the second, so their channel counts match; layer 1
 would not.
+
+SDXL's students cut transformers too: KOALA (arXiv 2312.04005), SSD-1B and Vega (arXiv 2401.02677). A config has no
+depth for the mid block's own transformer, it is that of the innermost down stage's first; so those are cut as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.models.unet import UNet, UNetConfig, macs_by_module
 
 SECOND_LAYERS = (*(f"down.{i}.1" for i in range(4)), *(f"up.{i}.1" for i in range(4)))
+SECOND_LAYERS_XL = (*(f"down.{i}.1" for i in range(3)), *(f"up.{i}.1" for i in range(3)))
 PAIRINGS = ("nota", "segmind")
+
+
+def cut(depth: int, *transformers: str) -> tuple[str, ...]:
+    """Entries that keep the first `depth` blocks of each of these transformers."""
+    return tuple(f"{name}@{depth}" for name in transformers)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,21 @@ RECIPES = {
     "bk-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3")),
     "segmind-small": Recipe(SECOND_LAYERS, "segmind", (1.0, 0.5, 0.5)),
     "segmind-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3"), "segmind", (1.0, 0.5, 0.5)),
+    # Of SDXL: the published architectures. Of a transformer the first blocks stay. Their papers compare features inside
+    # the layers (KOALA the self-attention's); here it is every stage's output, and the mid block's.
+    "koala-1b": Recipe((*SECOND_LAYERS_XL, *cut(6, "down.2.0", "mid", "up.0.0", "up.0.2")), "segmind"),
+    "koala-700m": Recipe((*SECOND_LAYERS_XL, "mid", *cut(5, "down.2.0", "up.0.0", "up.0.2")), "segmind"),
+    "ssd-1b": Recipe(
+        ("mid@0", *cut(4, "down.2.0", "down.2.1", "up.0.0", "up.0.1"), *cut(1, "up.1.1", "up.1.2")), "segmind"
+    ),
+    "segmind-vega": Recipe(
+        (
+            "mid@0",
+            *cut(2, "down.2.0", "down.2.1", "up.0.0", "up.0.1", "up.0.2"),
+            *cut(1, "down.1.0", "down.1.1", "up.1.0", "up.1.1", "up.1.2"),
+        ),
+        "segmind",
+    ),
 }
 
 
@@ -75,11 +101,14 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
     numbers = [str(i) for i in range(stages)]
     down = [list(range(n)) for n in teacher.layers_per_block]
     up = [list(range(n + 1)) for n in teacher.layers_per_block[::-1]]
+    depths = transformer_depths(teacher)
     has_mid = teacher.mid_block_type is not None
     lost = 0
     removed = tuple(dict.fromkeys(remove))
     for entry in removed:
         match entry.split("."):
+            case _ if "@" in entry:
+                _cut_depth(depths, entry, teacher)
             case ["mid"] if has_mid:
                 has_mid = False
             case ["stage", i] if i in numbers:
@@ -91,6 +120,59 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
                 kept.remove(int(j))
             case _:
                 raise InputError(_no_such(entry, teacher))
+    _check_stages(removed, stages)
+    down, up = down[: stages - lost], up[lost:]
+    _check_balance(down, up, stages)
+    mid = teacher.mid_block_type if has_mid else None
+    if mid and depths.get("mid") == 0:
+        mid = "UNetMidBlock2D"
+    before_down, _, before_up = teacher.transformer_depths()
+    student = replace(
+        teacher,
+        block_out_channels=teacher.block_out_channels[: len(down)],
+        layers_per_block=tuple(len(kept) for kept in down),
+        attention_head_dim=teacher.attention_head_dim[: len(down)],
+        down_block_types=teacher.down_block_types[: len(down)],
+        up_block_types=teacher.up_block_types[lost:],
+        mid_block_type=mid,
+        **_depths(
+            [[depths.get(f"down.{i}.{j}", before_down[i][j]) for j in kept] for i, kept in enumerate(down)],
+            [[depths.get(f"up.{i}.{j}", before_up[i][j]) for j in kept] for i, kept in enumerate(up, lost)],
+            depths.get("mid") if mid == "UNetMidBlock2DCrossAttn" else None,
+        ),
+    )
+    removal = Removal(teacher, student, removed, tuple(map(tuple, down)), tuple(map(tuple, up)), lost)
+    _check_shapes(removal, depths.get("mid"))
+    return removal
+
+
+def transformer_depths(config: UNetConfig) -> dict[str, int]:
+    """How many blocks every transformer has, by its layer: {"mid": 10, "down.1.0": 2, ...}."""
+    down, mid, up = config.transformer_depths()
+    found = {"mid": mid} if config.mid_block_type == "UNetMidBlock2DCrossAttn" else {}
+    for side, kinds, depths in (("down", config.down_block_types, down), ("up", config.up_block_types, up)):
+        for i, (kind, stage) in enumerate(zip(kinds, depths, strict=True)):
+            if kind.startswith("CrossAttn"):
+                found |= {f"{side}.{i}.{j}": depth for j, depth in enumerate(stage)}
+    return found
+
+
+def _cut_depth(depths: dict[str, int], entry: str, teacher: UNetConfig) -> None:
+    """Enter what "down.2.0@6" leaves. InputError: no such transformer, or it is no shorter after it."""
+    layer, _, depth = entry.partition("@")
+    if layer not in depths:
+        names = ", ".join(f"{name} ({blocks})" for name, blocks in transformer_depths(teacher).items())
+        raise InputError(
+            f"this teacher has no transformer to cut by {entry!r}: it has {names or 'none'} with so many blocks"
+        )
+    least = 0 if layer == "mid" else 1
+    if depth not in map(str, range(least, depths[layer])):
+        reason = f"give {least} to {depths[layer] - 1}" if depths[layer] > least else "it cannot be cut"
+        raise InputError(f"{entry!r}: the transformer of {layer} has {depths[layer]} blocks, {reason}")
+    depths[layer] = int(depth)
+
+
+def _check_stages(removed: Sequence[str], stages: int) -> None:
     gone = sorted({int(e.split(".")[1]) for e in removed if e.startswith("stage.")})
     if gone and (gone[0] == 0 or gone != list(range(gone[0], stages))):
         raise InputError(
@@ -98,39 +180,24 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
             f"and stage.0 stays"
         )
 
-    down, up = down[: stages - lost], up[lost:]
+
+def _check_balance(down: list[list[int]], up: list[list[int]], stages: int) -> None:
     for i, (kept_down, kept_up) in enumerate(zip(down, up[::-1], strict=True)):
         if not kept_down or len(kept_up) != len(kept_down) + 1:
             raise InputError(
                 f"stage {i} would keep {len(kept_down)} down and {len(kept_up)} up layers; it needs one down layer or "
                 f"more, and one up layer more than down layers (up.{stages - 1 - i} mirrors down.{i})"
             )
-    keep = stages - lost
-    depths_down, depth_mid, depths_up = teacher.transformer_depths()
-    chosen_down = tuple(tuple(depths_down[i][j] for j in kept) for i, kept in enumerate(down))
-    chosen_up = tuple(tuple(depths_up[lost + i][j] for j in kept) for i, kept in enumerate(up))
-    student = replace(
-        teacher,
-        block_out_channels=teacher.block_out_channels[:keep],
-        layers_per_block=tuple(len(kept) for kept in down),
-        attention_head_dim=teacher.attention_head_dim[:keep],
-        down_block_types=teacher.down_block_types[:keep],
-        up_block_types=teacher.up_block_types[lost:],
-        mid_block_type=teacher.mid_block_type if has_mid else None,
-        **_depths(chosen_down, chosen_up, depth_mid if has_mid else None),
-    )
-    removal = Removal(teacher, student, removed, tuple(map(tuple, down)), tuple(map(tuple, up)), lost)
-    _check_shapes(removal)
-    return removal
 
 
-def _depths(down: tuple, up: tuple, mid: int | None) -> dict:
+def _depths(down: list[list[int]], up: list[list[int]], mid: int | None) -> dict:
     """Transformer depths in the shortest form that says the same: one number a stage, if its layers agree."""
-    flat = tuple(stage[0] if len(set(stage)) == 1 else stage for stage in down)
-    flat_up = tuple(stage[0] if len(set(stage)) == 1 else stage for stage in up)
-    if flat_up == flat[::-1] and not any(isinstance(d, tuple) for d in flat) and mid in (None, flat[-1]):
-        return {"transformer_layers_per_block": flat, "reverse_transformer_layers_per_block": None}
-    return {"transformer_layers_per_block": flat, "reverse_transformer_layers_per_block": flat_up}
+    flat, flat_up = (tuple(stage[0] if len(set(stage)) == 1 else tuple(stage) for stage in side) for side in (down, up))
+    mirrored = flat_up == flat[::-1] and not any(isinstance(d, tuple) for d in flat) and mid in (None, flat[-1])
+    return {
+        "transformer_layers_per_block": flat,
+        "reverse_transformer_layers_per_block": None if mirrored else flat_up,
+    }
 
 
 def _no_such(entry: str, teacher: UNetConfig) -> str:
@@ -143,27 +210,37 @@ def _no_such(entry: str, teacher: UNetConfig) -> str:
     )
 
 
-def _check_shapes(removal: Removal) -> None:
-    """Every student weight must get a teacher weight of its shape, and a mid block that stays all of its own."""
-    with torch.device("meta"):
-        teacher, student = UNet(removal.teacher).state_dict(), UNet(removal.student).state_dict()
-    for name, source in weight_map(removal, student).items():
-        if source not in teacher or teacher[source].shape != student[name].shape:
-            found = tuple(teacher[source].shape) if source in teacher else "nothing"
-            raise InputError(
-                f"removing {','.join(removal.removed)} does not fit together: {name} needs "
-                f"{tuple(student[name].shape)}, the teacher's {source} is {found}; keep the first layer of a down "
-                "stage, the first and the last of an up stage, and a stage of other width than the one before it"
-            )
+def _check_shapes(removal: Removal, mid_depth: int | None) -> None:
+    """Every student weight must get a teacher weight of its shape, and a mid block that stays what it should be."""
     # A config has no heads and depth for the mid block: it takes those of the innermost stage and its first layer.
-    mids = [(c.attention_head_dim[-1], c.transformer_depths()[1]) for c in (removal.teacher, removal.student)]
-    if removal.student.mid_block_type == "UNetMidBlock2DCrossAttn" and mids[0] != mids[1]:
+    student = removal.student
+    heads, depth = student.attention_head_dim[-1], student.transformer_depths()[1]
+    bent = (heads, depth) != (removal.teacher.attention_head_dim[-1], mid_depth)
+    if student.mid_block_type == "UNetMidBlock2DCrossAttn" and bent:
+        first, n = f"down.{len(removal.down) - 1}.{removal.down[-1][0]}", min(depth, mid_depth)
         raise InputError(
             f"removing {','.join(removal.removed)} would change the heads or the depth of the mid block: remove mid too"
+            + (f", or give it the depth of {first}: {first}@{n},mid@{n}" if depth != mid_depth else "")
         )
+    teacher, own = weight_shapes(removal.teacher), weight_shapes(student)
+    for name, source in weight_map(removal, own).items():
+        if source not in teacher or teacher[source] != own[name]:
+            raise InputError(
+                f"removing {','.join(removal.removed)} does not fit together: {name} needs {tuple(own[name])}, the "
+                f"teacher's {source} is {tuple(teacher[source]) if source in teacher else 'nothing'}; keep the first "
+                "layer of a down stage, the first and the last of an up stage, and a stage of other width than the "
+                "one before it"
+            )
 
 
-def weight_map(removal: Removal, student_names: Sequence[str] | Mapping[str, Tensor]) -> dict[str, str]:
+@lru_cache(maxsize=64)
+def weight_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
+    """{name of a weight: its shape}; not to be changed."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in UNet(config).state_dict().items()}
+
+
+def weight_map(removal: Removal, student_names: Iterable[str]) -> dict[str, str]:
     """Student weight -> teacher weight that fills it, for every student weight."""
     result = {}
     for name in student_names:
@@ -228,34 +305,50 @@ def removal_rows(removal: Removal, height: int, width: int, tokens: int = 77) ->
     MACs are those of convolutions and linear layers, as the paper counts them. A stage's row holds what the rows of
     its layers have not counted, so teacher less all rows is the student, exactly.
     """
+    costs = removal_costs(removal, height, width, tokens)
+    whole = _parameters_by_module(removal.teacher)[""], macs_by_module(removal.teacher, height, width, tokens)[""]
+    left = [whole[k] - sum(spent[k] for spent in costs.values()) for k in (0, 1)]
+    change = [f"{100 * (b / a - 1):+.1f} %" for a, b in zip(whole, left, strict=True)]
+    named = {**costs, "teacher": whole, "student": left}
+    rows = [(name, *map(format_count, counts)) for name, counts in named.items()]
+    return [("removed", "parameters", "MACs"), *rows, ("change", *change)]
+
+
+def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -> dict[str, tuple[int, int]]:
+    """{entry: (parameters, MACs of one call) saved by it beyond the entries before it}, outermost first."""
     parameters = _parameters_by_module(removal.teacher)
     macs = macs_by_module(removal.teacher, height, width, tokens)
-    rows = [("removed", "parameters", "MACs")]
+    costs: dict[str, tuple[int, int]] = {}
     counted: list[str] = []
-    left = [parameters[""], macs[""]]
-    for entry in sorted(removal.removed, key=lambda e: ("down", "up", "mid", "stage").index(e.split(".")[0])):
-        modules = [m for m in _modules(entry, removal.teacher) if m in parameters]
+    for entry in sorted(removal.removed, key=_order):
+        modules = [m for m in removed_modules(entry, removal.teacher) if m in parameters and m not in counted]
         modules = [m for m in modules if not m.startswith(tuple(f"{c}." for c in counted))]
         inside = [c for c in counted if c.startswith(tuple(f"{m}." for m in modules))]
-        spent = [
+        costs[entry] = tuple(
             sum(cost.get(m, 0) for m in modules) - sum(cost.get(c, 0) for c in inside) for cost in (parameters, macs)
-        ]
+        )
         counted += modules
-        left = [a - b for a, b in zip(left, spent, strict=True)]
-        rows.append((entry, *map(format_count, spent)))
     if removal.lost and removal.student.mid_block_type:
-        more = macs_by_module(removal.student, height, width, tokens)["mid_block"] - macs["mid_block"]
-        left[1] += more
-        rows.append(("(mid on more pixels)", "0", format_count(-more)))
-    rows.append(("teacher", format_count(parameters[""]), format_count(macs[""])))
-    rows.append(("student", *map(format_count, left)))
-    change = [100 * (b / a - 1) for a, b in zip((parameters[""], macs[""]), left, strict=True)]
-    return [*rows, ("change", *(f"{percent:+.1f} %" for percent in change))]
+        left = macs["mid_block"] - sum(macs.get(c, 0) for c in counted if c.startswith("mid_block."))
+        more = macs_by_module(removal.student, height, width, tokens)["mid_block"] - left
+        costs["(mid on more pixels)"] = (0, -more)
+    return costs
 
 
-def _modules(entry: str, teacher: UNetConfig) -> list[str]:
+def _order(entry: str) -> int:
+    return ("down", "up", "mid", "stage").index(entry.partition("@")[0].split(".")[0])
+
+
+def removed_modules(entry: str, teacher: UNetConfig) -> list[str]:
     """The teacher's modules behind an entry, some of which may not exist."""
-    kind, *numbers = entry.split(".")
+    layer, _, depth = entry.partition("@")
+    kind, *numbers = layer.split(".")
+    if depth:
+        attention = "mid_block.attentions.0" if kind == "mid" else removed_modules(layer, teacher)[1]
+        if depth == "0":
+            return [attention, "mid_block.resnets.1"]
+        blocks = range(int(depth), transformer_depths(teacher)[layer])
+        return [f"{attention}.transformer_blocks.{n}" for n in blocks]
     if kind == "mid":
         return ["mid_block"]
     i = int(numbers[0])
@@ -265,7 +358,8 @@ def _modules(entry: str, teacher: UNetConfig) -> list[str]:
     return [f"{kind}_blocks.{i}.{part}.{numbers[1]}" for part in ("resnets", "attentions")]
 
 
-def _parameters_by_module(config: UNetConfig) -> dict[str, int]:
+@lru_cache
+def _parameters_by_module(config: UNetConfig) -> Mapping[str, int]:
     with torch.device("meta"):
         modules = dict(UNet(config).named_modules())
     return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

@@ -8,6 +8,17 @@
 
 The paper writes squared norms; its code takes the mean over elements, for each stage, and the plain sum of stages. So
 does this. Everything is squared in float32: features reach 1e3, and in float16 a difference of 256 squares to infinity.
+
+Three options are later than the paper, and off by default:
+
+    normalised features     L_feat = sum_l || f_T^l - f_S^l ||^2 / || f_T^l ||^2
+    random conditioning     at timestep t the caption is that of another picture, with probability exp(-5 (1 - t/T))
+    image-free              x_0 is what the teacher draws from a caption, with guidance, not an encoded picture
+
+The first is the remedy of LAPTOP-Diff (arXiv 2404.11098) for stages whose large features outweigh all others: divide by
+the norm of the teacher's features; here each sample by its own. The other two are those of Random Conditioning (arXiv
+2504.02011): the teacher can answer any caption at any x_t, and at high t, where x_t shows little, asking it costs no
+picture; so the student sees far more captions than there are pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +26,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
+
+from minidistill.data.cache import LatentCache
+from minidistill.data.folders import ImageFolder
+from minidistill.data.scenes import Scenes
+from minidistill.pipeline import Pipeline
+from minidistill.training.batches import Batch, Batches, Captioned
+from minidistill.training.seeds import generator_for
 
 Features = Mapping[str, Tensor]
 
@@ -35,9 +54,12 @@ def output_loss(student_out: Tensor, teacher_out: Tensor) -> Tensor:
     return mean_square(student_out, teacher_out.detach())
 
 
-def feature_loss(student: Features, teacher: Features, pairs: Sequence[tuple[str, str]]) -> Tensor:
+def feature_loss(
+    student: Features, teacher: Features, pairs: Sequence[tuple[str, str]], normalized: bool = False
+) -> Tensor:
     """Feature distillation, summed over (teacher feature, student feature) pairs -> (B,).
 
+    normalized: each pair's loss is divided by the mean square of the teacher's feature, so that all stages weigh alike.
     ValueError names a pair that is absent or of two shapes, RuntimeError one that alone is cut off from the student.
     """
     total: Tensor | None = None
@@ -53,6 +75,8 @@ def feature_loss(student: Features, teacher: Features, pairs: Sequence[tuple[str
         if trained and not f_student.requires_grad:
             raise RuntimeError(f"student {student_name} is cut off from the student: a constant, not learned from")
         loss = mean_square(f_student, f_teacher)
+        if normalized:
+            loss = loss / f_teacher.float().square().flatten(1).mean(1).clamp(min=1e-12)
         total = loss if total is None else total + loss
     if total is None:
         raise ValueError("feature distillation needs at least one pair")
@@ -79,3 +103,83 @@ def check_gradients(losses: Mapping[str, Tensor], student: nn.Module, teacher: n
 
 def _any_nonzero(grads: Iterable[Tensor | None]) -> bool:
     return any(g is not None and bool((g != 0).any()) for g in grads)
+
+
+# ---------------------------------------------------------------------------- what is trained on, beyond the paper
+
+
+def random_caption_probability(t: Tensor, num_train_timesteps: int = 1000) -> Tensor:
+    """p(t) = exp(-5 (1 - t/T)) of arXiv 2504.02011, (B,) -> (B,): 0.7 % at t = 0, 8 % half way, nearly 1 at the end."""
+    return torch.exp(-5 * (1 - t.float() / num_train_timesteps))
+
+
+class RandomCaptions(Batches):
+    """Batches with random conditioning: the captions of some samples are those of others, drawn by sample number.
+
+    What is trained without a prompt stays so, as in the original, where captions are dropped last.
+    """
+
+    def __getitem__(self, k: int) -> Batch:
+        batch = super().__getitem__(k)
+        numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
+        chances = random_caption_probability(batch.t, self.pipe.schedule.num_train_timesteps).tolist()
+        captions = [
+            caption if caption is None else self._other(n, p) or caption
+            for n, p, caption in zip(numbers, chances, batch.captions, strict=True)
+        ]
+        text = self._text_states(captions)
+        added_cond = batch.added_cond and {**batch.added_cond, "text_embeds": text.pooled}
+        return batch._replace(context=text.context, captions=captions, added_cond=added_cond)
+
+    def _other(self, n: int, chance: float) -> str | None:
+        """A caption of the whole data set in place of sample n's, or None: it keeps its own."""
+        generator = generator_for(self.seed, "random caption", n)
+        if float(torch.rand((), generator=generator)) >= chance:
+            return None
+        several = captions_of(self.data, int(torch.randint(len(self.data), (), generator=generator)))
+        return several[int(torch.randint(len(several), (), generator=generator))]
+
+
+def captions_of(data: Captioned | LatentCache, i: int) -> tuple[str, ...]:
+    """All captions of entry i, without reading its picture if that can be helped."""
+    if isinstance(data, ImageFolder | LatentCache):
+        return data.captions(i)
+    return (data.caption(i),) if isinstance(data, Scenes) else (data[i][1],)
+
+
+class TeacherLatents(LatentCache):
+    """Latents that the teacher sampled from captions: in place of encoded pictures, and in memory only.
+
+    Sampled as the teacher's checkpoint says, else in 25 steps with guidance 7.5. Latent i depends on (seed, i) alone.
+    """
+
+    has_text = False
+    size = (0, 0)
+
+    def __init__(self, teacher: Pipeline, captions: Sequence[str], side: int, seed: int, batch_size: int = 16) -> None:
+        """side: of the square pictures they stand for, in pixels."""
+        self._captions, self.size, done = list(captions), (side, side), []
+        settings = {"seed": seed, "height": side, "width": side, "batch_size": batch_size, "output": "latents"}
+        with tqdm(total=len(captions), desc="sampling latents", unit="", disable=None, leave=False) as bar:
+            for first in range(0, len(captions), batch_size):
+                some = self._captions[first : first + batch_size]
+                done.append(teacher(some, first_index=first, **settings).cpu())
+                bar.update(len(some))
+        self._mean = torch.cat(done) / teacher.vae.config.scaling_factor
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return (self._captions[i],)
+
+    def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """(mean, deviation 0): there is no posterior to draw from, and no mirror image of latents."""
+        mean = self._mean[torch.tensor(numbers)]
+        return mean, torch.zeros_like(mean)
+
+    def sizes(self, i: int) -> tuple[int, int, int, int]:
+        return (*self.size, 0, 0)
+
+    def check(self, pipe: Pipeline, flip: bool = False) -> None:
+        """Nothing to compare: this very pipeline made them."""

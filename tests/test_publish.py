@@ -1,0 +1,277 @@
+"""Model cards say what a run says, and nothing of the machine; uploads arrive whole, or end in one line.
+
+The Hub is the stand-in of `hub_server.py`; huggingface_hub's own ModelCard reads the cards.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import CAPTIONS
+from hub_server import TOKEN, HubServer, files_of
+from huggingface_hub import constants
+from PIL import Image
+from test_hub import disconnect, point_to, refused
+
+from minidistill import finetune, pipeline, train_kd
+from minidistill.distill.block_removal import RECIPES
+from minidistill.pipeline import load_pipeline
+from minidistill.training.config import run_command
+from minidistill.weights.hub import find_source
+from minidistill.weights.model_card import find_license, hub_id, public_name, write_card
+from minidistill.weights.publish import open_repo, push
+
+RESULTS = {
+    "teacher": {"parameters": 5659044, "distance_to_teacher": 0.0, "judge": {"all": 0.5, "shape": 0.75}},
+    "student after": {"parameters": 2321028, "distance_to_teacher": 0.0170349, "judge": {"all": 0.25}},
+}
+RECIPE = RECIPES["bk-tiny"]
+DECIDED = {"remove": RECIPE.remove, "pairing": RECIPE.pairing, "loss_weights": RECIPE.loss_weights, "resolution": 64}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "all", "resolution": 64, "ema_decay": 0.0}
+
+
+@pytest.fixture
+def strip(tmp_path):
+    Image.new("RGB", (8, 8), (200, 30, 40)).save(tmp_path / "step-000240.png")
+    return tmp_path / "step-000240.png"
+
+
+def student_settings(**changes) -> dict:
+    """The settings of a finished train_kd, as its config.json has them."""
+    config = train_kd.Config(**{**DECIDED, "out": "/home/someone/runs/secret", **changes})
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def tuned_settings(**changes) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(finetune.Config(**changes))))
+
+
+def card_of(folder: Path) -> huggingface_hub.ModelCard:
+    return huggingface_hub.ModelCard.load(folder / "README.md")
+
+
+# cards
+
+
+def test_a_students_card_has_its_teacher_recipe_settings_results_and_strip(tmp_path, strip):
+    config = student_settings(teacher="runwayml/stable-diffusion-v1-5", steps=240, accumulate=2)
+    write_card(tmp_path / "student", "student", config, RESULTS, strip, "me/bk-tiny")
+    card = card_of(tmp_path / "student")
+    assert card.data.to_dict() == {
+        "license": "creativeml-openrail-m",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "tags": ["text-to-image", "stable-diffusion", "minidistill", "knowledge-distillation"],
+    }
+    for words in ("bk-tiny", "240 steps of 64 samples", *RECIPE.remove, "](strip.png)"):
+        assert words in card.text, words
+    assert "| U-Net parameters | 5,659,044 | 2,321,028 |" in card.text
+    assert "| mean squared distance to the teacher's output | 0 | 0.01703 |" in card.text
+    assert "| right in pictures of unseen scenes: shape | 0.75 |  |" in card.text
+    assert 'DiffusionPipeline.from_pretrained("me/bk-tiny")' in card.text
+    assert "minidistill.generate --model me/bk-tiny " in card.text
+    assert "\nlearning_rate           0.001\n" in card.text and "\nloss_weights            1,1,1\n" in card.text
+    assert (tmp_path / "student/strip.png").read_bytes() == strip.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "relation", "words"),
+    [
+        (
+            "finetuned",
+            {"train_text_encoder": True},
+            "finetune",
+            ["All weights of the U-Net and text encoder", "on scenes"],
+        ),
+        ("lora", LORA, "adapter", ["LoRA of rank 4 and alpha 8 for the U-Net of", "layers: all", "kohya"]),
+    ],
+)
+def test_cards_of_what_was_trained_further_name_their_relation_to_the_base(
+    tmp_path, strip, kind, settings, relation, words
+):
+    config = tuned_settings(model="segmind/tiny-sd", **settings)
+    write_card(tmp_path / "x", kind, config, {"before": {"loss": 0.5}, "after": {"loss": 0.25}}, strip, "me/x")
+    card = card_of(tmp_path / "x")
+    assert (card.data.base_model, card.data.base_model_relation) == ("segmind/tiny-sd", relation)
+    assert card.data.license == "creativeml-openrail-m" and ("lora" in card.data.tags) == (kind == "lora")
+    assert "| denoising loss on one fixed batch | 0.5 | 0.25 |" in card.text
+    assert all(word in card.text for word in words)
+    if kind == "lora":
+        assert 'from_pretrained("segmind/tiny-sd")' in card.text
+        assert 'load_lora_weights("me/x", weight_name="lora.safetensors")' in card.text
+        assert "--model segmind/tiny-sd --lora me/x/lora.safetensors" in card.text
+
+
+def test_of_paths_on_this_machine_only_the_last_name_is_told(tmp_path, strip):
+    for name in ("model", "pictures"):
+        (tmp_path / "private" / name).mkdir(parents=True)
+    config = student_settings(teacher=str(tmp_path / "private/model"), data=str(tmp_path / "private/pictures"))
+    write_card(tmp_path / "student", "student", config, RESULTS, strip)
+    card = card_of(tmp_path / "student")
+    assert "private" not in card.content and "secret" not in card.content
+    assert str(tmp_path) not in card.content and "/home" not in card.content
+    assert card.data.base_model is None and card.data.license == "other"
+    assert "A student of model" in card.text and "\ndata                    pictures\n" in card.text
+    assert "4096" not in card.text, "the number of scenes, on which it was not trained"
+
+
+def test_names_and_licenses_of_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/base").mkdir(parents=True)
+    assert public_name("mine/base") == "base" and public_name("/gone/base") == "base"
+    assert public_name("me/x") == "me/x" and public_name("miniature") == "miniature"
+    assert (hub_id("mine/base"), hub_id("/gone/base"), hub_id("miniature")) == (None, None, None)
+    assert hub_id("me/x@fp16") == hub_id("me/x/a.safetensors") == "me/x"
+    assert find_license("miniature") == "apache-2.0" and find_license("me/x") == "other"
+    assert find_license("stabilityai/stable-diffusion-2-1") == "openrail++"
+    assert find_license("mine/base") == "other"
+    for front, license in (
+        ('license: "mit"\ntags:\n- x', "mit"),
+        ("tags:\n- x", "other"),
+        ("license:\n- mit", "other"),
+    ):
+        (tmp_path / "mine/base/README.md").write_text(f"---\n{front}\n---\n\nlicense: wrong\n")
+        assert find_license("mine/base") == license
+
+
+# the Hub
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A Hub without repositories, an empty cache, and no token."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HubServer(tmp_path / "hub") as server:
+        point_to(server.url, monkeypatch)
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Something to upload."""
+    return HubServer(tmp_path).add(
+        "made", {"README.md": "---\nlicense: mit\n---\n", "unet/config.json": "{}", "x": "x"}
+    )
+
+
+def test_a_folder_arrives_whole_or_in_the_files_asked_for(server, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert push(folder, "me/student") == f"{server.url}/me/student"
+    sent = server.folder("me/student", "main")
+    assert {name: path.read_bytes() for name, path in files_of(sent).items()} == {
+        name: path.read_bytes() for name, path in files_of(folder).items()
+    }
+    (folder / "x").write_text("new")
+    push(folder, "me/student")
+    assert (sent / "x").read_text() == "new"
+    push(folder, "me/lora", files=["README.md", "x"])
+    assert sorted(files_of(server.folder("me/lora", "main"))) == ["README.md", "x"]
+
+
+def test_a_private_repository_is_private(server, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    open_repo("me/open")
+    push(folder, "me/hidden", private=True)
+    assert server.trouble == {"me/hidden": "private"}
+
+
+@pytest.mark.parametrize("repo", ["name", "a/b/c", "me/a b", "me/", "/x", "me/a--b", ""])
+def test_what_is_no_repository_is_refused_without_a_look_at_the_hub(server, folder, monkeypatch, repo):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for call in (lambda: open_repo(repo), lambda: push(folder, repo)):
+        assert "owner/name" in refused(call)
+    assert server.requests == []
+
+
+def test_without_a_token_the_hub_is_not_asked(server, folder):
+    for call in (lambda: open_repo("me/x"), lambda: push(folder, "me/x")):
+        message = refused(call)
+        assert "a token" in message and "hf auth login" in message and "HF_TOKEN" in message
+    assert server.requests == []
+
+
+def test_every_refusal_of_the_hub_is_one_line_with_the_way_out_and_without_the_token(server, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret")
+    message = refused(open_repo, "me/x")
+    assert "does not know your token" in message and "hf auth login" in message and "hf_a_secret" not in message
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.add("you/x", ["README.md"])
+    server.trouble["you/x"] = "denied"
+    message = refused(push, folder, "you/x")
+    assert "let your token write to you/x (HTTP 403)" in message and "settings/tokens" in message
+    assert f"hf upload you/x {folder}" in message and TOKEN not in message
+    server.trouble["you/x"] = "down"
+    monkeypatch.setattr("time.sleep", lambda _: None)  # it tries again a few times
+    assert "(HTTP 503): try again later" in refused(push, folder, "you/x")
+    assert "no folder" in refused(push, folder / "none", "me/x")
+
+
+def test_without_a_connection_nothing_can_be_uploaded(server, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    disconnect(monkeypatch)
+    message = refused(push, folder, "me/x")
+    assert "no connection to the Hub" in message and TOKEN not in message
+
+
+def test_offline_mode_is_named():
+    from minidistill.weights import publish
+
+    error = huggingface_hub.errors.OfflineModeIsEnabled("offline")
+    assert "HF_HUB_OFFLINE" in publish._refusal("me/x", error)
+
+
+# from a run to the Hub and back
+
+
+def finetune_to(repo: str, out: Path, model: Path, data: Path, *flags: str) -> int:
+    words = ["--model", model, "--data", data, "--out", out, "--push-to-hub", repo, *flags]
+    words += ["--steps", 1, "--batch-size", 2, "--learning-rate", 1e-2, "--warmup", 0]
+    with pytest.raises(SystemExit) as info:
+        run_command(finetune.main, finetune.Config, prog="finetune", argv=list(map(str, words)))
+    return info.value.code
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]], ids=["model", "lora"])
+def test_what_is_trained_can_be_had_from_the_hub(server, tmp_path, tiny_sd1, pictures, monkeypatch, capsys, flags):
+    monkeypatch.setattr(pipeline, "STEPS", 2)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, pictures, *flags) == 0
+    printed = capsys.readouterr()
+    assert f"{server.url}/me/tuned" in printed.out and TOKEN not in printed.out + printed.err
+    sent = files_of(server.folder("me/tuned", "main"))
+    assert {"README.md", "strip.png"} < sent.keys() and not any("checkpoint" in name for name in sent)
+    assert "me/tuned" in sent["README.md"].read_text()
+    if flags:
+        assert sent.keys() == {"README.md", "strip.png", "lora.safetensors", "lora_peft.safetensors"}
+        pipe = load_pipeline(tiny_sd1, loras=[("me/tuned/lora.safetensors", 1.0)])
+        here = load_pipeline(tiny_sd1, loras=[(tmp_path / "run/lora.safetensors", 1.0)])
+    else:
+        found = find_source("me/tuned")
+        assert found.is_relative_to(tmp_path / "cache")
+        pipe, here = load_pipeline("me/tuned"), load_pipeline(tmp_path / "run/model")
+    pictures_of = [p(CAPTIONS[:1], steps=2, output="latents") for p in (pipe, here, load_pipeline(tiny_sd1))]
+    assert torch.equal(*pictures_of[:2]) and not torch.equal(*pictures_of[1:])
+
+
+def test_a_run_that_could_not_be_uploaded_does_not_start_and_one_that_is_done_can_be_sent(
+    server, tmp_path, tiny_sd1, pictures, monkeypatch, capsys
+):
+    monkeypatch.setattr(pipeline, "STEPS", 2)
+    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, pictures) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "HF_TOKEN" in error
+    assert not (tmp_path / "run").exists() and server.requests == []
+    assert finetune_to("none", tmp_path / "run", tiny_sd1, pictures) == 0
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, pictures, "--resume", "--private") == 0
+    assert server.trouble == {"me/tuned": "private"}
+    assert "unet/config.json" in files_of(server.root / "me/tuned")

@@ -1,0 +1,263 @@
+"""Sensitivity: what can be removed alone, what each removal does to the output, and the lists made from that.
+
+By hand: students built by the ordinary way and compared with the teacher sample by sample, savings as differences of
+counts of two networks, and a choice among scores that are written down here.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from test_sdxl import save_sdxl
+
+from minidistill import sensitivity as command
+from minidistill.data.folders import ImageFolder
+from minidistill.diffusion.schedule import make_alpha_bar
+from minidistill.distill.block_removal import build_student, plan_removal
+from minidistill.distill.sensitivity import (
+    Score,
+    choose,
+    make_probes,
+    measure_damage,
+    score,
+    share_weights,
+    smallest_removals,
+)
+from minidistill.errors import InputError
+from minidistill.models.unet import SD15, SDXL, count_macs
+from minidistill.pipeline import load_pipeline
+from minidistill.training.batches import Batches
+from minidistill.training.config import run_command
+
+TINY = replace(
+    SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
+)
+TINY_SDXL = replace(
+    SDXL,
+    block_out_channels=(16, 32, 48),
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    attention_head_dim=(1, 2, 4),
+    transformer_layers_per_block=(1, 2, 3),
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 12,
+)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_sd1):
+    """A pipeline whose output depends on every block; not to be changed."""
+    pipe = load_pipeline(tiny_sd1)
+    pipe.unet.requires_grad_(False)
+    return pipe
+
+
+def probes_of(pipe, pictures, batch_size=4, count=2):
+    return make_probes(Batches(ImageFolder(pictures, 32), pipe, batch_size=batch_size, seed=0), count)
+
+
+@pytest.fixture(scope="module")
+def probes(pipe, pictures):
+    return probes_of(pipe, pictures)
+
+
+# what can go alone
+
+
+def test_every_block_of_sd_is_among_the_smallest_removals():
+    found = [removal.removed for removal in smallest_removals(TINY)]
+    assert found == [
+        ("mid",),
+        ("stage.3",),
+        ("mid@0",),
+        ("down.0.0", "up.3.1"),  # the first stage is as wide as conv_in, so either layer can go
+        ("down.0.0", "up.3.2"),
+        ("down.0.1", "up.3.1"),
+        ("down.0.1", "up.3.2"),
+        ("down.1.1", "up.2.1"),
+        ("down.2.1", "up.1.0"),
+        ("down.2.1", "up.1.1"),
+        *((f"down.3.{j}", f"up.0.{k}") for j in range(2) for k in range(3)),
+    ]
+
+
+def test_every_depth_of_every_transformer_of_sdxl_is_among_the_smallest_removals():
+    found = [removal.removed for removal in smallest_removals(TINY_SDXL)]
+    cuts = [(f"{layer}@1",) for layer in ("down.1.0", "down.1.1", "up.1.0", "up.1.1", "up.1.2")]
+    cuts += [(f"{layer}@{n}",) for layer in ("down.2.1", "up.0.0", "up.0.1", "up.0.2") for n in (1, 2)]
+    shared = [("down.2.0@1", "mid@1"), ("down.2.0@2", "mid@2")]
+    assert {*cuts, *shared, ("mid",), ("mid@0",), ("down.2.1", "up.0.1")} <= set(found)
+    assert not {("mid@1",), ("down.2.0@1",), ("stage.2",), ("down.1.1",)} & set(found)
+    assert len(found) == len(set(found))
+
+
+# what it does
+
+
+def test_timesteps_are_spread_evenly_and_the_noisy_latents_are_those_of_the_batches(pipe, pictures, probes):
+    assert torch.cat([probe.t for probe in probes]).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+    batch, alpha_bar = Batches(ImageFolder(pictures, 32), pipe, batch_size=4, seed=0)[1], make_alpha_bar(pipe.schedule)
+    signal, noise = (a.sqrt().view(-1, 1, 1, 1) for a in (alpha_bar[probes[1].t], 1 - alpha_bar[probes[1].t]))
+    torch.testing.assert_close(probes[1].x_t, signal * batch.x0 + noise * batch.eps)
+
+
+@pytest.mark.parametrize("remove", [("mid",), ("stage.3",), ("mid@0",), ("down.1.1", "up.2.1")])
+def test_damage_is_the_mean_square_of_what_a_built_student_says_otherwise(pipe, probes, remove):
+    removal = plan_removal(pipe.unet.config, remove)
+    student, squares = build_student(removal, pipe.unet), []
+    with torch.no_grad():
+        for p in probes:
+            out = [
+                unet(p.x_t[i : i + 1], p.t[i : i + 1], p.context[i : i + 1])
+                for unet in (pipe.unet, student)
+                for i in range(len(p.t))
+            ]
+            ours, theirs = torch.cat(out).double().chunk(2)
+            squares.append((ours - theirs) ** 2)
+    found = score(removal, pipe.unet, probes, 16)
+    assert found.damage == pytest.approx(torch.cat(squares).mean().item(), rel=1e-4) and found.damage > 1e-8
+
+
+def test_the_teacher_itself_does_no_damage_and_the_batch_size_does_not_matter(pipe, pictures, probes):
+    assert measure_damage(pipe.unet, probes) == 0
+    student = share_weights(plan_removal(pipe.unet.config, ("down.0.1", "up.3.1")), pipe.unet)
+    other = measure_damage(student, probes_of(pipe, pictures, 8, 1))
+    assert measure_damage(student, probes) == pytest.approx(other, rel=1e-4)
+
+
+def test_nothing_is_copied_for_a_score(pipe):
+    before = {name: w.clone() for name, w in pipe.unet.state_dict().items()}
+    student = share_weights(plan_removal(pipe.unet.config, ("mid", "down.1.1", "up.2.1")), pipe.unet)
+    own = {w.data_ptr() for w in pipe.unet.state_dict().values()}
+    assert all(w.data_ptr() in own for w in student.state_dict().values())
+    assert not any(p.requires_grad for p in student.parameters())
+    assert all(torch.equal(w, before[name]) for name, w in pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("remove", [("mid@0",), ("stage.3",), ("down.2.1", "up.1.1")])
+def test_savings_are_the_differences_of_the_two_networks(pipe, probes, remove):
+    removal = plan_removal(pipe.unet.config, remove)
+    found, student = score(removal, pipe.unet, probes, 16), share_weights(removal, pipe.unet)
+    counts = [sum(p.numel() for p in unet.parameters()) for unet in (pipe.unet, student)]
+    macs = [count_macs(unet, 8, 8, 16)["conv_linear"] for unet in (pipe.unet, student)]
+    assert (found.parameters, found.macs) == (counts[0] - counts[1], macs[0] - macs[1])
+    assert sum(pipe.unet.state_dict()[name].numel() for name in found.weights) == found.parameters
+
+
+# which list follows
+
+
+def made_up(*rows) -> list[Score]:
+    """(damage, parameters, MACs, entries...) -> scores; what goes is named by the entries, mid@0 being inside mid."""
+    weights = {"mid": {"mid", "mid@0"}}
+    return [
+        Score(tuple(names), damage, parameters, macs, frozenset().union(*(weights.get(n, {n}) for n in names)))
+        for damage, parameters, macs, *names in rows
+    ]
+
+
+SCORES = made_up(
+    (1.0, 100, 1, "mid"),
+    (0.1, 40, 1, "mid@0"),
+    (2.0, 100, 50, "down.1.1", "up.2.1"),
+    (9.0, 300, 9, "down.0.1", "up.3.1"),
+    (0.5, 10, 90, "down.2.1", "up.1.1"),
+)
+
+
+@pytest.mark.parametrize(
+    ("saving", "by", "expected"),
+    [
+        (0, "parameters", ()),
+        (30, "parameters", ("mid@0",)),
+        (90, "parameters", ("mid",)),  # in place of mid@0, which it contains
+        (150, "parameters", ("mid", "down.1.1", "up.2.1")),
+        (85, "macs", ("down.2.1", "up.1.1")),
+        (140, "macs", ("down.2.1", "up.1.1", "down.1.1", "up.2.1")),
+        (510, "parameters", ("mid", "down.1.1", "up.2.1", "down.0.1", "up.3.1", "down.2.1", "up.1.1")),
+    ],
+)
+def test_the_least_damage_for_what_it_saves_goes_first(saving, by, expected):
+    found = choose(TINY, SCORES, saving, by)
+    assert set(found) == set(expected) and len(found) == len(expected)
+    plan_removal(TINY, found)
+
+
+def test_what_cannot_be_saved_is_refused():
+    with pytest.raises(InputError, match="no list of removals saves so many parameters"):
+        choose(TINY, SCORES, 511)
+
+
+def test_removals_that_do_not_fit_together_are_not_chosen_together():
+    scores = made_up((0.1, 10, 1, "down.1.1", "up.2.1"), (0.1, 10, 1, "down.1.0", "up.2.2"), (5.0, 10, 1, "mid"))
+    assert choose(TINY, scores, 20) == ("down.1.1", "up.2.1", "mid")
+
+
+# the command
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as info:
+        run_command(command.main, command.Config, prog="sensitivity", argv=list(map(str, words)))
+    return info.value.code
+
+
+def test_the_command_scores_sorts_and_chooses(tiny_sd1, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("--teacher", tiny_sd1, "--data", pictures, "--samples", 4, "--batch-size", 2, "--budget", 0.7)
+    assert run(*words, "--out", out) == 0
+    printed, found = capsys.readouterr().out, json.loads((out / "sensitivity.json").read_text())
+    damages = [entry["damage"] for entry in found["scores"]]
+    assert len(damages) == 16 and damages == sorted(damages) and damages[0] > 0
+    config, total = load_pipeline(tiny_sd1).unet.config, found["teacher"]["parameters"]
+    names = ["bk-base", "bk-small", "bk-tiny"]
+    assert list(found["lists"]) == [n for name in names for n in (name, f"chosen for {name}")] + ["chosen for 70 %"]
+    for name, entry in found["lists"].items():
+        assert entry["parameters"] > 0 and plan_removal(config, entry["remove"])
+        if name.startswith("chosen"):
+            assert f"{name}: --remove {','.join(entry['remove'])}" in printed
+            goal = found["lists"].get(name.removeprefix("chosen for "), {"parameters": 0.3 * total})
+            assert entry["parameters"] >= goal["parameters"]
+    with Image.open(out / "sensitivity.png") as picture:
+        assert picture.size == (900, 24 * 19)
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_the_command_takes_sdxl_and_counts_macs(pictures, tmp_path, capsys):
+    save_sdxl(tmp_path / "xl")
+    words = ("--teacher", tmp_path / "xl", "--data", pictures, "--samples", 2, "--by", "macs", "--budget", 0.9)
+    assert run(*words, "--batch-size", 2, "--out", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out/sensitivity.json").read_text())
+    assert ["down.2.0@1", "mid@1"] in [entry["remove"] for entry in found["scores"]]
+    (chosen,) = found["lists"].values()
+    assert chosen["macs"] >= 0.1 * found["teacher"]["macs"]
+
+
+def test_scenes_can_be_judged(tiny_sd1, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "smallest_removals", lambda config: [plan_removal(config, ("mid",))])
+    monkeypatch.setattr("minidistill.pipeline.STEPS", 2)
+    words = ("--teacher", tiny_sd1, "--resolution", 64, "--samples", 2, "--batch-size", 2, "--judged", 2)
+    assert run(*words, "--out", tmp_path / "out") == 0
+    (entry,) = json.loads((tmp_path / "out/sensitivity.json").read_text())["scores"]
+    assert 0 <= entry["judge"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--budget", "1.5"), "--budget is the share"),
+        (("--data", "DATA", "--judged", "2"), "--judged is for scenes only"),
+        ((), "scenes are 64x64 pictures, not 32x32"),
+        (("--resolution", "30"), "multiple of 4"),
+        (("--data", "DATA", "--out", "FILE"), "take another --out"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(tiny_sd1, pictures, tmp_path, capsys, words, said):
+    (tmp_path / "file").touch()
+    words = [{"DATA": pictures, "FILE": tmp_path / "file"}.get(word, word) for word in words]
+    assert run("--teacher", tiny_sd1, "--out", tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
