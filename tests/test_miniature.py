@@ -1,5 +1,7 @@
 """The embedded miniature: an ordinary pipeline folder, small, that diffusers samples to the same picture as we do."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +95,9 @@ def test_a_caption_fits_into_the_text_encoder(pipe):
 
 def test_it_is_package_data():
     assert Path(minidistill.__file__).parent == folders.MINIATURE.parent
+
+
+def test_loading_draws_no_random_weights_and_loads_no_compiler():
+    code = "import sys, minidistill; minidistill.load_pipeline('miniature'); assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minidistill.errors import InputError
 from minidistill.weights.layouts import match_names
@@ -212,6 +213,26 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 # into a model
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves out every `torch.nn.init` call."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules without memory and without drawing random weights: for `load_into`.
+
+    Drawing costs nothing on `meta`, but torch loads its compiler for it, which takes over a second.
+    """
+    with torch.device("meta"), _SkipInit():
+        yield
 
 
 def load_into(

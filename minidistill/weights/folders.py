@@ -26,6 +26,7 @@ from minidistill.weights.choice import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, is_p
 from minidistill.weights.files import (
     Model,
     load_into,
+    on_meta,
     read_json,
     read_tensors,
     write_json,
@@ -159,7 +160,7 @@ def _load(
     """Build a model from `path`/config.json and fill it from the weights beside it."""
     config = read_json(_existing_part(path) / "config.json")
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = build(config)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path / 'config.json'}: {error}") from error

@@ -23,7 +23,7 @@ from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, VAEConfig
 from minidistill.weights import folders, hub, lora_files
-from minidistill.weights.files import load_into, read_metadata
+from minidistill.weights.files import load_into, on_meta, read_metadata
 from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
 from minidistill.weights.single_file import SingleFile, read_single_file
 from minidistill.weights.vae_file import read_vae_file
@@ -113,7 +113,7 @@ def _from_file(
         raise InputError(f"{base} has no {lacks}: give it as --unet, and as --model what it is made for")
     encoders = []
     for config, tensors in file.text_encoders:
-        with torch.device("meta"):
+        with on_meta():
             encoder = CLIPTextModel(config, "text_projection.weight" in tensors)
         encoders.append(load_into(encoder, tensors, str(base), dtype, device))
     return Parts(
@@ -158,7 +158,7 @@ def _vae_of(
 
 
 def _on_meta(kind: type[nn.Module], config: object) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return kind(config)
 
 
