@@ -27,9 +27,8 @@ from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
 from minidistill.training.batches import encode_samples
 from minidistill.training.config import REQUIRED, option, run_command
-from minidistill.training.optim import PRECISIONS, get_device, get_precision
-
-WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from minidistill.training.inputs import resolution_for
+from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,9 @@ def main(config: CacheConfig) -> None:
         return
     check_settings(config)
     device = get_device(config.device)
-    get_precision(config.precision, device)  # refuses what this device cannot do
+    dtype = get_dtype(config.precision, device)
     pipe = load_pipeline(config.model)
-    factor, resolution = pipe.vae.config.downscale, config.resolution or pipe.trained_size()[0]
-    if resolution % factor:
-        raise InputError(f"--resolution must be a multiple of {factor} for this model, not {resolution}")
+    resolution = resolution_for(pipe, config.resolution, config.model)
     key = CacheKey(
         resolution=resolution,
         crop="center",
@@ -81,7 +78,7 @@ def main(config: CacheConfig) -> None:
     out = Path(config.out)
     done = begin(out, key, config, folder)
     if done < len(folder):
-        pipe.vae.to(device, WEIGHT_DTYPES[config.precision])
+        pipe.vae.to(device, dtype)
         write_latents(out, key, folder, pipe, done, config.batch_size)
     index = cache.read_index(out)
     if not index["complete"]:

@@ -13,15 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from minidistill.errors import InputError
 from minidistill.training.config import REQUIRED, option, run_command
+from minidistill.training.optim import PRECISIONS
 from minidistill.weights.sampling import sampling_metadata
 from minidistill.weights.single_file import write_single_file
 from minidistill.weights.sources import load_parts, save_parts
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = ("folder", "single-file")
 
 
@@ -32,7 +30,7 @@ class Config:
     )
     dest: str = option(REQUIRED, "new folder, or .safetensors file, to write", positional=True)
     layout: str | None = option(None, "of DEST; none goes by its name", choices=LAYOUTS)
-    dtype: str | None = option(None, "of all weights; none keeps them as they are", choices=tuple(DTYPES))
+    dtype: str | None = option(None, "of all weights; none keeps them as they are", choices=PRECISIONS)
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
     vae: str | None = option(None, "SOURCE of another VAE for the model")
     lora: str | None = option(None, "LoRA file to merge into the model")
@@ -48,7 +46,7 @@ def main(config: Config) -> None:
         raise InputError(f"{dest}: a single file is written as .safetensors: end its name so, or leave out --layout")
     if dest.is_file() or (dest.is_dir() and (layout == "single-file" or any(dest.iterdir()))):
         raise InputError(f"{dest} exists: give the name of a new {'file' if layout == 'single-file' else 'folder'}")
-    dtype = DTYPES.get(config.dtype)
+    dtype = PRECISIONS.get(config.dtype)
     loras = [(config.lora, config.lora_scale)] if config.lora else []
     parts = load_parts(
         config.source, "cpu", dtype, dtype, unet=config.unet, vae=config.vae, loras=loras, ema=config.ema

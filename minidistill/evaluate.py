@@ -51,7 +51,7 @@ def main(config: Config) -> None:
             f"{config.model} draws {pipe.trained_size()} pictures; the judge reads {SIDE}x{SIDE} scenes only"
         )
     folder = folders.find_model(config.model)
-    captions = [Scenes("test").caption(i) for i in range(config.samples)]
+    captions = held_out_captions(config.samples)
     verdicts, shown, similarity = [], [], []
     clip = folders.load_clip(folder) if (folder / "clip").is_dir() else None
     begin = time.perf_counter()

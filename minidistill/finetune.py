@@ -20,20 +20,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidistill.data import cache
-from minidistill.data.cache import LatentCache
-from minidistill.data.scenes import SIDE, Scenes
+from minidistill.data.scenes import Scenes, held_out_captions
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill.kd import mean_square
 from minidistill.errors import InputError
 from minidistill.metrics.scene_judge import score
 from minidistill.models import lora
 from minidistill.pipeline import Pipeline, load_pipeline
-from minidistill.train_kd import check_weights
-from minidistill.training.batches import Batch, Batches, Captioned
+from minidistill.training.batches import Batch, Batches
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
+from minidistill.training.inputs import check_shares, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.optim import (
     PRECISIONS,
@@ -47,7 +45,7 @@ from minidistill.training.optim import (
 )
 from minidistill.training.run_folder import RunFolder
 from minidistill.training.seeds import generator_for
-from minidistill.training.strips import save_strip
+from minidistill.training.strips import drawing, save_strip
 from minidistill.weights.files import read_json, write_json
 from minidistill.weights.lora_files import write_lora
 from minidistill.weights.model_card import CARD, STRIP, write_card
@@ -72,7 +70,7 @@ class Config:
     lora_alpha: float | None = option(
         None, "the LoRA's addition counts alpha / rank; none takes the rank, so that it counts once", minimum=0
     )
-    lora_targets: str | None = option(None, "layers that get a LoRA; none: attention", choices=tuple(LORA_TARGETS))
+    lora_targets: str | None = option(None, "layers that get a LoRA; none: attention", choices=LORA_TARGETS)
     train_text_encoder: bool = option(False, "train the text encoder(s) too, as the U-Net is: all weights, or a LoRA")
     out: str = option("runs/finetune", "folder of the run; the model is in OUT/model, a LoRA in OUT/lora.safetensors")
     steps: int = option(200, "optimizer steps", minimum=1)
@@ -135,7 +133,7 @@ def main(config: Config) -> None:
     check_weights(pipe, config.model)
     warn_if_distilled(pipe)
     config = resolve(config, pipe)
-    data = open_data(config)
+    data = open_data(config.data, config.resolution, Scenes("train", length=config.pictures))
     settings = dataclasses.asdict(config)
     run = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
@@ -197,8 +195,8 @@ def main(config: Config) -> None:
         folder = save(config, pipe, run.path)
     draw_curves(run.metrics, run.curves)
     kind = "finetuned" if config.lora_rank is None else "lora"
-    write_card(folder, kind, settings, show.results, show.strip(), config.push_to_hub)
-    print(f"\n{show.table()}\n\nmodel     {folder}\npictures  {show.strip()}\ncurves    {run.curves}")
+    write_card(folder, kind, settings, show.results, run.last_strip(), config.push_to_hub)
+    print(f"\n{show.table()}\n\nmodel     {folder}\npictures  {run.last_strip()}\ncurves    {run.curves}")
     if config.push_to_hub:
         files = None if config.lora_rank is None else [*LORA_FILES.values(), CARD, STRIP]
         print(f"online    {push(folder, config.push_to_hub, config.private, files)}")
@@ -216,23 +214,14 @@ def denoising_loss(pipe: Pipeline, batch: Batch, alpha_bar: Tensor) -> Tensor:
 
 def read_again(pipe: Pipeline, batch: Batch) -> Batch:
     """The batch with its captions encoded anew, by the text encoders of this moment and with gradients to them."""
-    text = pipe.text_states(batch.captions)
-    added_cond = batch.added_cond and {**batch.added_cond, "text_embeds": text.pooled}
-    return batch._replace(context=text.context, added_cond=added_cond)
-
-
-def parts_of(pipe: Pipeline) -> dict[str, nn.Module]:
-    """U-Net and text encoders by their names in model folders and LoRA files."""
-    encoders = zip(("text_encoder", "text_encoder_2"), pipe.text_encoders, strict=False)
-    return {"unet": pipe.unet, **dict(encoders)}
+    return batch.with_text(pipe.text_states(batch.captions))
 
 
 def choose_weights(config: Config, pipe: Pipeline) -> nn.ModuleDict:
     """Freeze all that stays as it is, give LoRAs to what trains by them. The networks that train, by their parts."""
-    parts = parts_of(pipe)
-    for network in (pipe.vae, *parts.values()):
+    for network in (pipe.vae, *pipe.networks.values()):
         network.requires_grad_(False)
-    chosen = {part: parts[part] for part in parts if part == "unet" or config.train_text_encoder}
+    chosen = {part: net for part, net in pipe.networks.items() if part == "unet" or config.train_text_encoder}
     for part, network in chosen.items():
         if config.lora_rank is None:
             network.requires_grad_(True)
@@ -250,7 +239,7 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> Path:
         pipe.save(folder / "model")
         return folder / "model"
     for form, name in LORA_FILES.items():
-        write_lora(folder / name, parts_of(pipe), form)
+        write_lora(folder / name, pipe.networks, form)
     return folder
 
 
@@ -259,8 +248,8 @@ class Show:
 
     def __init__(self, run: RunFolder, pipe: Pipeline, config: Config, batches: Batches, alpha_bar: Tensor) -> None:
         self.run, self.pipe, self.config, self.batches, self.alpha_bar = run, pipe, config, batches, alpha_bar
-        self.judged = [Scenes("test").caption(i) for i in range(config.judged)] if config.data == "scenes" else []
-        self.captions = [Scenes("test").caption(i) for i in range(SHOWN)] if self.judged else batches.captions(SHOWN)
+        self.judged = held_out_captions(config.judged) if config.data == "scenes" else []
+        self.captions = held_out_captions(SHOWN) if self.judged else batches.captions(SHOWN)
         self.before = self.draw(self.captions)
         self.file = run.path / "results.json"
         self.results = read_json(self.file) if self.file.exists() else {}
@@ -272,17 +261,9 @@ class Show:
 
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png."""
-        try:
+        with drawing(f"the model of step {step}"):
             now = self.draw(self.captions) if step else self.before
-        except InputError as error:
-            hint = "if it did before, start again with a lower --learning-rate"
-            raise InputError(f"the model of step {step} makes no pictures: {error}; {hint}") from error
-        path = self.run.samples / f"step-{step:06d}.png"
-        save_strip(path, [self.before, now], self.captions, ["before", f"step {step}"])
-
-    def strip(self) -> Path:
-        """The last strip written."""
-        return max(self.run.samples.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+        save_strip(self.run.strip(step), [self.before, now], self.captions, ["before", f"step {step}"])
 
     @torch.no_grad()
     def measure(self, name: str, trained: int | None = None) -> None:
@@ -316,10 +297,7 @@ def check_settings(config: Config) -> None:
         raise InputError("--lora-alpha must be above 0, or the LoRA adds nothing")
     if config.lora_rank is not None and config.ema_decay and not config.resume:  # there the run folder compares
         raise InputError("--ema-decay is for all weights: the average of a LoRA's two factors is no average of LoRAs")
-    if config.ema_decay is not None and config.ema_decay >= 1:
-        raise InputError(f"--ema-decay must be below 1, not {config.ema_decay:g}: the average would never move")
-    if config.caption_dropout > 1:
-        raise InputError(f"--caption-dropout is a share of the samples, 0 to 1, not {config.caption_dropout:g}")
+    check_shares(config.ema_decay, config.caption_dropout)
 
 
 def warn_if_distilled(pipe: Pipeline) -> None:
@@ -334,34 +312,15 @@ def warn_if_distilled(pipe: Pipeline) -> None:
 
 def resolve(config: Config, pipe: Pipeline) -> Config:
     """Settings left open get their values, so that the run folder records what was done."""
-    factor, is_lora = pipe.vae.config.downscale, config.lora_rank is not None
-    if config.resolution is None and pipe.unet.config.sample_size is None:
-        raise InputError(f"{config.model}: unet/config.json names no sample_size: give --resolution in pixels")
-    resolution = config.resolution or pipe.trained_size()[0]
-    if resolution % factor:
-        raise InputError(f"--resolution must be a multiple of {factor} for this model, not {resolution}")
+    is_lora = config.lora_rank is not None
     usual = 0.0 if is_lora else 0.99
     return dataclasses.replace(
         config,
-        resolution=resolution,
+        resolution=resolution_for(pipe, config.resolution, config.model),
         ema_decay=usual if config.ema_decay is None else config.ema_decay,
         lora_alpha=(config.lora_alpha or float(config.lora_rank)) if is_lora else None,
         lora_targets=(config.lora_targets or "attention") if is_lora else None,
     )
-
-
-def open_data(config: Config) -> Captioned | LatentCache:
-    """The training pictures: scenes, which have one size, or a folder's, cropped to a square and resized, or cached."""
-    if config.data == "scenes":
-        if config.resolution != SIDE:
-            raise InputError(
-                f"scenes are {SIDE}x{SIDE} pictures and this run would train at {config.resolution}x"
-                f"{config.resolution}: give --data a folder of images, or --resolution {SIDE}"
-            )
-        return Scenes("train", length=config.pictures)
-    data = cache.open_data(config.data, config.resolution)
-    print(data.summary())
-    return data
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -21,12 +20,11 @@ from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
 from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, Pipeline, load_pipeline
 from minidistill.training.config import option, run_command
-from minidistill.training.optim import PRECISIONS, get_device, get_precision
+from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
 from minidistill.weights.sampling import Sampling
 
 BATCH_SIZE = 8
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,11 @@ def generate(config: GenerateConfig) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
     device = get_device(config.device)
-    get_precision(config.precision, device)  # refuses what this device cannot do
+    dtype = get_dtype(config.precision, device)
     noise = read_latents(config.latents) if config.latents else None
     image = read_image(config.image) if config.image else None
     loras = [(config.lora, config.lora_scale)] if config.lora else []
-    pipe = load_pipeline(config.model, device, DTYPES[config.precision], unet=config.unet, vae=config.vae, loras=loras)
+    pipe = load_pipeline(config.model, device, dtype, unet=config.unet, vae=config.vae, loras=loras)
     for text in (config.prompt, config.negative_prompt or ""):
         warn_if_cut(pipe, text)
     count = config.count if noise is None else len(noise)

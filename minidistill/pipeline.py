@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidistill.diffusion.samplers import Callback, Model, ddim, euler, guide, sigmas_at
 from minidistill.diffusion.schedule import ScheduleConfig, final_alpha_bar, make_alpha_bar, time_grid
@@ -26,6 +26,7 @@ from minidistill.training.seeds import generator_for
 from minidistill.weights import sources
 from minidistill.weights.sampling import SAMPLERS, Sampling
 
+Origin = tuple[int, int, int, int]  # of a picture: original height and width; what was cropped above and at the left
 STEPS, GUIDANCE = 25, 7.5  # where neither the caller nor the checkpoint says
 
 
@@ -100,7 +101,8 @@ class Pipeline:
         self.schedule = schedule
         self.sampling = sampling
         self.zero_unconditional = zero_unconditional
-        self._check_parts_fit()
+        if problem := next(self._misfits(), None):
+            raise InputError(f"the parts of this pipeline do not fit: {problem}")
 
     @property
     def is_sdxl(self) -> bool:
@@ -112,43 +114,39 @@ class Pipeline:
         """Where the U-Net is."""
         return next(self.unet.parameters()).device
 
-    def _check_parts_fit(self) -> None:
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """U-Net and text encoders by their names in model folders and LoRA files."""
+        return sources.named_networks(self.unet, self.text_encoders)
+
+    def _misfits(self) -> Iterator[str]:
+        """What keeps the parts from working together, the plainest first."""
         unet, vae, encoders = self.unet.config, self.vae.config, self.text_encoders
-        width = sum(encoder.config.hidden_size for encoder in encoders)
-        for fits, problem in (
-            (
-                len(encoders) == len(self.tokenizers) == 1 + self.is_sdxl,
-                f"a U-Net of this kind needs {1 + self.is_sdxl} text encoder(s), there are {len(encoders)}",
-            ),
-            (
-                unet.in_channels == vae.latent_channels,
+        if not len(encoders) == len(self.tokenizers) == 1 + self.is_sdxl:
+            yield f"a U-Net of this kind needs {1 + self.is_sdxl} text encoder(s), there are {len(encoders)}"
+        if unet.in_channels != vae.latent_channels:
+            yield (
                 f"the U-Net reads {unet.in_channels} channels, the VAE's latents have {vae.latent_channels} "
-                "(inpainting and editing models are not supported)",
-            ),
-            (
-                unet.cross_attention_dim == width,
+                "(inpainting and editing models are not supported)"
+            )
+        width = sum(encoder.config.hidden_size for encoder in encoders)
+        if unet.cross_attention_dim != width:
+            yield (
                 f"the U-Net reads text states of width {unet.cross_attention_dim}, the text encoder makes "
-                f"{width}: they are of different models",
-            ),
-            *(
-                (
-                    tokenizer.max_length <= encoder.config.max_position_embeddings,
-                    f"the tokenizer makes {tokenizer.max_length} tokens, the text encoder reads "
-                    f"{encoder.config.max_position_embeddings}",
-                )
-                for tokenizer, encoder in zip(self.tokenizers, encoders, strict=False)
-            ),
-        ):
-            if not fits:
-                raise InputError(f"the parts of this pipeline do not fit: {problem}")
+                f"{width}: they are of different models"
+            )
+        for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
+            made, read = tokenizer.max_length, encoder.config.max_position_embeddings
+            if made > read:
+                yield f"the tokenizer makes {made} tokens, the text encoder reads {read}"
         if self.is_sdxl:
             projection = encoders[-1].text_projection
             pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
             if projection is None or projection.out_features != pooled:
                 made = "none" if projection is None else f"one of {projection.out_features}"
-                raise InputError(
-                    f"the parts of this pipeline do not fit: the U-Net reads a pooled text of width {pooled}, the last "
-                    f"text encoder makes {made} (an SDXL refiner is not supported)"
+                yield (
+                    f"the U-Net reads a pooled text of width {pooled}, the last text encoder makes {made} "
+                    "(an SDXL refiner is not supported)"
                 )
 
     @torch.no_grad()
@@ -179,12 +177,18 @@ class Pipeline:
             pooled = pooled.masked_fill(absent[:, None], 0)
         return TextStates(context, pooled)
 
-    def added_cond(self, pooled: Tensor | None, height: int, width: int) -> dict[str, Tensor] | None:
-        """SDXL's further conditions for pictures of height x width pixels, uncropped; None for other models."""
+    def added_cond(
+        self, pooled: Tensor | None, height: int, width: int, origins: Sequence[Origin] | None = None
+    ) -> dict[str, Tensor] | None:
+        """SDXL's micro-conditions for pictures of height x width pixels (arXiv 2307.01952, sec. 2.2).
+
+        origins: what each was cut from; None: they are whole. None for other models than SDXL.
+        """
         if pooled is None:
             return None
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=pooled.device)
-        return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
+        origins = origins or [(height, width, 0, 0)] * len(pooled)
+        ids = [(*origin, height, width) for origin in origins]
+        return {"text_embeds": pooled, "time_ids": torch.tensor(ids, dtype=torch.float32, device=pooled.device)}
 
     @torch.no_grad()
     def __call__(

@@ -13,27 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw, ImageFont
 
-from minidistill.data import cache
-from minidistill.data.cache import LatentCache
-from minidistill.data.scenes import SIDE, Scenes
+from minidistill.data.scenes import SIDE, Scenes, held_out_captions
 from minidistill.distill.block_removal import RECIPES, Removal, format_count, plan_removal
 from minidistill.distill.sensitivity import Probe, Score, choose, make_probes, score, share_weights, smallest_removals
 from minidistill.errors import InputError
 from minidistill.metrics import scene_judge
 from minidistill.models.unet import count_macs
 from minidistill.pipeline import Pipeline, load_pipeline
-from minidistill.training.batches import Batches, Captioned
+from minidistill.training.batches import Batches
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import COLORS, INK, PAPER, SCALE
+from minidistill.training.inputs import open_data, resolution_for
 from minidistill.training.log import format_table
-from minidistill.training.optim import PRECISIONS, get_device, get_precision
+from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, write_json
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,10 +52,10 @@ def main(config: Config) -> None:
     """Score every removal, choose lists, print tables, write a JSON file and a chart."""
     check_numbers(config)
     device = get_device(config.device)
-    get_precision(config.precision, device)  # refuses what this device cannot do
-    pipe = load_pipeline(config.teacher, device, DTYPES[config.precision])
+    pipe = load_pipeline(config.teacher, device, get_dtype(config.precision, device))
     teacher = pipe.unet.eval().requires_grad_(False)
-    data = open_data(config, pipe)
+    side = resolution_for(pipe, config.resolution, config.teacher)
+    data = open_data(config.data, side, Scenes("test", length=config.samples))
     out = make_folder(config.out)
 
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)
@@ -111,18 +107,6 @@ def check_numbers(config: Config) -> None:
         raise InputError("--judged is for scenes only: no judge reads other pictures")
 
 
-def open_data(config: Config, pipe: Pipeline) -> Captioned | LatentCache:
-    """Held-out scenes, or the pictures of a folder or a cache."""
-    side, factor = config.resolution or pipe.trained_size()[0], pipe.vae.config.downscale
-    if side % factor:
-        raise InputError(f"--resolution must be a multiple of {factor} for this teacher, not {side}")
-    if config.data != "scenes":
-        return cache.open_data(config.data, side)
-    if side != SIDE:
-        raise InputError(f"scenes are {SIDE}x{SIDE} pictures, not {side}x{side}: give --data a folder of images")
-    return Scenes("test", length=config.samples)
-
-
 def make_folder(path: str) -> Path:
     """The folder for the results, made now: not after everything is measured."""
     try:
@@ -151,7 +135,7 @@ def savings(
 
 def judge(config: Config, pipe: Pipeline, removal: Removal) -> float:
     """Share of held-out captions all of whose attributes the cut-down model's pictures show."""
-    student, captions = copy.copy(pipe), [Scenes("test").caption(i) for i in range(config.judged)]
+    student, captions = copy.copy(pipe), held_out_captions(config.judged)
     student.unet = share_weights(removal, pipe.unet)
     pictures = student(captions, seed=config.seed, batch_size=config.batch_size, height=SIDE, width=SIDE)
     return scene_judge.score(pictures, captions)["all"]

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minidistill.data import cache
 from minidistill.data.cache import LatentCache
-from minidistill.data.scenes import SIDE, Scenes
+from minidistill.data.scenes import Scenes
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import kd
 from minidistill.distill.block_removal import (
@@ -32,10 +31,11 @@ from minidistill.distill.block_removal import (
 from minidistill.errors import InputError
 from minidistill.metrics.comparison import Comparison
 from minidistill.pipeline import Pipeline, load_pipeline
-from minidistill.training.batches import Batches, Captioned
+from minidistill.training.batches import Batches, Captioned, captions_of
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
+from minidistill.training.inputs import check_shares, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.optim import (
     PRECISIONS,
@@ -57,7 +57,7 @@ LOSSES = ("task", "output", "feature")
 @dataclass(frozen=True)
 class Config:
     teacher: str = option("miniature", "SOURCE of the teacher: a model folder in the diffusers layout, or miniature")
-    recipe: str = option("bk-tiny", "which blocks go, and how the losses are weighed", choices=tuple(RECIPES))
+    recipe: str = option("bk-tiny", "which blocks go, and how the losses are weighed", choices=RECIPES)
     remove: tuple[str, ...] | None = option(
         None, "blocks to remove, as in down.1.1,up.2.1,mid,stage.3,down.2.0@6; none takes the recipe's"
     )
@@ -122,7 +122,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)  # decides a student's weights that are not copied
     student = build_student(removal, teacher if config.copy_weights else None, device)
     student.gradient_checkpointing = config.gradient_checkpointing
-    data = open_data(config)
+    data = open_data(config.data, config.resolution, Scenes("train", length=config.pictures))
 
     optimizer = adamw(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     ema = EMA(student, config.ema_decay)
@@ -184,9 +184,9 @@ def main(config: Config) -> None:
         comparison.student.save(run.path / "student")
     draw_curves(run.metrics, run.curves)
     folder, settings = run.path / "student", dataclasses.asdict(config)
-    write_card(folder, "student", settings, comparison.results, comparison.strip(), config.push_to_hub)
+    write_card(folder, "student", settings, comparison.results, run.last_strip(), config.push_to_hub)
     print(f"\n{comparison.table()}\n")
-    print(f"student   {folder}\npictures  {comparison.strip()}\ncurves    {run.curves}")
+    print(f"student   {folder}\npictures  {run.last_strip()}\ncurves    {run.curves}")
     if config.push_to_hub:
         print(f"online    {push(folder, config.push_to_hub, config.private)}")
 
@@ -195,37 +195,20 @@ def check_numbers(config: Config) -> None:
     """Refuse numbers that no flag's minimum can."""
     if config.loss_weights is not None and (len(config.loss_weights) != len(LOSSES) or not any(config.loss_weights)):
         raise InputError("--loss-weights takes three numbers, task,output,feature, not all of them zero")
-    if config.ema_decay >= 1:
-        raise InputError(f"--ema-decay must be below 1, not {config.ema_decay:g}: the average would never move")
-    if config.caption_dropout > 1:
-        raise InputError(f"--caption-dropout is a share of the samples, 0 to 1, not {config.caption_dropout:g}")
+    check_shares(config.ema_decay, config.caption_dropout)
     if config.flip and config.image_free:
         raise InputError("--flip needs pictures to mirror, and --image-free trains on none: leave out one of them")
 
 
-def check_weights(pipe: Pipeline, source: str) -> None:
-    """Refuse a teacher with nan or infinity among its weights, and name the first."""
-    encoders = zip(("text_encoder", "text_encoder_2"), pipe.text_encoders, strict=False)
-    for part, network in (("unet", pipe.unet), ("vae", pipe.vae), *encoders):
-        for name, weight in network.named_parameters():
-            if not weight.isfinite().all():
-                raise InputError(f"{source}: {part}/ {name} is not finite; download or save this model again")
-
-
 def resolve(config: Config, pipe: Pipeline) -> Config:
     """Settings left open take the recipe's or the teacher's values, so that the run folder records what was done."""
-    recipe, factor = RECIPES[config.recipe], pipe.vae.config.downscale
-    if config.resolution is None and pipe.unet.config.sample_size is None:
-        raise InputError(f"{config.teacher}: unet/config.json names no sample_size: give --resolution in pixels")
-    resolution = config.resolution or pipe.trained_size()[0]
-    if resolution % factor:
-        raise InputError(f"--resolution must be a multiple of {factor} for this teacher, not {resolution}")
+    recipe = RECIPES[config.recipe]
     return dataclasses.replace(
         config,
         remove=recipe.remove if config.remove is None else config.remove,
         pairing=config.pairing or recipe.pairing,
         loss_weights=config.loss_weights or recipe.loss_weights,
-        resolution=resolution,
+        resolution=resolution_for(pipe, config.resolution, config.teacher),
     )
 
 
@@ -242,26 +225,11 @@ def plan(config: Config, pipe: Pipeline) -> Removal:
         raise InputError(f"{flag} does not fit {config.teacher}: {error}{hint}") from error
 
 
-def open_data(config: Config) -> Captioned | LatentCache:
-    """The training pictures: scenes, which have one size, or a folder's, cropped to a square and resized, or cached."""
-    if config.data == "scenes":
-        if config.resolution != SIDE:
-            raise InputError(
-                f"scenes are {SIDE}x{SIDE} pictures and this run would train at {config.resolution}x"
-                f"{config.resolution}, the teacher's own size if --resolution is not given: give --data a folder of "
-                f"images, or --resolution {SIDE}"
-            )
-        return Scenes("train", length=config.pictures)
-    data = cache.open_data(config.data, config.resolution)
-    print(data.summary())
-    return data
-
-
 def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) -> Batches:
     """Batches of the data; with --image-free, of latents made now by the teacher from their captions."""
     if config.image_free:
-        captions = [kd.captions_of(data, i % len(data))[0] for i in range(config.image_free)]
-        data = kd.TeacherLatents(pipe, captions, config.resolution, config.seed, config.batch_size)
+        captions = [captions_of(data, i % len(data))[0] for i in range(config.image_free)]
+        data = kd.sample_latents(pipe, captions, config.resolution, config.seed, config.batch_size)
     kind = kd.RandomCaptions if config.random_conditioning else Batches
     return kind(
         data,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.data.scenes import Scenes
+from minidistill.data.scenes import Scenes, held_out_captions
 from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
@@ -118,7 +118,8 @@ def main(config: Config) -> None:
         part_config = replace(config, part=part, **own)
         folder = Path(config.out) / part
         resume = config.resume and (folder / "config.json").is_file()
-        train[part](part_config, RunFolder.open(folder, dataclasses.asdict(part_config), resume))
+        settings = dataclasses.asdict(part_config)
+        train[part](part_config, RunFolder.find(folder, settings, resume).begin(settings))
 
 
 # ------------------------------------------------------------------------------------------------------- CLIP
@@ -325,9 +326,9 @@ def init_unet(unet: UNet) -> UNet:
 
 def report(run: RunFolder, pipe: Pipeline, step: int, count: int) -> None:
     """Score and strip of held-out captions, always with the same noise."""
-    captions = [Scenes("test").caption(i) for i in range(count)]
+    captions = held_out_captions(count)
     pictures = pipe(captions, steps=25, guidance=7.5, seed=0, batch_size=32)
-    save_strip(run.samples / f"step-{step:06d}.png", [pictures[:16]], captions[:16])
+    save_strip(run.strip(step), [pictures[:16]], captions[:16])
     print(f"step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in score(pictures, captions).items()), flush=True)
 
 

@@ -116,3 +116,24 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "pictures"
     save_pictures(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """{"sd1", "sd2", "sdxl"}: pipeline folders with other shapes than `tiny_sd1`'s; not to be changed."""
+    from tiny import save_oracle, save_sdxl  # here: it imports diffusers
+
+    found = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in ("sd1", "sd2", "sdxl")}
+    save_oracle(found["sd1"], "sd1")
+    save_oracle(found["sd2"], "sd2")
+    save_sdxl(found["sdxl"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """With more than one, tiny networks wait for threads most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny import TINY, TINY_SD21, TINY_SDXL
 
 from minidistill.distill import block_removal
 from minidistill.distill.block_removal import (
@@ -52,27 +53,7 @@ every_student = pytest.mark.parametrize(("family", "recipe"), SIZES)
 every_recipe = pytest.mark.parametrize("recipe", FOUR_STAGES)
 every_xl_recipe = pytest.mark.parametrize("recipe", SIZES_XL)
 
-TINY = replace(
-    SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
-)
-TINY_SD21 = replace(
-    SD21,
-    block_out_channels=(16, 32, 48, 48),
-    norm_num_groups=8,
-    cross_attention_dim=20,
-    attention_head_dim=(1, 2, 4, 4),
-)
 LEVEL = replace(TINY, block_out_channels=(16, 16, 16, 16))  # of one width, so that any inner stages can go
-TINY_SDXL = replace(
-    SDXL,
-    block_out_channels=(16, 32, 48),
-    norm_num_groups=8,
-    cross_attention_dim=20,
-    attention_head_dim=(1, 2, 4),
-    transformer_layers_per_block=(1, 2, 3),
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=6 * 8 + 12,
-)
 DEEP_SDXL = replace(TINY_SDXL, transformer_layers_per_block=(1, 2, 7))  # deeper than any recipe leaves it
 TINY_SSD = replace(  # transformers of different depths within a stage, as in SSD-1B
     TINY_SDXL,

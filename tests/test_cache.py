@@ -149,7 +149,7 @@ def test_each_entry_holds_the_posterior_of_its_picture_and_of_the_mirror_image(m
             found = latents.latents([i], [flip])
             torch.testing.assert_close(found[0], mean, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found[1], (logvar / 2).exp(), rtol=1e-4, atol=1e-5)
-    assert latents.sizes(10) == (36, 50, 0, 6)  # 36 x 50 becomes 32 x 44
+    assert latents.origin(10) == (36, 50, 0, 6)  # 36 x 50 becomes 32 x 44
     assert latents.captions(10) == ("one", "two", "three")
     assert len(latents) == 11 and latents.names[10] == "10.png"
 

@@ -19,7 +19,7 @@ import torch
 from conftest import CAPTIONS
 from PIL import Image
 from safetensors.torch import load_file
-from test_sdxl import save_sdxl
+from tiny import save_sdxl
 
 from minidistill import cache, finetune, pipeline
 from minidistill.data.folders import ImageFolder
@@ -39,14 +39,11 @@ LORA_FILES = ("lora.safetensors", "lora_peft.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Two sampling steps for the strips, and one thread: with more, tiny networks wait for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick(one_thread):
+    """Two sampling steps for the strips."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "STEPS", 2)
         yield
-    torch.set_num_threads(threads)
 
 
 def command(*words: object) -> int:
@@ -154,7 +151,7 @@ def test_loss_and_gradients_are_those_of_diffusers_up_to_the_text_encoders(tiny_
     assert torch.equal(finetune.denoising_loss(pipe, batch, make_alpha_bar(pipe.schedule)), loss)
     loss.mean().backward()
     expected.mean().backward()
-    for part, network in finetune.parts_of(pipe).items():
+    for part, network in pipe.networks.items():
         oracle = {n.removeprefix("text_model."): p.grad for n, p in getattr(theirs, part).named_parameters()}
         compared = 0
         for name, weight in network.named_parameters():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import CAPTIONS
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from test_sdxl import save_sdxl
+from tiny import save_sdxl
 
 from minidistill import train_kd
 from minidistill.data.folders import ImageFolder
@@ -26,7 +26,7 @@ from minidistill.errors import InputError
 from minidistill.metrics import comparison
 from minidistill.models.unet import SD15, SD21, UNet
 from minidistill.pipeline import load_pipeline
-from minidistill.training.batches import Batches
+from minidistill.training.batches import Batches, captions_of
 from minidistill.training.optim import adamw, get_precision, optimizer_step
 
 TINY = {
@@ -427,20 +427,20 @@ def test_captions_are_found_without_reading_pictures(pictures, monkeypatch):
     data = folder_data(pictures)
     monkeypatch.setattr(ImageFolder, "sample", None)
     monkeypatch.setattr(Scenes, "__getitem__", None)
-    assert kd.captions_of(data, 3) == (CAPTIONS[3],)
-    assert kd.captions_of(Scenes("test"), 7) == (Scenes("test").caption(7),)
-    assert kd.captions_of([("picture", "a caption")], 0) == ("a caption",)
+    assert captions_of(data, 3) == (CAPTIONS[3],)
+    assert captions_of(Scenes("test"), 7) == (Scenes("test").caption(7),)
+    assert captions_of([("picture", "a caption")], 0) == ("a caption",)
 
 
 def test_image_free_latents_are_the_teachers_samples(pipe, xl):
     for teacher in (pipe, load_pipeline(xl)):
-        made = kd.TeacherLatents(teacher, CAPTIONS[:5], 32, seed=4, batch_size=2)
+        made = kd.sample_latents(teacher, CAPTIONS[:5], 32, seed=4, batch_size=2)
         expected = teacher(CAPTIONS[:5], seed=4, output="latents", steps=25, guidance=7.5, batch_size=5)
         batch = Batches(made, teacher, batch_size=5, seed=0)[0]
         order = [CAPTIONS.index(caption) for caption in batch.captions]
         assert sorted(order) == list(range(5))
         assert (batch.x0 - expected[order]).abs().max() < 1e-4 * expected.abs().max()
-        assert len(made) == 5 and made.size == (32, 32) and made.sizes(1) == (32, 32, 0, 0)
+        assert len(made) == 5 and made.size == (32, 32) and made.origin(1) == (32, 32, 0, 0)
     assert batch.added_cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 5
     again = Batches(made, teacher, batch_size=5, seed=0)[1]  # another epoch: the same latents, other noise
     assert set(again.captions) == set(batch.captions) and not torch.equal(again.eps, batch.eps)

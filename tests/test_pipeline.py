@@ -17,101 +17,16 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import PROMPTS, TOKENS
 
 import minidistill
 from minidistill import generate
 from minidistill.errors import InputError
-from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
 from minidistill.pipeline import _to_picture, initial_noise, load_pipeline
 from minidistill.training.config import run_command
 from minidistill.weights import folders
 
-PROMPTS = ["a red circle on a blue ground", "two green squares above a ring"]
-TOKENS = 32
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
-
-
-# a tiny Stable Diffusion, made by diffusers
-
-
-def save_oracle(folder, kind: str) -> None:
-    """Save a pipeline with the architecture of SD 1.x or 2.x in small: 8 x 8 latents, 32 x 32 pictures."""
-    is_sd2 = kind == "sd2"
-    torch.manual_seed(0)
-    ours = train_bpe(PROMPTS, vocab_size=600, max_length=TOKENS)
-    CLIPTokenizer(ours.vocab, ours.merges, TOKENS, "!" if is_sd2 else "<|endoftext|>").save(folder / "tokenizer")
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=ours.vocab_size,
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TOKENS,
-            hidden_act="gelu" if is_sd2 else "quick_gelu",
-            bos_token_id=0,
-            eos_token_id=2,
-        )
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        norm_num_groups=8,
-        attention_head_dim=(2, 4) if is_sd2 else 2,
-        use_linear_projection=is_sd2,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction" if is_sd2 else "epsilon",
-    )
-    make_prompts_matter(unet, text_encoder)
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder)
-
-
-@torch.no_grad()
-def make_prompts_matter(unet, text_encoder) -> None:
-    """Fresh random weights nearly ignore the text; larger ones make a mistake in its path visible."""
-    for name, weight in [*unet.named_parameters(), *text_encoder.named_parameters()]:
-        if "attn2.to_" in name or "conv_out.weight" in name:
-            weight.mul_(4)
-        if "token_embedding" in name:
-            weight.mul_(50)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """{"sd1": folder, "sd2": folder}, not to be changed."""
-    found = {}
-    for kind in ("sd1", "sd2"):
-        found[kind] = tmp_path_factory.mktemp(kind)
-        save_oracle(found[kind], kind)
-    return found
 
 
 @pytest.fixture

@@ -7,93 +7,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
-from test_pipeline import change_json, levels, load_oracle, make_prompts_matter, refused, save_oracle
+from test_pipeline import change_json, levels, load_oracle, refused
+from tiny import PROMPTS
 
 from minidistill.data.scenes import Scenes
-from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
 from minidistill.models.vae import AutoencoderKL, VAEConfig, decode_tiled
 from minidistill.pipeline import load_pipeline, to_pixels
 from minidistill.weights.files import read_json
 from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
 
-PROMPTS = ["a red circle on a blue ground", "two green squares above a ring"]
-TOKENS = 24
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
-
-
-def save_sdxl(folder) -> None:
-    """Save a pipeline with the architecture of SDXL in small: 8 x 8 latents, 32 x 32 pictures."""
-    torch.manual_seed(0)
-    ours = train_bpe(PROMPTS, vocab_size=600, max_length=TOKENS)
-    ours.save(folder / "tokenizer")
-    CLIPTokenizer(ours.vocab, ours.merges, TOKENS, "!").save(folder / "tokenizer_2")
-    text = {
-        "vocab_size": ours.vocab_size,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "max_position_embeddings": TOKENS,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-    one = transformers.CLIPTextConfig(hidden_size=24, hidden_act="quick_gelu", **text)
-    two = transformers.CLIPTextConfig(hidden_size=32, hidden_act="gelu", projection_dim=20, **text)
-    encoders = transformers.CLIPTextModel(one), transformers.CLIPTextModelWithProjection(two)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2),
-        cross_attention_dim=56,
-        norm_num_groups=8,
-        attention_head_dim=(1, 2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=20 + 6 * 8,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.13025,
-    )
-    make_prompts_matter(unet, encoders[0])
-    with torch.no_grad():
-        encoders[1].text_model.embeddings.token_embedding.weight.mul_(10)
-    read = transformers.CLIPTokenizer.from_pretrained
-    diffusers.StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
-        tokenizer=read(folder / "tokenizer"),
-        tokenizer_2=read(folder / "tokenizer_2"),
-        unet=unet,
-        scheduler=diffusers.EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            timestep_spacing="leading",
-        ),
-        add_watermarker=False,
-    ).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """{"sd1", "sd2", "sdxl"}: folders, not to be changed."""
-    found = {kind: tmp_path_factory.mktemp(kind) for kind in ("sd1", "sd2", "sdxl")}
-    save_oracle(found["sd1"], "sd1")
-    save_oracle(found["sd2"], "sd2")
-    save_sdxl(found["sdxl"])
-    return found
 
 
 def oracle_of(folder, kind="StableDiffusionXLPipeline"):

@@ -5,12 +5,11 @@ counts of two networks, and a choice among scores that are written down here.
 """
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
-from test_sdxl import save_sdxl
+from tiny import TINY, TINY_SDXL, save_sdxl
 
 from minidistill import sensitivity as command
 from minidistill.data.folders import ImageFolder
@@ -26,24 +25,10 @@ from minidistill.distill.sensitivity import (
     smallest_removals,
 )
 from minidistill.errors import InputError
-from minidistill.models.unet import SD15, SDXL, count_macs
+from minidistill.models.unet import count_macs
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.config import run_command
-
-TINY = replace(
-    SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
-)
-TINY_SDXL = replace(
-    SDXL,
-    block_out_channels=(16, 32, 48),
-    norm_num_groups=8,
-    cross_attention_dim=20,
-    attention_head_dim=(1, 2, 4),
-    transformer_layers_per_block=(1, 2, 3),
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=6 * 8 + 12,
-)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import torch
 import transformers
 from diffusers.loaders import single_file_utils as oracle
 from safetensors.torch import load_file, save_file
-from test_pipeline import refused, save_oracle
-from test_sdxl import save_sdxl
+from test_pipeline import refused
 
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.distill.block_removal import RECIPES, plan_removal
@@ -227,16 +226,6 @@ def test_incomplete_and_unknown_unets_are_refused():
 
 
 # whole checkpoints
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """{"sd1", "sd2", "sdxl"}: tiny pipeline folders made by diffusers, not to be changed."""
-    found = {kind: tmp_path_factory.mktemp(kind) for kind in ("sd1", "sd2", "sdxl")}
-    save_oracle(found["sd1"], "sd1")
-    save_oracle(found["sd2"], "sd2")
-    save_sdxl(found["sdxl"])
-    return found
 
 
 def load(folder) -> dict:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pipeline import levels, load_oracle, refused, save_oracle
-from test_sdxl import PROMPTS, noise, oracle_of, save_sdxl
+from test_pipeline import levels, load_oracle, refused
+from test_sdxl import noise, oracle_of
+from tiny import PROMPTS
 
 from minidistill import convert
 from minidistill.models.lora import ATTENTION, add_lora
@@ -23,16 +24,6 @@ from minidistill.weights.sampling import Sampling, sampling_metadata
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS = {"latents": noise(), "steps": 2}
 KINDS = ("sd1", "sd2", "sdxl")
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """{kind: pipeline folder}, not to be changed."""
-    found = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in KINDS}
-    for kind in ("sd1", "sd2"):
-        save_oracle(found[kind], kind)
-    save_sdxl(found["sdxl"])
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -37,20 +37,14 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Leave out what takes most of a tiny run and is tested elsewhere: counting and timing calls, many sampling steps.
-
-    One thread: with more, tiny networks wait for threads most of the time.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick(one_thread):
+    """Leave out what takes most of a tiny run and is tested elsewhere: counting, timing, many sampling steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "STEPS", 2)
         patch.setattr(comparison, "count_macs", lambda *_: {"conv_linear": 0})
         patch.setattr(comparison, "milliseconds", lambda *_: 0.0)
         patch.setattr(train_kd, "removal_rows", lambda *_: [("removed",), ("",)])
         yield
-    torch.set_num_threads(threads)
 
 
 def command(*words: object) -> int:

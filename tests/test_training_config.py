@@ -152,7 +152,8 @@ def test_resume_takes_the_settings_stored_in_the_run_folder(tmp_path):
 def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
     def open_as_told(*words):
         config = parsed("--out", str(tmp_path / "run"), *words)
-        return RunFolder.open(config.out, dataclasses.asdict(config), resume=config.resume)
+        settings = dataclasses.asdict(config)
+        return RunFolder.find(config.out, settings, resume=config.resume).begin(settings)
 
     open_as_told("--preset", "toy", "--learning-rate", "0.01", "--lora-rank", "4")
     open_as_told("--resume")

@@ -21,7 +21,8 @@ def tensors_at(step):
 
 
 def open_run(path, resume=False, **changes):
-    return RunFolder.open(path, {**CONFIG, "resume": resume, **changes}, resume=resume)
+    settings = {**CONFIG, "resume": resume, **changes}
+    return RunFolder.find(path, settings, resume=resume).begin(settings)
 
 
 def test_a_new_run_writes_its_settings_and_folders(tmp_path):
@@ -228,7 +229,7 @@ torch.set_num_threads(1)
 from minidistill.training.run_folder import RunFolder
 
 for kill in range(12):
-    run = RunFolder.open(f"{sys.argv[1]}/{kill}", {})
+    run = RunFolder.find(f"{sys.argv[1]}/{kill}", {}).begin({})
     child = os.fork()
     if child == 0:
         for step in range(1, 100_000):

@@ -56,18 +56,18 @@ def assert_same_bits(one, other):
 
 def test_three_steps_a_resume_and_three_steps_equal_six_steps_bit_by_bit(tmp_path, capsys):
     straight = make_parts()
-    run = RunFolder.open(tmp_path / "straight", {})
+    run = RunFolder.find(tmp_path / "straight", {}).begin({})
     with MetricsLog(run.metrics, total=6, every=1) as log:
         train(straight, 0, 6, log)
     straight_metrics = read_metrics(run.metrics)
 
-    run = RunFolder.open(tmp_path / "stopped", {})
+    run = RunFolder.find(tmp_path / "stopped", {}).begin({})
     parts = make_parts()
     with MetricsLog(run.metrics, total=6, every=1) as log:
         train(parts, 0, 3, log)
         run.save(3, parts)
         train(parts, 3, 5, log)  # then killed: two steps lost
-    run = RunFolder.open(tmp_path / "stopped", {}, resume=True)
+    run = RunFolder.find(tmp_path / "stopped", {}, resume=True).begin({})
     resumed = make_parts(seed=1)  # fresh objects, other weights
     torch.randn(17)  # the global generator is somewhere else
     step = run.restore(resumed)

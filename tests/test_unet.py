@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from tiny import TINY, TINY_SD21, TINY_SDXL
 from torch import nn
 
 from minidistill.models import layers
@@ -36,38 +37,18 @@ def bk(config, kind):
     )
 
 
-MINIATURE = replace(
-    SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
-)
-TINY_SD21 = replace(
-    SD21,
-    block_out_channels=(16, 32, 48, 48),
-    norm_num_groups=8,
-    cross_attention_dim=20,
-    attention_head_dim=(1, 2, 4, 4),
-)
-TINY_SDXL = replace(
-    SDXL,
-    block_out_channels=(16, 32, 48),
-    norm_num_groups=8,
-    cross_attention_dim=20,
-    attention_head_dim=(1, 2, 4),
-    transformer_layers_per_block=(1, 2, 3),
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=6 * 8 + 12,
-)
 KINDS = {
-    "sd15": MINIATURE,
+    "sd15": TINY,
     "sd21": TINY_SD21,
     "sdxl": TINY_SDXL,
-    "bk-base": bk(MINIATURE, "base"),
-    "bk-small": bk(MINIATURE, "small"),
-    "bk-tiny": bk(MINIATURE, "tiny"),
+    "bk-base": bk(TINY, "base"),
+    "bk-small": bk(TINY, "small"),
+    "bk-tiny": bk(TINY, "tiny"),
     "bk-v2-base": bk(TINY_SD21, "base"),
     "bk-v2-small": bk(TINY_SD21, "small"),
     "bk-v2-tiny": bk(TINY_SD21, "tiny"),
-    "inpainting": replace(MINIATURE, in_channels=9),
-    "uneven-layers": replace(MINIATURE, layers_per_block=(1, 2, 1, 3)),
+    "inpainting": replace(TINY, in_channels=9),
+    "uneven-layers": replace(TINY, layers_per_block=(1, 2, 1, 3)),
     "ssd-1b": replace(
         TINY_SDXL,
         mid_block_type="UNetMidBlock2D",
@@ -466,7 +447,7 @@ def test_unknown_keys_that_are_off_are_accepted():
 def test_inputs_that_do_not_fit_are_refused():
     x, t, context, added = make_inputs(TINY_SDXL)
     with torch.device("meta"):
-        sd, xl = UNet(MINIATURE), UNet(TINY_SDXL)
+        sd, xl = UNet(TINY), UNet(TINY_SDXL)
     with pytest.raises(ValueError, match="needs added_cond"):
         xl(x, t, context)
     with pytest.raises(ValueError, match="takes no added_cond"):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.errors import InputError
-from minidistill.pipeline import Pipeline, TextStates
+from minidistill.pipeline import Origin, Pipeline, TextStates
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
 
 FORMAT = "minidistill latents, version 1"
@@ -99,8 +99,8 @@ class LatentCache:
         mean, std = (torch.stack([shard[name][row, flip] for shard, row, flip in found]) for name in ("mean", "std"))
         return mean.float(), std.float()
 
-    def sizes(self, i: int) -> tuple[int, int, int, int]:
-        """(original height, original width, crop top, crop left) of example i: SDXL's micro-conditions."""
+    def origin(self, i: int) -> Origin:
+        """What example i was cut from."""
         shard, row = self._place(i)
         return (*shard["original"][row].tolist(), *shard["crop"][row].tolist())
 

@@ -125,6 +125,12 @@ class Scenes:
         return describe(self.scene(index).stated)
 
 
+def held_out_captions(count: int) -> list[str]:
+    """The first captions of split "test", by which models are judged."""
+    scenes = Scenes("test")
+    return [scenes.caption(i) for i in range(count)]
+
+
 # ---------------------------------------------------------------------------------------------- what is in the scene
 
 

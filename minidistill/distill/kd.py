@@ -29,11 +29,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from minidistill.data.cache import LatentCache
-from minidistill.data.folders import ImageFolder
-from minidistill.data.scenes import Scenes
 from minidistill.pipeline import Pipeline
-from minidistill.training.batches import Batch, Batches, Captioned
+from minidistill.training.batches import Batches, Latents, captions_of
 from minidistill.training.seeds import generator_for
 
 Features = Mapping[str, Tensor]
@@ -119,17 +116,12 @@ class RandomCaptions(Batches):
     What is trained without a prompt stays so, as in the original, where captions are dropped last.
     """
 
-    def __getitem__(self, k: int) -> Batch:
-        batch = super().__getitem__(k)
-        numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
-        chances = random_caption_probability(batch.t, self.pipe.schedule.num_train_timesteps).tolist()
-        captions = [
+    def _shown(self, captions: list[str | None], numbers: Sequence[int], t: Tensor) -> list[str | None]:
+        chances = random_caption_probability(t, self.pipe.schedule.num_train_timesteps).tolist()
+        return [
             caption if caption is None else self._other(n, p) or caption
-            for n, p, caption in zip(numbers, chances, batch.captions, strict=True)
+            for n, p, caption in zip(numbers, chances, captions, strict=True)
         ]
-        text = self._text_states(captions)
-        added_cond = batch.added_cond and {**batch.added_cond, "text_embeds": text.pooled}
-        return batch._replace(context=text.context, captions=captions, added_cond=added_cond)
 
     def _other(self, n: int, chance: float) -> str | None:
         """A caption of the whole data set in place of sample n's, or None: it keeps its own."""
@@ -140,46 +132,19 @@ class RandomCaptions(Batches):
         return several[int(torch.randint(len(several), (), generator=generator))]
 
 
-def captions_of(data: Captioned | LatentCache, i: int) -> tuple[str, ...]:
-    """All captions of entry i, without reading its picture if that can be helped."""
-    if isinstance(data, ImageFolder | LatentCache):
-        return data.captions(i)
-    return (data.caption(i),) if isinstance(data, Scenes) else (data[i][1],)
-
-
-class TeacherLatents(LatentCache):
-    """Latents that the teacher sampled from captions: in place of encoded pictures, and in memory only.
+def sample_latents(teacher: Pipeline, captions: Sequence[str], side: int, seed: int, batch_size: int = 16) -> Latents:
+    """Latents that the teacher draws from captions, in place of encoded pictures; there is no posterior to draw from.
 
     Sampled as the teacher's checkpoint says, else in 25 steps with guidance 7.5. Latent i depends on (seed, i) alone.
+    side: of the square pictures they stand for, in pixels.
     """
-
-    has_text = False
-    size = (0, 0)
-
-    def __init__(self, teacher: Pipeline, captions: Sequence[str], side: int, seed: int, batch_size: int = 16) -> None:
-        """side: of the square pictures they stand for, in pixels."""
-        self._captions, self.size, done = list(captions), (side, side), []
-        settings = {"seed": seed, "height": side, "width": side, "batch_size": batch_size, "output": "latents"}
-        with tqdm(total=len(captions), desc="sampling latents", unit="", disable=None, leave=False) as bar:
-            for first in range(0, len(captions), batch_size):
-                some = self._captions[first : first + batch_size]
-                done.append(teacher(some, first_index=first, **settings).cpu())
-                bar.update(len(some))
-        self._mean = torch.cat(done) / teacher.vae.config.scaling_factor
-
-    def __len__(self) -> int:
-        return len(self._captions)
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        return (self._captions[i],)
-
-    def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """(mean, deviation 0): there is no posterior to draw from, and no mirror image of latents."""
-        mean = self._mean[torch.tensor(numbers)]
-        return mean, torch.zeros_like(mean)
-
-    def sizes(self, i: int) -> tuple[int, int, int, int]:
-        return (*self.size, 0, 0)
-
-    def check(self, pipe: Pipeline, flip: bool = False) -> None:
-        """Nothing to compare: this very pipeline made them."""
+    done = []
+    settings = {"seed": seed, "height": side, "width": side, "batch_size": batch_size, "output": "latents"}
+    with tqdm(total=len(captions), desc="sampling latents", unit="", disable=None, leave=False) as bar:
+        for first in range(0, len(captions), batch_size):
+            some = captions[first : first + batch_size]
+            done.append(teacher(some, first_index=first, **settings).cpu())
+            bar.update(len(some))
+    mean = torch.cat(done)[:, None] / teacher.vae.config.scaling_factor  # (N, C, h, w) -> (N, 1, C, h, w)
+    origins = [(side, side, 0, 0)] * len(captions)
+    return Latents(mean, torch.zeros_like(mean), [(caption,) for caption in captions], origins, (side, side))

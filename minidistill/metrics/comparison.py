@@ -5,23 +5,21 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from PIL import Image
 
-from minidistill.data.scenes import Scenes
+from minidistill.data.scenes import held_out_captions
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar
 from minidistill.distill.block_removal import format_count
 from minidistill.distill.kd import output_loss
-from minidistill.errors import InputError
 from minidistill.metrics.scene_judge import score
 from minidistill.models.unet import UNet, count_macs
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.log import format_table
 from minidistill.training.run_folder import RunFolder
-from minidistill.training.strips import save_strip
+from minidistill.training.strips import drawing, save_strip
 from minidistill.weights.files import read_json, write_json
 
 SHOWN = 8  # pictures in a strip
@@ -37,7 +35,7 @@ class Comparison:
         self.student = copy.copy(teacher)
         self.student.unet = student
         self.width, self.height = batches.size
-        self.captions = [Scenes("test").caption(i) for i in range(SHOWN)] if judged else batches.captions(SHOWN)
+        self.captions = held_out_captions(SHOWN) if judged else batches.captions(SHOWN)
         self.teacher_row: list[Image.Image] = []
         self.file = run.path / "results.json"
         self.results = read_json(self.file) if self.file.exists() else {}
@@ -45,17 +43,9 @@ class Comparison:
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png, the teacher's pictures above the student's."""
         self.teacher_row = self.teacher_row or self._pictures(self.teacher, self.captions)
-        try:
+        with drawing(f"the student of step {step}"):
             row = self._pictures(self.student, self.captions)
-        except InputError as error:
-            hint = "if it did before, start again with a lower --learning-rate"
-            raise InputError(f"the student of step {step} makes no pictures: {error}; {hint}") from error
-        path = self.run.samples / f"step-{step:06d}.png"
-        save_strip(path, [self.teacher_row, row], self.captions, ["teacher", f"student, step {step}"])
-
-    def strip(self) -> Path:
-        """The last strip written."""
-        return max(self.run.samples.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+        save_strip(self.run.strip(step), [self.teacher_row, row], self.captions, ["teacher", f"student, step {step}"])
 
     def measure(self, name: str) -> None:
         """Measure the student under `name`, and the teacher if it is not yet; kept in results.json."""
@@ -94,8 +84,7 @@ class Comparison:
             "distance_to_teacher": self._distance(pipe.unet, batch),
         }
         if self.judged:
-            data = Scenes("test", length=self.judged)
-            captions = [data.caption(i) for i in range(self.judged)]
+            captions = held_out_captions(self.judged)
             result["judge"] = score(self._pictures(pipe, captions), captions)
         return result
 

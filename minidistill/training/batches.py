@@ -8,6 +8,7 @@ the same after a resume, for any batch size that covers the same numbers, and ho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
+from minidistill.data.scenes import Scenes
 from minidistill.errors import InputError
 from minidistill.models.vae import AutoencoderKL, posterior_std
-from minidistill.pipeline import Pipeline, TextStates, to_pixels
+from minidistill.pipeline import Origin, Pipeline, TextStates, to_pixels
 from minidistill.training.seeds import generator_for
 
-Sizes = tuple[int, int, int, int]  # original height and width; what was cropped above and at the left
 CACHE_LIMIT = 2 * 2**30  # bytes of latents to keep in memory; larger data sets are encoded batch by batch
 
 
@@ -45,13 +46,18 @@ class Batch(NamedTuple):
     captions: list[str | None]  # None: trained without a prompt
     added_cond: dict[str, Tensor] | None  # of SDXL: pooled text, and the sizes of the pictures
 
+    def with_text(self, text: TextStates) -> Batch:
+        """The same pictures, noise and timesteps under other text states."""
+        added_cond = self.added_cond and {**self.added_cond, "text_embeds": text.pooled}
+        return self._replace(context=text.context, added_cond=added_cond)
+
 
 class Batches:
     """`batches[k]` is micro-batch number k; an epoch is one random order of the data set."""
 
     def __init__(
         self,
-        data: Captioned | LatentCache,
+        data: Captioned | LatentCache | Latents,
         pipe: Pipeline,
         *,
         batch_size: int,
@@ -73,6 +79,7 @@ class Batches:
         self._cache: Latents | LatentCache | None = None
         if isinstance(data, LatentCache):
             data.check(pipe, flip)
+        if isinstance(data, LatentCache | Latents):
             self._cache, self.size = data, data.size
             return
         self.size = width, height = data[0][0].size  # of the pictures
@@ -83,7 +90,7 @@ class Batches:
     def __getitem__(self, k: int) -> Batch:
         numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
         generators = [generator_for(self.seed, "sample", n) for n in numbers]
-        mean, std, captions, sizes = self._examples(numbers)
+        mean, std, captions, origins = self._examples(numbers)
         T = self.pipe.schedule.num_train_timesteps
         t = torch.stack([torch.randint(T, (), generator=g) for g in generators])
         eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
@@ -93,14 +100,18 @@ class Batches:
         x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
         to_device = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
         x0, eps, t = to_device
+        captions = self._shown(captions, numbers, t)
         text = self._text_states(captions)
-        return Batch(x0, text.context, eps, t, captions, self._added_cond(text, sizes))
+        width, height = self.size
+        return Batch(x0, text.context, eps, t, captions, self.pipe.added_cond(text.pooled, height, width, origins))
 
     def captions(self, count: int) -> list[str]:
         """The (first) captions of the first entries of the data set."""
-        if isinstance(self.data, LatentCache):
-            return [self.data.captions(i)[0] for i in range(min(count, len(self.data)))]
-        return [self.data[i][1] for i in range(min(count, len(self.data)))]
+        return [captions_of(self.data, i)[0] for i in range(min(count, len(self.data)))]
+
+    def _shown(self, captions: list[str | None], numbers: Sequence[int], t: Tensor) -> list[str | None]:
+        """The captions that these samples are shown with; a subclass may choose others."""
+        return captions
 
     def _index(self, n: int) -> int:
         """Which entry of the data set sample n is."""
@@ -110,8 +121,8 @@ class Batches:
             self._order = (epoch, order)
         return int(self._order[1][place])
 
-    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str], list[Sizes]]:
-        """Posterior means, deviations, captions and sizes of these samples.
+    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str], list[Origin]]:
+        """Posterior means, deviations, captions and origins of these samples.
 
         Which side and which caption: by draws of their own.
         """
@@ -120,17 +131,17 @@ class Batches:
         if self._cache is not None:
             mean, std = self._cache.latents(indices, flipped)
             found = [self._cache.captions(i) for i in indices]
-            sizes = [self._cache.sizes(i) for i in indices]
+            origins = [self._cache.origin(i) for i in indices]
         else:
             samples = [_sample(self.data, i) for i in indices]
             mean, std = _encode(self.pipe.vae, samples, flipped)
             found = [sample.captions for sample in samples]
-            sizes = [(*sample.original, *sample.crop) for sample in samples]
+            origins = [(*sample.original, *sample.crop) for sample in samples]
         captions = [
             several[_draw(len(several), self.seed, "caption", n)] if len(several) > 1 else several[0]
             for n, several in zip(numbers, found, strict=True)
         ]
-        return mean, std, captions, sizes
+        return mean, std, captions, origins
 
     def _text_states(self, captions: list[str | None]) -> TextStates:
         if isinstance(self._cache, LatentCache) and self._cache.has_text:
@@ -139,22 +150,19 @@ class Batches:
             found = self.pipe.encode_prompts(captions)
         return TextStates(*(None if part is None else part.to(self.device).float() for part in found))
 
-    def _added_cond(self, text: TextStates, sizes: list[Sizes]) -> dict[str, Tensor] | None:
-        """SDXL's micro-conditions (arXiv 2307.01952, sec. 2.2), each sample's own: original size, crop, size now."""
-        if text.pooled is None:
-            return None
-        width, height = self.size
-        ids = torch.tensor([(*size, height, width) for size in sizes], dtype=torch.float32, device=self.device)
-        return {"text_embeds": text.pooled, "time_ids": ids}
 
-
-class Latents(NamedTuple):
+@dataclass(frozen=True)
+class Latents:
     """All of a data set, encoded, in memory; what a LatentCache is on the disk."""
 
     mean: Tensor  # (N, 1 or 2, C, h, w), unscaled float32 on the CPU; the second is the mirror image's
     std: Tensor
     all_captions: list[tuple[str, ...]]
-    all_sizes: list[Sizes]
+    origins: list[Origin]
+    size: tuple[int, int]  # width and height of the pictures
+
+    def __len__(self) -> int:
+        return len(self.all_captions)
 
     def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Posterior mean and deviation (B, C, h, w) of these entries or their mirror images."""
@@ -165,22 +173,29 @@ class Latents(NamedTuple):
         """All captions of entry i."""
         return self.all_captions[i]
 
-    def sizes(self, i: int) -> Sizes:
-        """Entry i's original height and width, and where it was cropped: top, left."""
-        return self.all_sizes[i]
+    def origin(self, i: int) -> Origin:
+        """What entry i was cut from."""
+        return self.origins[i]
+
+
+def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, ...]:
+    """All captions of entry i, without reading its picture if that can be helped."""
+    if isinstance(data, ImageFolder | LatentCache | Latents):
+        return data.captions(i)
+    return (data.caption(i),) if isinstance(data, Scenes) else (data[i][1],)
 
 
 def encode_all(data: Captioned, vae: AutoencoderKL, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
-    means, stds, captions, sizes = [], [], [], []
+    means, stds, captions, origins = [], [], [], []
     with tqdm(total=len(data), desc="encoding pictures", unit="", disable=None, leave=False) as bar:
         for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
             means.append(mean)
             stds.append(std)
             captions += [sample.captions for sample in chosen]
-            sizes += [(*sample.original, *sample.crop) for sample in chosen]
+            origins += [(*sample.original, *sample.crop) for sample in chosen]
             bar.update(len(chosen))
-    return Latents(torch.cat(means), torch.cat(stds), captions, sizes)
+    return Latents(torch.cat(means), torch.cat(stds), captions, origins, chosen[0].picture.size)
 
 
 def encode_samples(

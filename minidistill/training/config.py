@@ -25,7 +25,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -44,7 +44,7 @@ NOUNS = {int: "a whole number", float: "a finite number", str: "text"}
 def option(
     default: Any,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     minimum: float | None = None,
     positional: bool = False,
 ) -> Any:
@@ -197,7 +197,7 @@ def _item_type(hint: Any, name: str = "") -> tuple[type, bool]:
     return kind, is_tuple
 
 
-def _converter(flag: str, hint: Any, choices: Sequence[str] | None, minimum: float | None) -> Callable[[str], Any]:
+def _converter(flag: str, hint: Any, choices: Collection[str] | None, minimum: float | None) -> Callable[[str], Any]:
     """A function text -> value of the type `hint`, that refuses with a line naming the flag."""
     kind, is_tuple = _item_type(hint)
     optional = type(None) in typing.get_args(hint)
@@ -225,7 +225,7 @@ def _converter(flag: str, hint: Any, choices: Sequence[str] | None, minimum: flo
     return convert
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
+def _did_you_mean(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -271,9 +271,9 @@ def _as_typed(name: str, value: Any) -> str:
 
 
 def _stored_settings(out: str, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
-    """The settings of the run in `out`: `--out DIR --resume` is enough. RunFolder.open compares them all."""
+    """The settings of the run in `out`: `--out DIR --resume` is enough. RunFolder.find compares them all."""
     path = Path(out) / "config.json"
-    if not path.is_file():  # RunFolder.open refuses
+    if not path.is_file():  # RunFolder.find refuses
         return {}
     return {
         name: tuple(value) if isinstance(value, list) else value

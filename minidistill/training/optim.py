@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minidistill.errors import InputError
 
 SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def lr_at(step: int, base: float, warmup: int, total: int, schedule: str = "constant") -> float:
@@ -118,7 +118,13 @@ def get_precision(name: str, device: torch.device) -> Precision:
         return Precision(contextlib.nullcontext(), scaler)
     if device.type == "cpu":
         return Precision(_Bf16OnCpu(), scaler)
-    return Precision(torch.autocast(device.type, dtype=torch.bfloat16 if name == "bf16" else torch.float16), scaler)
+    return Precision(torch.autocast(device.type, dtype=PRECISIONS[name]), scaler)
+
+
+def get_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of networks that only run and do not train. InputError: as in `get_precision`."""
+    get_precision(name, device)
+    return PRECISIONS[name]
 
 
 class _Bf16OnCpu(contextlib.ExitStack):

@@ -12,6 +12,8 @@ bears its name is whole. Older ones are deleted only after that. Reading checks 
 before if it differs.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -53,7 +55,7 @@ class Checkpoint(NamedTuple):
 
 
 class RunFolder:
-    """Paths and checkpoints of one run. Made by `RunFolder.open`; only one process of a run should write."""
+    """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`. Only one process of a run should write."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -64,26 +66,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     @classmethod
-    def open(
-        cls,
-        out: str | Path,
-        config: Mapping[str, Any],
-        resume: bool = False,
-        may_change: Collection[str] = MAY_CHANGE,
-    ) -> "RunFolder":
-        """Start a run in `out`, or go on with the one that is there: `find`, then `begin`."""
-        run = cls.find(out, config, resume, may_change)
-        run.begin(config)
-        return run
-
-    @classmethod
     def find(
         cls,
         out: str | Path,
         config: Mapping[str, Any],
         resume: bool = False,
         may_change: Collection[str] = MAY_CHANGE,
-    ) -> "RunFolder":
+    ) -> RunFolder:
         """Check that a run can start or go on in `out`; nothing is written.
 
         Without `resume`, `out` must not hold a run or a model. With it, `out` must hold a run whose
@@ -111,8 +100,8 @@ class RunFolder:
             )
         return run
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Write config.json and make the folders. InputError: the operating system refuses."""
+    def begin(self, config: Mapping[str, Any]) -> RunFolder:
+        """Write config.json and make the folders; itself. InputError: the operating system refuses."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config, _as_stored(config))  # first: what has it can be resumed, whatever else is missing
@@ -120,6 +109,15 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write a run into {self.path}: {error.strerror}; take another --out") from error
+        return self
+
+    def strip(self, step: int) -> Path:
+        """Where the strip of a step is, or will be."""
+        return self.samples / f"step-{step:06d}.png"
+
+    def last_strip(self) -> Path:
+        """The newest strip there is."""
+        return max(self.samples.glob("step-*.png"), key=_step_of)
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
         """Write checkpoints/step-NNNNNN (contents: state.pack), then delete all but the last `keep`."""
@@ -206,7 +204,7 @@ def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return int(path.stem.removeprefix("step-"))
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from minidistill.errors import InputError
 from minidistill.weights.files import atomic_path
 
 CELL, GAP, LABEL = 128, 6, 92  # pixels: picture, space, row label
@@ -39,3 +41,13 @@ def save_strip(
         pen.multiline_text((left + c * (CELL + GAP), height - GAP), "\n".join(lines), INK, font, anchor="ld")
     with atomic_path(path) as temporary:
         sheet.save(temporary, "PNG")
+
+
+@contextlib.contextmanager
+def drawing(model: str) -> Iterator[None]:
+    """Around the drawing of a strip: an InputError also says whose pictures failed, and what may have led to it."""
+    try:
+        yield
+    except InputError as error:
+        hint = "if it did before, start again with a lower --learning-rate"
+        raise InputError(f"{model} makes no pictures: {error}; {hint}") from error

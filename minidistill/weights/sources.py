@@ -30,7 +30,13 @@ from minidistill.weights.vae_file import read_vae_file
 
 Device = str | torch.device
 DType = torch.dtype | None  # None keeps the file's
+ENCODERS = ("text_encoder", "text_encoder_2")  # their names in model folders and LoRA files
 CLIP = "openai/clip-vit-large-patch14"  # where the Hub has the vocabulary that single files leave out
+
+
+def named_networks(unet: UNet, text_encoders: Sequence[CLIPTextModel]) -> dict[str, nn.Module]:
+    """The networks that LoRAs are for, by their names in model folders and LoRA files."""
+    return {"unet": unet, **dict(zip(ENCODERS[: len(text_encoders)], text_encoders, strict=True))}
 
 
 class Parts(NamedTuple):
@@ -72,8 +78,7 @@ def load_parts(
     sampling = parts.sampling
     for file, scale in loras:
         path = folders.find_model(file)
-        names = ("text_encoder", "text_encoder_2")[: len(parts.text_encoders)]
-        networks = {"unet": parts.unet, **dict(zip(names, parts.text_encoders, strict=True))}
+        networks = named_networks(parts.unet, parts.text_encoders)
         found = lora_files.read_lora(path, networks)
         counts = lora_files.merge_into(networks, found, scale)
         print(f"{path.name}: {lora_files.matched_line(found, counts)}", file=sys.stderr)
@@ -132,8 +137,7 @@ def load_unet(source: str | Path, device: Device, dtype: DType) -> UNet:
     path = folders.find_model(source, dtype)
     if path.is_file():
         return _unet_of(read_single_file(path), path, device, dtype)
-    whole = (path / "model_index.json").is_file() or not (path / "config.json").is_file()
-    return folders.load_unet(path, dtype, device, "unet" if whole else "")
+    return folders.load_unet(path, dtype, device, _place_of("unet", path))
 
 
 def load_vae(source: str | Path, device: Device, dtype: DType, base: VAEConfig) -> AutoencoderKL | AutoencoderTiny:
@@ -141,8 +145,13 @@ def load_vae(source: str | Path, device: Device, dtype: DType, base: VAEConfig) 
     path = folders.find_model(source, dtype)
     if path.is_file():
         return _vae_of(*read_vae_file(path, base), path, device, dtype)
-    whole = (path / "model_index.json").is_file() or not (path / "config.json").is_file()
-    return folders.load_vae(path, dtype, device, "vae" if whole else "")
+    return folders.load_vae(path, dtype, device, _place_of("vae", path))
+
+
+def _place_of(part: str, folder: Path) -> str:
+    """Where in a folder the part is: in its own, unless the folder holds nothing else."""
+    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return "" if alone else part
 
 
 def _unet_of(file: SingleFile, path: Path, device: Device, dtype: DType) -> UNet:
@@ -166,8 +175,7 @@ def sampling_of(source: str | Path, dtype: DType = None) -> Sampling | None:
     """What the U-Net of a SOURCE was distilled for."""
     path = folders.find_model(source, dtype)
     if path.is_dir():
-        whole = (path / "model_index.json").is_file() or not (path / "config.json").is_file()
-        path = folders.unet_file(path, dtype, "unet" if whole else "")
+        path = folders.unet_file(path, dtype, _place_of("unet", path))
     return _find_sampling(path)
 
 
@@ -209,7 +217,8 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
         scheduler = "EulerDiscreteScheduler"
     folders.save_unet(folder, parts.unet, sampling_metadata(sampling))
     folders.save_vae(folder, parts.vae)
-    for suffix, encoder, tokenizer in zip(("", "_2"), parts.text_encoders, parts.tokenizers, strict=False):
+    suffixes = ("", "_2")[: len(parts.text_encoders)]
+    for suffix, encoder, tokenizer in zip(suffixes, parts.text_encoders, parts.tokenizers, strict=True):
         folders.save_text_encoder(folder, encoder, f"text_encoder{suffix}")
         folders.save_tokenizer(folder, tokenizer, f"tokenizer{suffix}")
     folders.save_schedule(folder, schedule, scheduler)

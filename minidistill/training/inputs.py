@@ -1,0 +1,53 @@
+"""What a command trains or measures on, checked and opened before it writes a file."""
+
+from __future__ import annotations
+
+from minidistill.data import cache
+from minidistill.data.cache import LatentCache
+from minidistill.data.scenes import SIDE, Scenes
+from minidistill.errors import InputError
+from minidistill.pipeline import Pipeline
+from minidistill.training.batches import Captioned
+
+
+def check_shares(ema_decay: float | None, caption_dropout: float) -> None:
+    """InputError: a number that is no share, which no flag's minimum can refuse."""
+    if ema_decay is not None and ema_decay >= 1:
+        raise InputError(f"--ema-decay must be below 1, not {ema_decay:g}: the average would never move")
+    if caption_dropout > 1:
+        raise InputError(f"--caption-dropout is a share of the samples, 0 to 1, not {caption_dropout:g}")
+
+
+def check_weights(pipe: Pipeline, source: str) -> None:
+    """InputError: nan or infinity among a model's weights; the first is named."""
+    for part, network in {**pipe.networks, "vae": pipe.vae}.items():
+        for name, weight in network.named_parameters():
+            if not weight.isfinite().all():
+                raise InputError(f"{source}: {part}/ {name} is not finite; download or save this model again")
+
+
+def resolution_for(pipe: Pipeline, asked: int | None, source: str) -> int:
+    """Pixels to train at: those asked for, else the model's own. InputError: it cannot."""
+    if asked is None and pipe.unet.config.sample_size is None:
+        raise InputError(f"{source}: unet/config.json names no sample_size: give --resolution in pixels")
+    resolution, factor = asked or pipe.trained_size()[0], pipe.vae.config.downscale
+    if resolution % factor:
+        raise InputError(f"--resolution must be a multiple of {factor} for this model, not {resolution}")
+    return resolution
+
+
+def open_data(data: str, resolution: int, scenes: Scenes) -> Captioned | LatentCache:
+    """The pictures of --data: `scenes`, which have one size, or a folder's, cropped to a square and resized, or cached.
+
+    scenes: those that the word `scenes` means here.
+    """
+    if data == "scenes":
+        if resolution != SIDE:
+            raise InputError(
+                f"scenes are {SIDE}x{SIDE} pictures, not {resolution}x{resolution} (the model's own size "
+                f"if --resolution is not given): give --data a folder of images, or --resolution {SIDE}"
+            )
+        return scenes
+    opened = cache.open_data(data, resolution)
+    print(opened.summary(), flush=True)
+    return opened

@@ -1,0 +1,167 @@
+"""Tiny models that several test files share: configs of U-Nets, and random pipelines saved by diffusers."""
+
+from dataclasses import replace
+
+import diffusers
+import torch
+import transformers
+
+from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
+from minidistill.models.unet import SD15, SD21, SDXL
+
+TINY = replace(
+    SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
+)
+TINY_SD21 = replace(
+    SD21,
+    block_out_channels=(16, 32, 48, 48),
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    attention_head_dim=(1, 2, 4, 4),
+)
+TINY_SDXL = replace(
+    SDXL,
+    block_out_channels=(16, 32, 48),
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    attention_head_dim=(1, 2, 4),
+    transformer_layers_per_block=(1, 2, 3),
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 12,
+)
+
+PROMPTS = ["a red circle on a blue ground", "two green squares above a ring"]
+TOKENS, XL_TOKENS = 32, 24
+
+
+def save_oracle(folder, kind: str) -> None:
+    """Save a pipeline with the architecture of SD 1.x or 2.x in small: 8 x 8 latents, 32 x 32 pictures."""
+    is_sd2 = kind == "sd2"
+    torch.manual_seed(0)
+    ours = train_bpe(PROMPTS, vocab_size=600, max_length=TOKENS)
+    CLIPTokenizer(ours.vocab, ours.merges, TOKENS, "!" if is_sd2 else "<|endoftext|>").save(folder / "tokenizer")
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=ours.vocab_size,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            hidden_act="gelu" if is_sd2 else "quick_gelu",
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        attention_head_dim=(2, 4) if is_sd2 else 2,
+        use_linear_projection=is_sd2,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction" if is_sd2 else "epsilon",
+    )
+    make_prompts_matter(unet, text_encoder)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+
+
+@torch.no_grad()
+def make_prompts_matter(unet, text_encoder) -> None:
+    """Fresh random weights nearly ignore the text; larger ones make a mistake in its path visible."""
+    for name, weight in [*unet.named_parameters(), *text_encoder.named_parameters()]:
+        if "attn2.to_" in name or "conv_out.weight" in name:
+            weight.mul_(4)
+        if "token_embedding" in name:
+            weight.mul_(50)
+
+
+def save_sdxl(folder) -> None:
+    """Save a pipeline with the architecture of SDXL in small: 8 x 8 latents, 32 x 32 pictures."""
+    torch.manual_seed(0)
+    ours = train_bpe(PROMPTS, vocab_size=600, max_length=XL_TOKENS)
+    ours.save(folder / "tokenizer")
+    CLIPTokenizer(ours.vocab, ours.merges, XL_TOKENS, "!").save(folder / "tokenizer_2")
+    text = {
+        "vocab_size": ours.vocab_size,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": XL_TOKENS,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    one = transformers.CLIPTextConfig(hidden_size=24, hidden_act="quick_gelu", **text)
+    two = transformers.CLIPTextConfig(hidden_size=32, hidden_act="gelu", projection_dim=20, **text)
+    encoders = transformers.CLIPTextModel(one), transformers.CLIPTextModelWithProjection(two)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=56,
+        norm_num_groups=8,
+        attention_head_dim=(1, 2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.13025,
+    )
+    make_prompts_matter(unet, encoders[0])
+    with torch.no_grad():
+        encoders[1].text_model.embeddings.token_embedding.weight.mul_(10)
+    read = transformers.CLIPTokenizer.from_pretrained
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=read(folder / "tokenizer"),
+        tokenizer_2=read(folder / "tokenizer_2"),
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        add_watermarker=False,
+    ).save_pretrained(folder)
