@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import tqdm
 
-from minidistill.data.scenes import SIDE, Scenes
+from minidistill.data.scenes import SIDE, held_out_captions
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_scores, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
