@@ -35,6 +35,7 @@ setup(
             "peft>=0.13",
             "nbclient>=0.10",
             "ipykernel>=6",
+            "matplotlib>=3.8",
             "ruff>=0.9",
         ],
         "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],

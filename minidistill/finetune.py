@@ -33,6 +33,7 @@ from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_shares, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
+from minidistill.training.memory import on_device
 from minidistill.training.optim import (
     PRECISIONS,
     SCHEDULES,
@@ -250,6 +251,7 @@ class Show:
         self.run, self.pipe, self.config, self.batches, self.alpha_bar = run, pipe, config, batches, alpha_bar
         self.judged = held_out_captions(config.judged) if config.data == "scenes" else []
         self.captions = held_out_captions(SHOWN) if self.judged else batches.captions(SHOWN)
+        self.resting = [] if config.train_text_encoder else batches.resting
         self.before = self.draw(self.captions)
         self.file = run.path / "results.json"
         self.results = read_json(self.file) if self.file.exists() else {}
@@ -257,7 +259,8 @@ class Show:
     def draw(self, captions: Sequence[str]) -> list[Image.Image]:
         """A picture of each caption, with the model's own steps and guidance."""
         side = self.config.resolution
-        return self.pipe(captions, seed=SEED, height=side, width=side, batch_size=16)
+        with on_device(self.resting, self.pipe.device):
+            return self.pipe(captions, seed=SEED, height=side, width=side, batch_size=16)
 
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png."""

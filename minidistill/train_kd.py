@@ -28,6 +28,7 @@ from minidistill.distill.block_removal import (
     plan_removal,
     removal_rows,
 )
+from minidistill.distill.memory import memory_rows, step_peak
 from minidistill.errors import InputError
 from minidistill.metrics.comparison import Comparison
 from minidistill.pipeline import Pipeline, load_pipeline
@@ -100,17 +101,78 @@ class Config:
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hugging Face Hub that gets the student; none: nobody")
     private: bool = option(False, "the repository that --push-to-hub makes is private")
     resume: bool = option(False, "go on with the run in OUT")
+    dry_run: bool = option(False, "print what the run will take, and stop")
 
 
+# As Nota's released scripts have it: 512 pixels, fp16, checkpointing, flips, EMA, batch 256. The scripts say 400,000
+# steps, the paper and the released weights 50,000. One A100 took 300 hours for bk-base, by their account.
+NOTA = {
+    "resolution": 512,
+    "flip": True,
+    "steps": 50_000,
+    "batch_size": 64,
+    "accumulate": 4,
+    "learning_rate": 5e-5,
+    "lr_schedule": "constant",
+    "warmup": 0,
+    "ema_decay": 0.9999,
+    "caption_dropout": 0.0,
+    "gradient_checkpointing": True,
+    "seed": 1234,
+    "device": "cuda",
+    "precision": "fp16",
+    "log_every": 50,
+    "sample_every": 500,
+    "checkpoint_every": 500,
+}
+# Segmind's sources disagree. Learning rate: 1e-5 in the README, 1e-4 in the script and on the model cards. Batch: 32 in
+# the README, 32 x 4 in the others. Loss weights: 0.5 in the README, 1 in the blog's formula. Steps: 100,000 in the blog
+# for small, 95,000 on its card. Taken here: the script's numbers with the README's weights (those of the recipe).
+# Realistic Vision was published as V4.0 and renamed V4.0_noVAE.
+SEGMIND = {
+    **NOTA,
+    "teacher": "SG161222/Realistic_Vision_V4.0_noVAE",
+    "batch_size": 32,
+    "learning_rate": 1e-4,
+    "lr_schedule": "cosine",
+    "ema_decay": 0.0,
+    "seed": 647,
+}
 PRESETS = {
-    "quick": {"comment": "the defaults"},
+    "quick": {"comment": "the defaults: bk-tiny of the miniature, 2 to 3 minutes on 2 CPU cores"},
+    "nota-sd15": {
+        "comment": "BK-SDM as published, of SD 1.4: give --data and a --recipe; 12.8 M samples; not yet run here",
+        **NOTA,
+        "teacher": "CompVis/stable-diffusion-v1-4",
+        "recipe": "bk-base",
+    },
+    "nota-sd21": {
+        "comment": "BK-SDM-v2 as published, of SD 2.1-base, batch 128: give --data; 6.4 M samples; not yet run here",
+        **NOTA,
+        "teacher": "stabilityai/stable-diffusion-2-1-base",
+        "recipe": "bk-base",
+        "batch_size": 32,
+    },
+    "segmind-small": {
+        "comment": "SD-Small as published: give --data; 12.8 M samples; not yet run here",
+        **SEGMIND,
+        "recipe": "segmind-small",
+        "steps": 100_000,
+    },
+    "segmind-tiny": {
+        "comment": "SD-Tiny as published: give --data; 16 M samples; not yet run here",
+        **SEGMIND,
+        "recipe": "segmind-tiny",
+        "steps": 125_000,
+    },
 }
 
 
 def main(config: Config) -> None:
     """Distil, as the configuration says; everything is checked before the first file is written."""
-    device = get_device(config.device)
-    precision = get_precision(config.precision, device)
+    # A dry run may be of a machine that this is not.
+    device = get_device("cpu" if config.dry_run else config.device)
+    precision = get_precision("fp32" if config.dry_run else config.precision, device)
     check_numbers(config)
     pipe = load_pipeline(config.teacher, device)
     check_weights(pipe, config.teacher)
@@ -130,9 +192,12 @@ def main(config: Config) -> None:
     run = RunFolder.find(config.out, dataclasses.asdict(config), config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)
+    describe(config, pipe, removal)
+    if config.dry_run:
+        print(dry_run(config, pipe, removal, pairs, len(data)))
+        return
     batches = open_batches(config, data, pipe)
     run.begin(dataclasses.asdict(config))
-    describe(config, pipe, removal)
     start = run.restore(parts)
 
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
@@ -245,6 +310,21 @@ def describe(config: Config, pipe: Pipeline, removal: Removal) -> None:
     """Print what goes away, and what that saves at the size of the training pictures."""
     side = config.resolution // pipe.vae.config.downscale
     print(format_table(removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n", flush=True)
+
+
+def dry_run(config: Config, pipe: Pipeline, removal: Removal, pairs: list[tuple[str, str]], pictures: int) -> str:
+    """What the run will take, for reading."""
+    side = config.resolution // pipe.vae.config.downscale
+    inputs = (config.batch_size, side, side, pipe.tokenizers[0].max_length)
+    peak = step_peak(
+        removal, pairs, inputs, half=config.precision != "fp32", checkpointing=config.gradient_checkpointing
+    )
+    rows = memory_rows(removal, [pipe.vae, *pipe.text_encoders], peak, config.ema_decay > 0)
+    seen = config.steps * config.accumulate * config.batch_size
+    return (
+        f"{format_table(rows)}\n\n{config.steps} steps of {config.accumulate} x {config.batch_size} samples: each of "
+        f"{pictures} pictures is seen {seen / pictures:.1f} times"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from minidistill import train_kd
 from minidistill.distill.block_removal import RECIPES
 from minidistill.metrics import comparison
 from minidistill.pipeline import load_pipeline
-from minidistill.training.config import run_command
+from minidistill.training.config import parse, run_command
 from minidistill.training.seeds import generator_for
 
 ROOT = Path(__file__).parents[1]
@@ -237,7 +237,7 @@ import torch._dynamo  # or it is imported in every child anew
 torch.set_num_threads(1)
 from minidistill import train_kd
 from minidistill.metrics import comparison
-from minidistill.training.config import run_command
+from minidistill.training.config import parse, run_command
 
 comparison.STEPS = 2
 comparison.count_macs = lambda *_: {"conv_linear": 0}
@@ -480,6 +480,31 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tiny_sd1
     error = one_line(capsys)
     assert all(reason in error for reason in reasons), error
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--dry-run", "--device", "cuda", "--precision", "fp16", "--accumulate", "5") == 0
+    shown = capsys.readouterr().out
+    assert "activations, gradients" in shown and "in all, about" in shown
+    assert "4 steps of 5 x 4 samples: each of 10 pictures is seen 8.0 times" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_presets_are_as_published():
+    def preset(name):
+        return parse(train_kd.Config, train_kd.PRESETS, ["--preset", name, "--data", "pictures"], "", None)
+
+    assert parse(train_kd.Config, train_kd.PRESETS, ["--preset", "quick"], "", None) == train_kd.Config()
+    samples = {
+        name: (p := preset(name)).steps * p.batch_size * p.accumulate for name in train_kd.PRESETS if name != "quick"
+    }
+    assert samples == {
+        "nota-sd15": 12_800_000,
+        "nota-sd21": 6_400_000,
+        "segmind-small": 12_800_000,
+        "segmind-tiny": 16_000_000,
+    }
+    assert all(preset(name).caption_dropout == 0 and preset(name).flip for name in samples)
 
 
 def test_a_teacher_that_does_not_name_its_size_needs_a_resolution(train, tiny_sd1, tmp_path, capsys):

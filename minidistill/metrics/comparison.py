@@ -18,6 +18,7 @@ from minidistill.models.unet import UNet, count_macs
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.log import format_table
+from minidistill.training.memory import on_device
 from minidistill.training.run_folder import RunFolder
 from minidistill.training.strips import drawing, save_strip
 from minidistill.weights.files import read_json, write_json
@@ -72,7 +73,8 @@ class Comparison:
 
     def _pictures(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
         size = {"height": self.height, "width": self.width}
-        return pipe(captions, steps=STEPS, guidance=GUIDANCE, seed=SEED, batch_size=16, **size)
+        with on_device(self.batches.resting, pipe.device):
+            return pipe(captions, steps=STEPS, guidance=GUIDANCE, seed=SEED, batch_size=16, **size)
 
     def _measure(self, pipe: Pipeline) -> dict:
         batch = self.batches[-1]  # a batch that no run trains on

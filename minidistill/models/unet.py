@@ -434,17 +434,27 @@ def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77
     }
 
 
+def random_inputs(
+    config: UNetConfig, batch: int, height: int, width: int, tokens: int = 77
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
+    """Noise in the shapes that a call takes: x (B, C, h, w), t (B,), context (B, L, D), added_cond."""
+    added_cond = None
+    if config.addition_embed_type is not None:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added_cond = {"text_embeds": torch.randn(batch, pooled), "time_ids": torch.rand(batch, 6) * 1024}
+    x, context = (
+        torch.randn(batch, config.in_channels, height, width),
+        torch.randn(batch, tokens, config.cross_attention_dim),
+    )
+    return x, torch.rand(batch) * 999, context, added_cond
+
+
 @lru_cache
 def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
     """{"Global" | "UNet" | "UNet.<module>": counts}, on the meta device: no weights, no arithmetic."""
     config = replace(config, upcast_attention=False)  # costs no MACs, and meta has no autocast
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        added_cond = None
-        if config.addition_embed_type is not None:
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            added_cond = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        x = torch.empty(1, config.in_channels, height, width)
-        UNet(config)(x, torch.empty(1), torch.empty(1, tokens, config.cross_attention_dim), added_cond)
+        UNet(config)(*random_inputs(config, 1, height, width, tokens))
     result = {}
     for module, counts in counter.get_flop_counts().items():
         flops = {str(op): n for op, n in counts.items()}

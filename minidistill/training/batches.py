@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
@@ -108,6 +108,12 @@ class Batches:
     def captions(self, count: int) -> list[str]:
         """The (first) captions of the first entries of the data set."""
         return [captions_of(self.data, i)[0] for i in range(min(count, len(self.data)))]
+
+    @property
+    def resting(self) -> list[nn.Module]:
+        """The networks that no batch needs any more, since what they make is in memory or in a cache."""
+        has_text = isinstance(self._cache, LatentCache) and self._cache.has_text
+        return [*([] if self._cache is None else [self.pipe.vae]), *(self.pipe.text_encoders if has_text else [])]
 
     def _shown(self, captions: list[str | None], numbers: Sequence[int], t: Tensor) -> list[str | None]:
         """The captions that these samples are shown with; a subclass may choose others."""

@@ -42,7 +42,7 @@ MAY_CHANGE = (
     "push_to_hub",
     "private",
 )
-NOT_COMPARED = ("out", "resume")
+NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
 
 

@@ -1,0 +1,64 @@
+"""What a distillation takes before it starts: memory, and how often it sees the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from minidistill.distill import kd
+from minidistill.distill.block_removal import Removal
+from minidistill.models.unet import UNet, random_inputs
+from minidistill.training.memory import format_bytes, peak_bytes
+
+
+def step_peak(
+    removal: Removal,
+    pairs: Sequence[tuple[str, str]],
+    inputs: tuple[int, int, int, int],
+    *,
+    half: bool,
+    checkpointing: bool,
+) -> int:
+    """Bytes of one micro-batch at its peak: activations, gradients, what both networks need in passing.
+
+    inputs: batch size, height and width of the latents, text tokens.
+    """
+
+    def build() -> tuple[list[nn.Module], Callable[[], None]]:
+        teacher, student = UNet(removal.teacher).requires_grad_(False), UNet(removal.student)
+        student.gradient_checkpointing = checkpointing
+        x, t, context, added_cond = random_inputs(removal.teacher, *inputs)
+
+        def run() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                with torch.no_grad():
+                    teacher_out, teacher_features = teacher(x, t, context, added_cond, return_features=True)
+                student_out, student_features = student(x, t, context, added_cond, return_features=True)
+            loss = kd.task_loss(student_out, x) + kd.output_loss(student_out, teacher_out)
+            (loss + kd.feature_loss(student_features, teacher_features, pairs)).mean().backward()
+
+        return [teacher, student], run
+
+    return peak_bytes(build)
+
+
+def memory_rows(removal: Removal, others: Sequence[nn.Module], peak: int, averaged: bool) -> list[tuple[str, str]]:
+    """A table of what is on the device. others: the frozen networks besides the teacher; averaged: with an EMA."""
+    with torch.device("meta"):
+        teacher, student = UNet(removal.teacher), UNet(removal.student)
+    parts = {
+        "teacher's weights": _size(teacher),
+        "student's weights": _size(student),
+        "AdamW's two averages": 2 * _size(student),
+        "averaged weights": _size(student) * averaged,
+        "VAE and text encoders": sum(map(_size, others)),
+        "activations, gradients": peak,
+    }
+    rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
+    return [("on the device", "memory"), *rows, ("in all, about", format_bytes(sum(parts.values())))]
+
+
+def _size(network: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in network.parameters())

@@ -1,0 +1,93 @@
+"""Memory counted on fake tensors: by hand where that can be done, else equal to the count of the real computation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TINY, TINY_SDXL
+from torch import nn
+
+from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
+from minidistill.distill.memory import memory_rows, step_peak
+from minidistill.models.unet import UNet, random_inputs
+from minidistill.training.memory import MemoryCount, format_bytes, on_device, peak_bytes
+
+INPUTS = (2, 16, 16, 7)
+
+
+def test_what_is_alive_at_once_counts_and_views_count_nothing():
+    x = torch.randn(1000)
+    with MemoryCount([x]) as count:
+        a = x.exp()  # 4000 bytes
+        b = a[:500] * 1  # 2000 more
+        _ = a.view(10, 100), x[:10]
+        del a, _
+        assert (count.now, count.peak) == (2000, 6000)
+        c = b.double()  # 4000 more
+    assert (count.now, count.peak) == (6000, 6000) and len(c) == 500
+
+
+def test_a_backward_pass_leaves_the_gradients_and_nothing_else():
+    layers = nn.Sequential(nn.Linear(30, 50), nn.SiLU(), nn.Linear(50, 20))
+    with MemoryCount(layers.parameters()) as count:
+        layers(torch.randn(64, 30)).square().mean().backward()
+    assert count.now == 4 * sum(p.numel() for p in layers.parameters()) < count.peak
+
+
+def one_step(config, checkpointing=False):
+    def build():
+        torch.manual_seed(0)
+        unet = UNet(config)
+        unet.gradient_checkpointing = checkpointing
+        inputs = random_inputs(config, *INPUTS)
+        return [unet], lambda: unet(*inputs).square().mean().backward()
+
+    return build
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_SDXL], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_tensors_take_what_real_ones_do(config, checkpointing):
+    networks, run = one_step(config, checkpointing)()
+    with MemoryCount(networks[0].parameters()) as count:
+        run()
+    assert peak_bytes(one_step(config, checkpointing)) == pytest.approx(count.peak, rel=0.01)
+
+
+def test_checkpointing_and_half_precision_and_smaller_batches_save():
+    removal = plan_removal(replace(TINY, block_out_channels=(32, 32, 64, 64)), RECIPES["bk-base"].remove)
+    pairs = feature_pairs(removal, "nota")
+
+    def peak(batch=4, half=False, checkpointing=False):
+        return step_peak(removal, pairs, (batch, *INPUTS[1:]), half=half, checkpointing=checkpointing)
+
+    assert peak(checkpointing=True) < 0.8 * peak()
+    assert peak(half=True) < 0.9 * peak()
+    assert peak(batch=8) > 1.5 * peak()
+
+
+def test_the_table_adds_up():
+    removal = plan_removal(TINY, RECIPES["bk-tiny"].remove)
+    with torch.device("meta"):
+        teacher, student = UNet(removal.teacher), UNet(removal.student)
+    other = nn.Linear(1000, 1000)
+    rows = dict(memory_rows(removal, [other], 10 * 2**20, averaged=True))
+    bytes_of = [4 * sum(p.numel() for p in network.parameters()) for network in (teacher, student, other)]
+    assert rows["AdamW's two averages"] == format_bytes(2 * bytes_of[1])
+    assert rows["in all, about"] == format_bytes(bytes_of[0] + 4 * bytes_of[1] + bytes_of[2] + 10 * 2**20)
+    assert "averaged weights" not in dict(memory_rows(removal, [other], 0, averaged=False))
+
+
+def test_networks_wait_on_the_cpu():
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def to(self, device):
+            self.seen.append(str(device))
+
+    network = Noted()
+    with on_device([network], torch.device("cuda")):
+        assert network.seen == ["cuda"]
+    assert network.seen == ["cuda", "cpu"]
