@@ -101,6 +101,11 @@ def test_the_cache_reads_every_picture_once_and_is_used_as_long_as_it_fits(pipe,
         assert reads_of_two_epochs(None) == reads
 
 
+def test_what_rests_once_latents_are_in_memory_is_the_vae(pipe):
+    assert make(pipe, cache=True).resting == [pipe.vae]
+    assert make(pipe, cache=False).resting == []
+
+
 def test_batches_after_a_restart_are_the_same_to_the_bit_in_any_order(pipe):
     options = {"caption_dropout": 0.3}
     straight = make(pipe, **options)

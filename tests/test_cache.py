@@ -174,6 +174,7 @@ def test_text_states_are_those_of_the_text_encoder(model, pipe, data):
     assert latents.has_text and "text states" in latents.summary()
     for captions in ([*CAPTIONS], ["", None], ["three", "three"]):
         torch.testing.assert_close(latents.text_states(captions).context, pipe.encode_prompts(captions).context)
+    assert Batches(latents, pipe, batch_size=2, seed=0).resting == [pipe.vae, *pipe.text_encoders]
     batch = from_disk(out, pipe, caption_dropout=0.3)[0]
     torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context, rtol=1e-4, atol=1e-5)
     os.utime(text_path(out, 0), ns=(1, 1))

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import minidistill
-from minidistill.data.scenes import Scenes
+from minidistill.data.scenes import Scenes, held_out_captions
 from minidistill.metrics.clip_score import retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.metrics.scene_judge import score
@@ -59,7 +59,7 @@ def test_diffusers_loads_it_and_draws_the_same_picture(pipe):
 
 def test_the_vae_keeps_what_a_caption_says():
     result = evaluate_vae(folders.load_vae(folders.MINIATURE), 200)
-    assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["judged_right"] >= 0.95, result
+    assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["judged_right"] >= 0.97, result
 
 
 def test_latents_have_unit_variance_in_every_channel(pipe):
@@ -75,16 +75,18 @@ def test_clip_finds_the_caption_of_a_picture():
     assert retrieval(clip, tokenizer, rounds=3) >= 0.68
 
 
-def test_its_text_encoder_is_its_clips():
+def test_its_text_encoder_is_of_its_clips_shape():
+    """It was CLIP's, and was trained further with the U-Net."""
     clip, encoder = folders.load_clip(folders.MINIATURE), folders.load_text_encoder(folders.MINIATURE)
-    for name, tensor in encoder.text_model.state_dict().items():
-        assert torch.equal(tensor, clip.text_model.state_dict()[name])
+    shapes = {name: weight.shape for name, weight in clip.text_model.state_dict().items()}
+    assert {name: weight.shape for name, weight in encoder.text_model.state_dict().items()} == shapes
 
 
-def test_it_draws_the_colours_and_places_that_captions_say(pipe):
-    captions = [Scenes("test").caption(i) for i in range(48)]
+def test_it_draws_what_captions_say(pipe):
+    captions = held_out_captions(48)
     result = score(pipe(captions, steps=25, guidance=7.5, seed=0, batch_size=24), captions)
-    assert result["colour"] >= 0.55 and result["relation"] >= 0.4, result
+    assert result["all"] >= 0.5 and result["relation"] >= 0.4, result  # relations are what it is weakest at
+    assert min(result["shape"], result["colour"], result["size"], result["background"]) >= 0.88, result
 
 
 def test_a_caption_fits_into_the_text_encoder(pipe):

@@ -12,6 +12,7 @@ from test_pipeline import change_json, levels, load_oracle, refused
 from tiny import PROMPTS
 
 from minidistill.data.scenes import Scenes
+from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
 from minidistill.models.vae import AutoencoderKL, VAEConfig, decode_tiled
 from minidistill.pipeline import load_pipeline, to_pixels
 from minidistill.weights.files import read_json
@@ -91,9 +92,36 @@ def test_sdxl_sizes_that_are_not_square_reach_the_network(sources):
     assert differ(other, expected) > 2, "height and width swapped must be seen, or the test proves nothing"
 
 
+@pytest.mark.parametrize(
+    ("kind", "remove"),
+    [
+        *(("tiny", RECIPES[name].remove) for name in ("bk-base", "bk-small", "bk-tiny")),
+        ("sdxl", ("down.2.0@1", "up.0.0@1", "up.0.1@1", "mid@0")),
+        ("sdxl", ("mid",)),
+    ],
+    ids=["bk-base", "bk-small", "bk-tiny", "fewer transformer blocks", "no mid block"],
+)
+def test_pictures_of_students_are_those_of_diffusers(sources, tiny_sd1, tmp_path, kind, remove):
+    pipe = load_pipeline(tiny_sd1 if kind == "tiny" else sources[kind])
+    teacher = pipe.unet
+    pipe.unet = build_student(plan_removal(teacher.config, remove), teacher)
+    pipe.save(tmp_path)
+    oracle = oracle_of(tmp_path) if kind == "sdxl" else load_oracle(tmp_path)
+    settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 32, "width": 32}
+    expected = oracle(PROMPTS, latents=noise(), **settings).images
+    ours = {"latents": noise(), "steps": 3, "guidance": 5.0, "sampler": "euler" if kind == "sdxl" else "ddim"}
+    assert differ(load_pipeline(tmp_path)(PROMPTS, **ours), expected) <= 2
+    pipe.unet = teacher
+    assert differ(pipe(PROMPTS, **ours), expected) > 2, "the teacher draws something else"
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize(
-    "prompt", ["", "red " * 5, "red ring " * 40, "A Red CIRCLE", "café où", "a 😀 ring", "stop!", "red  ring\n blue"]
+    "prompt",
+    [
+        *(" ".join((["red", "ring"] * 100)[:words]) for words in (0, 5, 75, 200)),
+        *("A Red CIRCLE", "café où", "a 😀 ring", "stop!", "red  ring\n blue"),
+    ],
 )
 def test_prompts_of_every_kind_give_diffusers_pictures(sources, kind, prompt):
     if kind != "sd1" and "!" in prompt:

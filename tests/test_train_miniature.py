@@ -6,13 +6,15 @@ import shutil
 import pytest
 import torch
 
-from minidistill.data.scenes import Scenes
+from minidistill.data.scenes import SIZES, Scenes
 from minidistill.errors import InputError
+from minidistill.models.clip import CLIPTextModel
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
-from minidistill.train_miniature import VAE, Config, main, near_colour, whiten
+from minidistill.train_miniature import VAE, Config, main, near_colour, p2_weight, whiten, words_first
 from minidistill.training.batches import to_pixels
 from minidistill.training.run_folder import RunFolder
+from minidistill.weights import folders
 from minidistill.weights.files import read_safetensors
 
 FEW = {"batch_size": 2, "pictures": 8, "judged": 4, "precision": "fp32", "log_every": 1, "checkpoint_every": 2}
@@ -79,8 +81,36 @@ def test_the_unet_can_go_on_from_another_model(made, tmp_path):
 
 
 def test_the_unet_needs_the_parts_before_it(tmp_path):
-    with pytest.raises(InputError, match="vae"):
+    with pytest.raises(InputError, match="has no folder clip/"):
         main(few(part="unet", steps=1, out=str(tmp_path / "none")))
+
+
+def test_the_text_encoder_is_trained_with_the_unet_and_clip_stays(made):
+    trained = read_safetensors(made / "unet" / "checkpoints" / "step-000002" / "state.safetensors")
+    for name, start in words_first(folders.load_clip(made / "pipeline")).state_dict().items():
+        change = (trained[f"networks/text_encoder.{name}"] - start).abs().max()
+        assert 0 < change < 1e-3 or "position" in name, name
+
+
+def test_words_come_first_in_the_states_that_a_unet_reads():
+    clip, tokenizer = folders.load_clip(folders.MINIATURE), folders.load_tokenizer(folders.MINIATURE)
+    before = CLIPTextModel(clip.config.text_config)
+    before.text_model.load_state_dict(clip.text_model.state_dict())
+    captions = [[f"a {size} red {shape}" for size in SIZES] for shape in ("circle", "square")]
+
+    @torch.no_grad()
+    def apart(encoder):
+        """How far the states of two shapes' words are apart, in what they vary with the word before."""
+        circle, square = (encoder(tokenizer(some)).last_hidden_state[:, 4] for some in captions)
+        return (circle.mean(0) - square.mean(0)).norm() / (circle.var(0).sum() + square.var(0).sum()).sqrt()
+
+    assert apart(words_first(clip)) > 5 * apart(before)
+
+
+def test_noise_weighs_by_its_signal():
+    alpha_bar = torch.tensor([0.99, 0.5, 0.01])
+    expected = [(0.015 + 99) ** -0.5, 1.015**-0.5, (0.015 + 1 / 99) ** -0.5]
+    assert torch.allclose(p2_weight(torch.arange(3), alpha_bar), torch.tensor(expected))
 
 
 def test_whitening_changes_the_latents_and_nothing_else():

@@ -32,8 +32,8 @@ COLOURS = {
     "purple": (140, 58, 180),
     "pink": (242, 122, 182),
 }
-SIZES = {"small": (8.0, 9.5), "large": (13.0, 14.5)}  # half the width, in pixels
-SIZE_BORDER = 11.25  # half width at which small ends and large begins
+SIZES = {"small": (9.0, 10.5), "large": (14.0, 15.5)}  # half the width, in pixels
+SIZE_BORDER = 12.25  # half width at which small ends and large begins
 GROUNDS = {"white": (234, 230, 222), "grey": (132, 134, 140), "black": (40, 40, 46)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "gradient", "grainy")
 RELATIONS = ("left of", "right of", "above", "below", "inside")
@@ -180,7 +180,7 @@ def _pick_things(rng: random.Random, kind: str, count: int, split: str) -> tuple
 
 def _place(rng: random.Random, full: Statement) -> tuple[Statement, tuple[Place, ...]]:
     """Places that touch neither each other nor the border and agree with the relation, by trying."""
-    for attempt in range(1000):
+    for attempt in range(20_000):
         if attempt and attempt % 200 == 0:  # too crowded: make all small
             full = replace(full, things=tuple(replace(t, size="small") for t in full.things))
         places = []
@@ -189,10 +189,10 @@ def _place(rng: random.Random, full: Statement) -> tuple[Statement, tuple[Place,
             x, y = (rng.uniform(r + 1.5, SIDE - r - 1.5) for _ in "xy")
             places.append(Place(x, y, r, rng.uniform(-10, 10)))
         if full.relation == "inside":
-            inner, outer = places[0], replace(places[1], r=rng.uniform(20.0, 21.5))
+            inner, outer = places[0], replace(places[1], r=rng.uniform(22.5, 24.0))
             x, y = (rng.uniform(outer.r + 1.5, SIDE - outer.r - 1.5) for _ in "xy")
             places[1] = replace(outer, x=x, y=y)
-            places[0] = replace(inner, x=x + rng.uniform(-1, 1), y=y + rng.uniform(-1.5, 0.5), r=rng.uniform(8.7, 9.3))
+            places[0] = replace(inner, x=x + rng.uniform(-1, 1), y=y + rng.uniform(-1.5, 0.5), r=rng.uniform(9.8, 10.4))
             return full, tuple(places)
         clear = all(
             max(abs(a.x - b.x), abs(a.y - b.y)) > a.r + b.r + 3 for i, a in enumerate(places) for b in places[:i]

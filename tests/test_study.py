@@ -1,0 +1,80 @@
+"""The study: what is run, what is taken from finished runs, and the arithmetic of the table, on made-up runs."""
+
+import json
+
+import pytest
+
+from minidistill import study, train_kd
+from minidistill.pipeline import load_pipeline
+from minidistill.training.config import run_command
+
+
+def result(parameters: int, macs: int, right: float, distance: float) -> dict:
+    return {"parameters": parameters, "macs": macs, "distance_to_teacher": distance, "judge": {"all": right}}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Training replaced by writing results that depend on the settings; the list of the settings it was called with."""
+    seen = []
+
+    def train(settings):
+        seen.append(settings)
+        folder = study.Path(settings.out)
+        (folder / "student").mkdir(parents=True)
+        right = 0.5 + 0.1 * settings.seed - 0.3 * (not settings.copy_weights)
+        after = result(40, 60, right, 0.1 + settings.seed)
+        (folder / "results.json").write_text(json.dumps({"teacher": result(100, 80, 0.8, 0), "student after": after}))
+        (folder / "config.json").write_text(json.dumps(train_kd.dataclasses.asdict(settings)))
+        (folder / "student/model_index.json").write_text("{}")
+
+    monkeypatch.setattr(train_kd, "main", train)
+    monkeypatch.setattr(study, "time_students", lambda names, out: {"teacher": 10.0, **dict.fromkeys(names, 7.5)})
+    return seen
+
+
+def command(*words: object) -> int:
+    with pytest.raises(SystemExit) as info:
+        run_command(study.main, study.Config, prog="study", argv=list(map(str, words)))
+    return info.value.code
+
+
+def test_every_row_is_a_run_and_every_run_has_settings_of_train_kd():
+    assert {name for rows in study.STUDIES.values() for name in rows} == set(study.RUNS)
+    for settings in study.RUNS.values():
+        train_kd.Config(**settings)
+    assert study.RUNS["bk-tiny"] == {} and train_kd.Config().recipe == "bk-tiny"
+
+
+def test_means_and_spreads_over_seeds(runs, tmp_path, capsys):
+    assert command("--only", "ablation", "--seeds", 2, "--out", tmp_path) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    plain = next(line for line in text.splitlines() if line.startswith("| bk-tiny"))
+    assert "-60 %" in plain and "| -25 % | -25 % |" in plain
+    assert "55.0% (50.0% to 60.0%)" in plain and "69% (62% to 75%)" in plain and "0.6000 (0.1000 to 1.1000)" in plain
+    assert "25.0% (20.0% to 30.0%)" in next(line for line in text.splitlines() if line.startswith("| random-all"))
+    assert text.splitlines()[-1].startswith("| teacher |") and "80.0%" in text.splitlines()[-1]
+    assert [s.seed for s in runs] == [0] * 5 + [1] * 5
+
+
+def test_finished_runs_are_not_done_again(runs, tmp_path):
+    assert command("--only", "students", "--seeds", 1, "--out", tmp_path) == 0
+    assert len(runs) == 3
+    assert command("--only", "students", "--seeds", 2, "--out", tmp_path) == 0
+    assert [(s.recipe, s.seed) for s in runs[3:]] == [(r, 1) for r in ("bk-base", "bk-small", "bk-tiny")]
+
+
+def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
+    assert command("--only", "students", "--seeds", 1, "--steps", 10, "--out", tmp_path) == 0
+    assert command("--only", "students", "--seeds", 1, "--steps", 20, "--out", tmp_path) == 2
+    assert "bk-base-seed0 is of --steps 10: take another --out" in capsys.readouterr().err
+
+
+def test_a_real_study_of_one_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RUNS", {"bk-tiny": {"pictures": 32, "batch_size": 4}})
+    monkeypatch.setattr(study, "STUDIES", {"students": ("bk-tiny",)})
+    assert command("--seeds", 1, "--steps", 1, "--judged", 1, "--out", tmp_path) == 0
+    assert load_pipeline(tmp_path / "bk-tiny-seed0/student").unet.config.mid_block_type is None
+    times = json.loads((tmp_path / "study.json").read_text())["ms_per_call"]
+    assert 0 < times["bk-tiny"] < times["teacher"]
