@@ -273,7 +273,9 @@ class Show:
         """Measure the model, once under each name but "after"; kept in results.json. trained: how many parameters."""
         if name in self.results and name != "after":
             return
-        batch = read_again(self.pipe, self.batches[-1])  # pictures of the data, with noise that no step sees
+        batch = self.batches[-1]  # pictures of the data, with noise that no step sees
+        if self.config.train_text_encoder:  # else the batch has the states already, and the encoders may rest elsewhere
+            batch = read_again(self.pipe, batch)
         result = {} if trained is None else {"trained_parameters": trained}
         result["loss"] = denoising_loss(self.pipe, batch, self.alpha_bar).mean().item()
         if self.judged:

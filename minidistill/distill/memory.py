@@ -1,14 +1,15 @@
-"""What a distillation takes before it starts: memory, and how often it sees the data."""
+"""The memory that a distillation takes, before it takes any."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from minidistill.distill import kd
-from minidistill.distill.block_removal import Removal
+from minidistill.distill.block_removal import Removal, weight_shapes
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.training.memory import format_bytes, peak_bytes
 
@@ -46,19 +47,14 @@ def step_peak(
 
 def memory_rows(removal: Removal, others: Sequence[nn.Module], peak: int, averaged: bool) -> list[tuple[str, str]]:
     """A table of what is on the device. others: the frozen networks besides the teacher; averaged: with an EMA."""
-    with torch.device("meta"):
-        teacher, student = UNet(removal.teacher), UNet(removal.student)
+    teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
     parts = {
-        "teacher's weights": _size(teacher),
-        "student's weights": _size(student),
-        "AdamW's two averages": 2 * _size(student),
-        "averaged weights": _size(student) * averaged,
-        "VAE and text encoders": sum(map(_size, others)),
+        "teacher's weights": teacher,
+        "student's weights": student,
+        "AdamW's two averages": 2 * student,
+        "averaged weights": student * averaged,
+        "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
         "activations, gradients": peak,
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
     return [("on the device", "memory"), *rows, ("in all, about", format_bytes(sum(parts.values())))]
-
-
-def _size(network: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in network.parameters())
