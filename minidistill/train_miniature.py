@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from minidistill.data.scenes import Scenes, held_out_captions
+from minidistill.data.scenes import Scenes, describe_places, held_out_captions
 from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
@@ -90,6 +91,7 @@ class Config:
     )
     learning_rate: float | None = option(None, "peak; none takes the part's own: clip 1e-3, vae 1.5e-3, unet 1e-3")
     pictures: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
+    layout_steps: int = option(1000, "of the U-Net's steps, how many first teach only what is where", minimum=0)
     seed: int = option(0, "decides everything random")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("bf16", "of the forward pass", choices=("fp32", "bf16", "fp16"))
@@ -266,6 +268,11 @@ def train_unet(config: Config, run: RunFolder) -> None:
 
     The loss is weighted by about SNR^(-1/2) (P2 weighting, arXiv 2204.00227): the last traces of noise make most
     of the plain loss, and what the caption says is decided long before them.
+
+    What is where has to be learned apart. Below t = 850 the noisy latents show it, so a caption's "left of" tells
+    nothing new; above, it is worth 1 % of a tiny loss, and needs both words that mean places and features that know
+    theirs. So the first `layout_steps` are at t >= 850, on captions that say places (`Layouts`), and the features
+    learn their place besides (`where_loss`); afterwards a quarter of all samples stays at t >= 850.
     """
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
@@ -284,27 +291,41 @@ def train_unet(config: Config, run: RunFolder) -> None:
         ScheduleConfig(),
     )
     networks = nn.ModuleDict(pipe.networks)
-    optimizer = adamw(networks.parameters(), config.learning_rate, betas=(0.9, 0.99))
+    widths = unet.config.block_out_channels
+    heads = {"down_0": widths[0], "down_1": widths[1], "up_1": widths[2], "up_2": widths[1], "up_3": widths[0]}
+    heads = nn.ModuleDict({name: nn.Conv2d(width, 2, 1) for name, width in heads.items()}).to(device)
+    learned = nn.ModuleList([networks, heads])
+    optimizer = adamw(learned.parameters(), config.learning_rate, betas=(0.9, 0.99))
     ema = EMA(networks, 0.999)
-    parts = {"networks": networks, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
+    parts = {"networks": networks, "heads": heads, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
 
     data = Scenes("train", length=config.pictures)
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, caption_dropout=0.1)
+    lesson = None
+    if start < config.layout_steps:
+        lesson = Batches(Layouts(config.pictures // 3), pipe, batch_size=config.batch_size, seed=config.seed)
     alpha_bar = make_alpha_bar(pipe.schedule)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
-            x0, _, eps, t, captions, _ = batches[step]
+            first = step < config.layout_steps
+            x0, _, eps, t, captions, _ = (lesson if first else batches)[step]
+            t = to_noisiest(t, every=1 if first else 4)
             with precision.autocast:
-                out = unet(add_noise(x0, eps, t, alpha_bar), t, pipe.text_states(captions).context)
+                text = pipe.text_states(captions).context
+                out, features = unet(add_noise(x0, eps, t, alpha_bar), t, text, return_features=True)
             per_sample = (out.float() - eps).square().mean((1, 2, 3))
             loss = (per_sample * p2_weight(t, alpha_bar)).mean()
+            losses = {"loss": loss}
+            if first:
+                losses["where"] = where_loss(features, heads)
+                loss = loss + 0.1 * losses["where"]
             check_finite(per_sample, step + 1, t)
             lr = lr_at(step, config.learning_rate, 200, config.steps, "cosine")
             precision.scaler.scale(loss).backward()
-            norm = optimizer_step(networks, optimizer, precision.scaler, lr, max_grad_norm=1.0)
+            norm = optimizer_step(learned, optimizer, precision.scaler, lr, max_grad_norm=1.0)
             ema.update()
-            log.add({"loss": loss}, per_sample, t)
+            log.add(losses, per_sample, t)
             log.end_step(step + 1, lr=lr, grad_norm=norm)
             with log.untimed():
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
@@ -320,6 +341,45 @@ def train_unet(config: Config, run: RunFolder) -> None:
             folders.save_clip(folder, folders.load_clip(source).half())
     draw_curves(run.metrics, run.curves)
     print(f"miniature -> {folder}")
+
+
+class Layouts:
+    """Scenes of one thing or of two that are related, under captions that tell where: the U-Net's first lesson.
+
+    Every other caption is `describe_places`, the rest as always. Scenes with nothing to tell are passed over.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.scenes, self.numbers = Scenes("train", length=10**9), []
+        number = 0
+        while len(self.numbers) < length:
+            if describe_places(self.scenes.scene(number)):
+                self.numbers.append(number)
+            number += 1
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        picture, caption = self.scenes[self.numbers[index]]
+        return picture, describe_places(self.scenes.scene(self.numbers[index])) if index % 2 else caption
+
+
+def to_noisiest(t: Tensor, every: int) -> Tensor:
+    """Timesteps (B,) of 0 .. 999, with every so many-th of them moved to where the layout is decided, 850 .. 999."""
+    high = 850 + t * 150 // 1000
+    return torch.where(torch.arange(len(t), device=t.device) % every == 0, high, t)
+
+
+def where_loss(features: dict[str, Tensor], heads: nn.ModuleDict) -> Tensor:
+    """How badly 1x1 convolutions read the place of each pixel, x and y in [-1, 1], from what the stages put out."""
+    losses = []
+    for name, head in heads.items():
+        h = features[name.replace("_", ".")].float()
+        line = torch.linspace(-1, 1, h.shape[-1], device=h.device)
+        place = torch.stack(torch.meshgrid(line, line, indexing="xy"))
+        losses.append((head(F.group_norm(h, 8)) - place).square().mean())
+    return torch.stack(losses).mean()
 
 
 def p2_weight(t: Tensor, alpha_bar: Tensor, gamma: float = 0.5, k: float = 0.015) -> Tensor:

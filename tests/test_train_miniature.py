@@ -11,13 +11,32 @@ from minidistill.errors import InputError
 from minidistill.models.clip import CLIPTextModel
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
-from minidistill.train_miniature import VAE, Config, main, near_colour, p2_weight, whiten, words_first
+from minidistill.train_miniature import (
+    VAE,
+    Config,
+    Layouts,
+    main,
+    near_colour,
+    p2_weight,
+    to_noisiest,
+    where_loss,
+    whiten,
+    words_first,
+)
 from minidistill.training.batches import to_pixels
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
 from minidistill.weights.files import read_safetensors
 
-FEW = {"batch_size": 2, "pictures": 8, "judged": 4, "precision": "fp32", "log_every": 1, "checkpoint_every": 2}
+FEW = {
+    "batch_size": 2,
+    "pictures": 8,
+    "layout_steps": 3,
+    "judged": 4,
+    "precision": "fp32",
+    "log_every": 1,
+    "checkpoint_every": 2,
+}
 
 
 def few(**settings) -> Config:
@@ -133,3 +152,37 @@ def test_things_weigh_more_than_their_ground():
     weight = near_colour(x)
     assert weight.shape == (1, 1, 64, 64)
     assert 0.05 < weight.mean() < 0.6 and set(weight.unique().tolist()) == {0.0, 1.0}
+
+
+def test_layouts_tell_places_in_every_other_caption():
+    layouts = Layouts(20)
+    captions = [layouts[i][1] for i in range(20)]
+    words = {"left", "right", "above", "below"}
+    assert len(layouts) == 20
+    assert all(words & set(caption.split()) for caption in captions[1::2])
+    assert all(layouts[i][1] == layouts.scenes.caption(layouts.numbers[i]) for i in range(0, 20, 2))
+
+
+def test_to_noisiest_moves_only_every_so_many_th_timestep_and_only_up():
+    t = torch.tensor([0, 1, 500, 999, 999, 3])
+    assert to_noisiest(t, every=1).tolist() == [850, 850, 925, 999, 999, 850]
+    assert to_noisiest(t, every=4).tolist() == [850, 1, 500, 999, 999, 3]
+
+
+def test_where_loss_is_none_for_features_that_hold_their_place_and_teaches_features():
+    line = torch.linspace(-1, 1, 6)
+    x, y = torch.meshgrid(line, line, indexing="xy")
+    h = torch.stack([part for part in (x, y) for _ in range(8)])[None]  # 8 groups of 2 channels
+    h = h.view(1, 2, 8, 6, 6).transpose(1, 2).reshape(1, 16, 6, 6)  # each group: x and y, whose mean is 0
+    head = torch.nn.Conv2d(16, 2, 1)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        head.weight[0, 0], head.weight[1, 1] = float(x.std(correction=0)), float(x.std(correction=0))
+    assert where_loss({"up.3": h}, torch.nn.ModuleDict({"up_3": head})) < 1e-6
+
+    blind = torch.zeros(1, 16, 6, 6).add_(torch.randn(1, 16, 1, 1)).requires_grad_()
+    loss = where_loss({"up.3": blind}, torch.nn.ModuleDict({"up_3": head}))
+    loss.backward()
+    assert loss > 0.3
+    assert blind.grad.abs().sum() > 0

@@ -37,6 +37,7 @@ SIZE_BORDER = 12.25  # half width at which small ends and large begins
 GROUNDS = {"white": (234, 230, 222), "grey": (132, 134, 140), "black": (40, 40, 46)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "gradient", "grainy")
 RELATIONS = ("left of", "right of", "above", "below", "inside")
+OPPOSITES = (("left", "right"), ("right", "left"), ("above", "below"), ("below", "above"))  # the first four relations
 NUMBERS = ("a", "two", "three")
 HOLDERS = ("circle", "square", "heart")  # shapes with room for another one inside
 
@@ -247,8 +248,30 @@ def describe(statement: Statement) -> str:
     else:
         text = ", ".join(_phrase(t) for t in things[:-1])
         text = f"{text} and {_phrase(things[-1])}" if text else _phrase(things[-1])
+    return text + _on_ground(statement)
+
+
+def describe_places(scene: Scene) -> str | None:
+    """The caption that says of each thing where it is, or None where that is not one word.
+
+    "a red circle left", "a red circle above and a blue square below": a lesson before "left of" and "above", in
+    which a word alone tells which part of the picture is meant. `parse` and the judge do not know these.
+    """
+    first, things = scene.places[0], scene.stated.things
+    dx, dy = first.x - SIDE / 2, first.y - SIDE / 2
+    if len(things) == 1 and max(abs(dx), abs(dy)) > 4:  # pixels; nearer to the middle it would be hair-splitting
+        words = (("left", "right")[dx > 0],) if abs(dx) > abs(dy) else (("above", "below")[dy > 0],)
+    elif len(things) == 2 and scene.stated.relation in RELATIONS[:4]:
+        words = OPPOSITES[RELATIONS.index(scene.stated.relation)]
+    else:
+        return None
+    text = " and ".join(f"{_phrase(thing)} {word}" for thing, word in zip(things, words, strict=True))
+    return text + _on_ground(scene.stated)
+
+
+def _on_ground(statement: Statement) -> str:
     ground = " ".join(word for word in (statement.texture, statement.ground) if word)
-    return f"{text} on a {ground} background" if ground else text
+    return f" on a {ground} background" if ground else ""
 
 
 def _phrase(thing: Thing, count: int = 1) -> str:
