@@ -413,9 +413,8 @@ class Pipeline:
         for batch in latents.split(max(1, batch_size)):
             for image in from_latents(batch.to(weight.device, weight.dtype)).float():
                 if not image.isfinite().all():
-                    raise InputError(
-                        f"picture {len(pictures)} is not finite with the VAE in {weight.dtype}: use float32"
-                    )
+                    way = "its weights are damaged" if weight.dtype == torch.float32 else "use it in float32"
+                    raise InputError(f"picture {len(pictures)} is not finite with the VAE in {weight.dtype}: {way}")
                 pictures.append(_to_picture(image))
         return pictures
 

@@ -5,6 +5,7 @@ never loaded in part.
 """
 
 import json
+import random
 import stat
 
 import pytest
@@ -48,6 +49,15 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """The same file with three of its bytes changed."""
+    rng = random.Random(seed)
+    changed = bytearray(data)
+    for _ in range(3):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+    return bytes(changed)
 
 
 # writing and reading back
@@ -381,3 +391,29 @@ def test_a_convolution_in_place_of_another_linear_layer_is_refused(tmp_path):
     tensors["0.weight"] = tensors["0.weight"][:, :, None, None]
     save_file(tensors, tmp_path / "x.safetensors")
     assert "0.weight is (3, 4, 1, 1)" in refused(load_into, on_meta(), read_tensors(tmp_path / "x.safetensors"), "x")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_pickle_is_read_or_refused_whatever_its_bytes_make_the_reader_do(tmp_path):
+    """Some of these damages of the old format end in TypeError, KeyError, IndexError or AssertionError inside torch."""
+    path, refusals = tmp_path / "x.bin", 0
+    torch.save(some_tensors(), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for seed in range(600):
+        path.write_bytes(damaged(whole, seed))
+        try:
+            read_tensors(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert 100 < refusals < 600
+
+
+def test_a_pickle_whose_names_are_no_words_is_refused(tmp_path):
+    torch.save({0: torch.ones(1)}, tmp_path / "x.ckpt")
+    assert "not a state dict" in refused(read_tensors, tmp_path / "x.ckpt")
+
+
+def test_json_nested_deeper_than_python_can_follow_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert "not valid json" in refused(read_json, tmp_path / "config.json")

@@ -506,6 +506,35 @@ def test_generate_refuses_bad_input_with_one_line_and_exit_code_2(miniature, tmp
     assert not list(tmp_path.glob("**/*.png"))
 
 
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("unet/config.json", {"norm_num_groups": 0}),
+        ("unet/config.json", {"attention_head_dim": 0}),
+        ("text_encoder/config.json", {"num_attention_heads": 0}),
+        ("vae/config.json", {"norm_num_groups": 0}),
+        ("unet/config.json", NESTED),
+        ("scheduler/scheduler_config.json", NESTED),
+        ("tokenizer/vocab.json", NESTED),
+        ("model_index.json", NESTED),
+        ("unet/diffusion_pytorch_model.safetensors", "<!DOCTYPE html><title>404</title>"),
+        ("unet/diffusion_pytorch_model.safetensors", ""),
+    ],
+)
+def test_generate_refuses_a_hostile_folder_with_one_line_and_exit_code_2(sources, tmp_path, capsys, file, content):
+    folder = shutil.copytree(sources["sd2"], tmp_path / "model")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content)
+    (folder / file).write_text(content)
+    assert run_generate("--steps", "1", "--model", str(folder), "--out", str(tmp_path / "a.png")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and file.split("/")[0] in error
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_generate_runs_as_a_module(sources, tmp_path):
     command = [sys.executable, "-m", "minidistill.generate", "--model", str(sources["sd2"]), "--steps", "1"]
     done = subprocess.run([*command, "--out", str(tmp_path / "a.png")], capture_output=True, text=True, check=False)

@@ -221,7 +221,7 @@ def _rows(source: str) -> Iterator[tuple[str, Caption]]:
             raise InputError(f"{source} is not UTF-8 text: save it as UTF-8") from error
         except csv.Error as error:
             raise InputError(f"{source} line {reader.line_num} is not CSV: {error}") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{source} line {number} is not one JSON object: {error}") from error
 
 

@@ -96,7 +96,7 @@ def _facts(file: BinaryIO, stem: str, members: dict[str, tuple[int, int]]) -> tu
     if stem + ".json" in members:
         try:
             record = json.loads(_read(file, *members[stem + ".json"]))
-        except ValueError:  # not JSON, not UTF-8: then it says nothing
+        except (ValueError, RecursionError):  # not JSON, not UTF-8: then it says nothing
             record = {}
     record = record if isinstance(record, dict) else {}
     height, width = (record.get(key) for key in ("original_height", "original_width"))

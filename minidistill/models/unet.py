@@ -124,7 +124,7 @@ class UNetConfig:
             if value is not None and len(value) != stages:
                 raise ValueError(f"U-Net config: {name} has {len(value)} entries for {stages} stages")
         for channels, heads in zip(self.block_out_channels, self.attention_head_dim, strict=True):
-            if channels % groups or channels % heads or channels % 2:
+            if min(groups, heads) < 1 or channels % groups or channels % heads or channels % 2:
                 raise ValueError(
                     f"U-Net config: {channels} channels must be even and divide into {groups} groups "
                     f"(norm_num_groups) and {heads} heads (attention_head_dim)"

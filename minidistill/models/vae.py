@@ -47,7 +47,7 @@ class VAEConfig:
         if not self.block_out_channels or self.layers_per_block < 1:
             raise ValueError("a VAE needs at least one entry in block_out_channels and layers_per_block >= 1")
         for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
+            if self.norm_num_groups < 1 or channels % self.norm_num_groups:
                 raise ValueError(
                     f"block_out_channels {self.block_out_channels} must all be multiples of "
                     f"norm_num_groups {self.norm_num_groups}"

@@ -48,6 +48,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
 
 
+# torch's unpickler checks little of what a damaged file makes it do.
+DAMAGED_PICKLE = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+
+
 def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .bin, .pt, .pth or .ckpt state dict, read without running any code hidden in the file.
 
@@ -69,11 +73,22 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
             raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
         message = f"refused {path}: it holds objects that run code when loaded; use a .safetensors version of it"
         raise InputError(message) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise InputError(f"{path} is not a state dict: a file that maps names to tensors, nothing else, is needed")
     return dict(content)
 
@@ -92,7 +107,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = existing_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"cannot read {path}: a json object {{...}} is needed, it holds a {type(content).__name__}")

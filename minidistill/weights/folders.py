@@ -162,7 +162,7 @@ def _load(
     try:
         with on_meta():
             model = build(config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:  # the last: a number that is 0 or too large
         raise InputError(f"{path / 'config.json'}: {error}") from error
     files = find_weights(path, stems, dtype)
     tensors: dict[str, Tensor] = {}

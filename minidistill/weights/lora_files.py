@@ -236,7 +236,7 @@ def _peft_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return read_json(beside) if is_peft and beside.is_file() else {}
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: its {METADATA_KEY} is not valid json ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: its {METADATA_KEY} is not a json object")

@@ -54,7 +54,7 @@ def find_sampling(path: str | Path, metadata: Mapping[str, str]) -> Sampling | N
         try:
             entry = json.loads(metadata[METADATA_KEY])
             return Sampling(**{name: value for name, value in entry.items() if name in known})
-        except (AttributeError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, TypeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: the metadata {METADATA_KEY} is not readable ({error})") from error
     if found := LIGHTNING.match(Path(path).stem):
         return Sampling(int(found[1]), prediction="sample" if found[2] else "epsilon")
