@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minidistill.data.scenes import Scenes, describe_places, held_out_captions
+from minidistill.data.scenes import Scenes, describe, describe_places, held_out_captions, render
 from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
@@ -361,8 +361,8 @@ class Layouts:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        picture, caption = self.scenes[self.numbers[index]]
-        return picture, describe_places(self.scenes.scene(self.numbers[index])) if index % 2 else caption
+        scene = self.scenes.scene(self.numbers[index])
+        return Image.fromarray(render(scene)), describe_places(scene) if index % 2 else describe(scene.stated)
 
 
 def to_noisiest(t: Tensor, every: int) -> Tensor:

@@ -48,10 +48,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
 
 
-# torch's unpickler checks little of what a damaged file makes it do.
-DAMAGED_PICKLE = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
-
-
 def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .bin, .pt, .pth or .ckpt state dict, read without running any code hidden in the file.
 
@@ -78,6 +74,7 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
         RuntimeError,
         EOFError,
         ValueError,
+        # torch's unpickler checks little of what a damaged file makes it do:
         TypeError,
         LookupError,
         AttributeError,
