@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minidistill.data.scenes import Scenes, describe, describe_places, held_out_captions, render
+from minidistill.data.scenes import OPPOSITES, Scenes, describe, describe_places, held_out_captions, render
 from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
@@ -290,6 +290,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
         [folders.load_tokenizer(source)],
         ScheduleConfig(),
     )
+    if config.layout_steps:
+        redraw_places(pipe)
     networks = nn.ModuleDict(pipe.networks)
     widths = unet.config.block_out_channels
     heads = {"down_0": widths[0], "down_1": widths[1], "up_1": widths[2], "up_2": widths[1], "up_3": widths[0]}
@@ -346,7 +348,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
 class Layouts:
     """Scenes of one thing or of two that are related, under captions that tell where: the U-Net's first lesson.
 
-    Every other caption is `describe_places`, the rest as always. Scenes with nothing to tell are passed over.
+    One thing always has the caption of `describe_places`, two have it every other time and else their usual one.
+    Scenes with nothing to tell are passed over.
     """
 
     def __init__(self, length: int) -> None:
@@ -362,7 +365,17 @@ class Layouts:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         scene = self.scenes.scene(self.numbers[index])
-        return Image.fromarray(render(scene)), describe_places(scene) if index % 2 else describe(scene.stated)
+        places = index % 2 or len(scene.stated.things) == 1
+        return Image.fromarray(render(scene)), describe_places(scene) if places else describe(scene.stated)
+
+
+@torch.no_grad()
+def redraw_places(pipe: Pipeline) -> None:
+    """Draw the embeddings of left, right, above and below anew: CLIP's training leaves them nearly equal."""
+    weight = pipe.text_encoders[0].text_model.embeddings.token_embedding.weight
+    for word, _ in OPPOSITES:
+        row = weight[pipe.tokenizers[0]([word])[0, 1]]
+        row.copy_(torch.randn(row.shape) * weight.std().cpu())
 
 
 def to_noisiest(t: Tensor, every: int) -> Tensor:

@@ -18,6 +18,7 @@ from minidistill.train_miniature import (
     main,
     near_colour,
     p2_weight,
+    redraw_places,
     to_noisiest,
     where_loss,
     whiten,
@@ -154,13 +155,33 @@ def test_things_weigh_more_than_their_ground():
     assert 0.05 < weight.mean() < 0.6 and set(weight.unique().tolist()) == {0.0, 1.0}
 
 
-def test_layouts_tell_places_in_every_other_caption():
-    layouts = Layouts(20)
-    captions = [layouts[i][1] for i in range(20)]
+def test_layouts_tell_places_of_one_thing_always_and_of_two_every_other_time():
+    layouts = Layouts(40)
     words = {"left", "right", "above", "below"}
-    assert len(layouts) == 20
-    assert all(words & set(caption.split()) for caption in captions[1::2])
-    assert all(layouts[i][1] == layouts.scenes.caption(layouts.numbers[i]) for i in range(0, 20, 2))
+    ones = 0
+    for i in range(40):
+        caption, usual = layouts[i][1], layouts.scenes.caption(layouts.numbers[i])
+        one = len(layouts.scenes.scene(layouts.numbers[i]).stated.things) == 1
+        ones += one
+        if one or i % 2:
+            assert words & set(caption.split())
+            assert caption != usual
+        else:
+            assert caption == usual
+    assert 10 < ones < 30
+
+
+def test_redrawn_place_words_are_as_far_apart_as_other_words_and_no_other_word_changes():
+    pipe = load_pipeline("miniature")
+    weight = pipe.text_encoders[0].text_model.embeddings.token_embedding.weight
+    before = weight.detach().clone()
+    ids = [int(pipe.tokenizers[0]([word])[0, 1]) for word in ("left", "right", "above", "below")]
+    torch.manual_seed(0)
+    redraw_places(pipe)
+    changed = (weight != before).any(1).nonzero().flatten().tolist()
+    assert changed == sorted(ids)
+    distances = torch.cdist(weight[ids], weight[ids])[~torch.eye(4, dtype=torch.bool)]
+    assert distances.min() > 1.2 * before.std() * before.shape[1] ** 0.5  # independent: sqrt(2) times
 
 
 def test_to_noisiest_moves_only_every_so_many_th_timestep_and_only_up():
