@@ -1,6 +1,7 @@
 """SDXL and everything a pipeline does beyond plain text to image, against diffusers' own pipelines.
 
 Tiny pipelines with seeded random weights, saved by diffusers: equal noise must give equal pictures, to 2 levels of 255.
+Every model with every sampler, prompts, sizes and image to image are in `test_pipeline_parity`.
 """
 
 import diffusers
@@ -8,21 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import change_json, levels, load_oracle, refused
+from test_pipeline import change_json, levels, refused
 from tiny import PROMPTS
 
 from minidistill.data.scenes import Scenes
-from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
 from minidistill.models.vae import AutoencoderKL, VAEConfig, decode_tiled
-from minidistill.pipeline import load_pipeline, to_pixels
+from minidistill.pipeline import load_pipeline
 from minidistill.weights.files import read_json
 from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
 
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
 
 
-def oracle_of(folder, kind="StableDiffusionXLPipeline"):
-    pipe = getattr(diffusers, kind).from_pretrained(folder, **({"add_watermarker": False} if "XL" in kind else {}))
+def oracle_of(folder) -> diffusers.StableDiffusionXLPipeline:
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -92,48 +92,6 @@ def test_sdxl_sizes_that_are_not_square_reach_the_network(sources):
     assert differ(other, expected) > 2, "height and width swapped must be seen, or the test proves nothing"
 
 
-@pytest.mark.parametrize(
-    ("kind", "remove"),
-    [
-        *(("tiny", RECIPES[name].remove) for name in ("bk-base", "bk-small", "bk-tiny")),
-        ("sdxl", ("down.2.0@1", "up.0.0@1", "up.0.1@1", "mid@0")),
-        ("sdxl", ("mid",)),
-    ],
-    ids=["bk-base", "bk-small", "bk-tiny", "fewer transformer blocks", "no mid block"],
-)
-def test_pictures_of_students_are_those_of_diffusers(sources, tiny_sd1, tmp_path, kind, remove):
-    pipe = load_pipeline(tiny_sd1 if kind == "tiny" else sources[kind])
-    teacher = pipe.unet
-    pipe.unet = build_student(plan_removal(teacher.config, remove), teacher)
-    pipe.save(tmp_path)
-    oracle = oracle_of(tmp_path) if kind == "sdxl" else load_oracle(tmp_path)
-    settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 32, "width": 32}
-    expected = oracle(PROMPTS, latents=noise(), **settings).images
-    ours = {"latents": noise(), "steps": 3, "guidance": 5.0, "sampler": "euler" if kind == "sdxl" else "ddim"}
-    assert differ(load_pipeline(tmp_path)(PROMPTS, **ours), expected) <= 2
-    pipe.unet = teacher
-    assert differ(pipe(PROMPTS, **ours), expected) > 2, "the teacher draws something else"
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        *(" ".join((["red", "ring"] * 100)[:words]) for words in (0, 5, 75, 200)),
-        *("A Red CIRCLE", "café où", "a 😀 ring", "stop!", "red  ring\n blue"),
-    ],
-)
-def test_prompts_of_every_kind_give_diffusers_pictures(sources, kind, prompt):
-    if kind != "sd1" and "!" in prompt:
-        pytest.skip("a typed ! is a word here and padding there: see models/tokenizer.py")
-    oracle = oracle_of(sources["sdxl"]) if kind == "sdxl" else load_oracle(sources[kind])
-    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
-    expected = oracle([prompt], latents=noise(1), **settings).images
-    pipe = load_pipeline(sources[kind])
-    sampler = "euler" if kind == "sdxl" else "ddim"
-    assert differ(pipe([prompt], latents=noise(1), steps=2, guidance=3.0, sampler=sampler), expected) <= 2
-
-
 def test_diffusers_reads_a_saved_sdxl_folder_and_makes_the_same_pictures(sources, tmp_path):
     settings = {"latents": noise(), "num_inference_steps": 3, "height": 32, "width": 32}
     expected = oracle_of(sources["sdxl"])(PROMPTS, **settings).images
@@ -151,30 +109,6 @@ def test_an_sdxl_without_its_second_encoder_is_refused(sources, tmp_path):
 
 
 # image to image
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("sampler", ["ddim", "euler"])
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-def test_image_to_image_is_that_of_diffusers(sources, kind, sampler, strength):
-    name = "StableDiffusionXLImg2ImgPipeline" if kind == "sdxl" else "StableDiffusionImg2ImgPipeline"
-    oracle = oracle_of(sources[kind], name)
-    oracle.scheduler = SCHEDULERS[sampler].from_config(
-        oracle.scheduler.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading"
-    )
-    pipe = load_pipeline(sources[kind])
-    pipe.schedule = type(pipe.schedule)(**{**vars(pipe.schedule), "set_alpha_to_one": False})
-    with torch.no_grad():
-        latents = pipe.vae.to_latents(to_pixels([photo()] * 2))
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    fresh = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)])
-    expected = oracle(
-        PROMPTS, image=latents, strength=strength, num_inference_steps=10, guidance_scale=4.0, generator=generators
-    ).images
-    settings = {"latents": fresh, "steps": 10, "guidance": 4.0, "sampler": sampler}
-    found = pipe(PROMPTS, image=photo(), strength=strength, **settings)
-    assert differ(found, expected) <= 2
-    assert differ(found, pipe(PROMPTS, image=photo(), strength=0.5, **settings)) > 5
 
 
 def test_little_strength_keeps_the_picture():

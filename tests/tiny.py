@@ -6,8 +6,8 @@ import diffusers
 import torch
 import transformers
 
-from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
-from minidistill.models.unet import SD15, SD21, SDXL
+from minidistill.models.tokenizer import EOS, CLIPTokenizer, train_bpe
+from minidistill.models.unet import SD15, SD21, SDXL, UNetConfig
 
 TINY = replace(
     SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
@@ -95,11 +95,11 @@ def save_oracle(folder, kind: str) -> None:
 
 
 @torch.no_grad()
-def make_prompts_matter(unet, text_encoder) -> None:
+def make_prompts_matter(unet, text_encoder, scale: float = 4.0) -> None:
     """Fresh random weights nearly ignore the text; larger ones make a mistake in its path visible."""
     for name, weight in [*unet.named_parameters(), *text_encoder.named_parameters()]:
         if "attn2.to_" in name or "conv_out.weight" in name:
-            weight.mul_(4)
+            weight.mul_(scale if "attn2" in name else 4)
         if "token_embedding" in name:
             weight.mul_(50)
 
@@ -165,3 +165,84 @@ def save_sdxl(folder) -> None:
         ),
         add_watermarker=False,
     ).save_pretrained(folder)
+
+
+POSITIONS = 77  # of every official text encoder
+TINY_SDXL_DEEP = replace(TINY_SDXL, transformer_layers_per_block=SDXL.transformer_layers_per_block)
+
+
+def save_like_official(
+    folder, config: UNetConfig, prediction: str = "epsilon", vocabulary: CLIPTokenizer | None = None, seed: int = 0
+) -> diffusers.DiffusionPipeline:
+    """Save, by diffusers, a pipeline around a U-Net of any config, and return it; its pictures are 32 x 32.
+
+    All but the widths is as in the official folders: text encoders of 77 positions with the paddings and activations
+    of their kind, and the scheduler's settings. The VAE's posterior has no spread, so that a picture has one latent.
+    """
+    torch.manual_seed(seed)
+    vocabulary = vocabulary or train_bpe(PROMPTS, vocab_size=600)
+    unet = diffusers.UNet2DConditionModel.from_config({**config.to_dict(), "sample_size": 8})
+    is_sdxl = config.addition_embed_type == "text_time"
+    is_sd2 = config.use_linear_projection and not is_sdxl
+    parts = {"tokenizer": ("!" if is_sd2 else EOS, config.cross_attention_dim, "gelu" if is_sd2 else "quick_gelu")}
+    if is_sdxl:
+        parts = {"tokenizer": (EOS, 8, "quick_gelu"), "tokenizer_2": ("!", config.cross_attention_dim - 8, "gelu")}
+    components = {}
+    for part, (pad, width, activation) in parts.items():
+        CLIPTokenizer(vocabulary.vocab, vocabulary.merges, POSITIONS, pad).save(folder / part)
+        components[part] = transformers.CLIPTokenizer.from_pretrained(folder / part)
+        kind = transformers.CLIPTextModelWithProjection if part == "tokenizer_2" else transformers.CLIPTextModel
+        encoder = components[part.replace("tokenizer", "text_encoder")] = kind(
+            transformers.CLIPTextConfig(
+                vocab_size=vocabulary.vocab_size,
+                hidden_size=width,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=POSITIONS,
+                hidden_act=activation,
+                projection_dim=width,
+                bos_token_id=0,
+                eos_token_id=2,
+            )
+        )
+        # With a scale of 4 the deep networks are chaos: the last bit of a number would decide the picture.
+        make_prompts_matter(unet if part == "tokenizer" else torch.nn.Module(), encoder, 3.0)
+    noise_schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "prediction_type": prediction,
+    }
+    components |= {"unet": unet, "vae": vae_without_spread(scaling_factor=0.13025 if is_sdxl else 0.18215)}
+    if is_sdxl:
+        # Euler has no use for two of the settings; the official config carries them all the same.
+        scheduler = diffusers.EulerDiscreteScheduler.from_config(noise_schedule)
+        pipe = diffusers.StableDiffusionXLPipeline(**components, scheduler=scheduler, add_watermarker=False)
+    else:
+        scheduler = diffusers.DDIMScheduler(**noise_schedule)
+        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = diffusers.StableDiffusionPipeline(**components, scheduler=scheduler, **without)
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def vae_without_spread(**settings) -> diffusers.AutoencoderKL:
+    """A random VAE that makes pictures 4 times the side of the latents, all of whose posterior is its mean."""
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=32,
+        **settings,
+    )
+    vae.quant_conv.weight[4:] = 0
+    vae.quant_conv.bias[4:] = -30
+    return vae
