@@ -1,40 +1,60 @@
-"""Turn any model into a pipeline folder or a single file, bit by bit the same.
+"""Turn any model, U-Net or LoRA file into another layout, bit by bit the same.
 
 python -m minidistill.convert runs/kd/student student.safetensors
 python -m minidistill.convert model.ckpt folder --dtype fp16
 python -m minidistill.convert path/to/sdxl lightning --lora sdxl_lightning_4step_lora.safetensors
+python -m minidistill.convert sdxl_lightning_4step_unet.safetensors lightning_unet
+python -m minidistill.convert lora.safetensors lora_peft.safetensors --layout peft
 
-Folders open in diffusers, single files (LDM's layout) in ComfyUI and AUTOMATIC1111. Nothing is rounded unless --dtype
-or --lora asks for it.
+Folders open in diffusers, single files (LDM's layout) in ComfyUI and AUTOMATIC1111. A U-Net alone stays one: a folder
+with config.json and weights, or a file. Nothing is rounded unless --dtype or --lora asks for it.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from minidistill.errors import InputError
 from minidistill.training.config import REQUIRED, option, run_command
 from minidistill.training.optim import PRECISIONS
+from minidistill.weights.files import existing_file, write_json, write_safetensors
+from minidistill.weights.folders import find_model
+from minidistill.weights.header import UNET
+from minidistill.weights.ldm import to_ldm_unet
+from minidistill.weights.lora_files import FORMS, rewrite_lora
 from minidistill.weights.sampling import sampling_metadata
 from minidistill.weights.single_file import write_single_file
-from minidistill.weights.sources import load_parts, save_parts
+from minidistill.weights.sources import (
+    is_unet_alone,
+    load_parts,
+    load_unet,
+    merge_loras,
+    sampling_of,
+    save_parts,
+    with_scales,
+)
 
-LAYOUTS = ("folder", "single-file")
+LAYOUTS = ("folder", "single-file", *FORMS)
 
 
 @dataclass(frozen=True)
 class Config:
     source: str = option(
-        REQUIRED, "SOURCE: pipeline folder, Hub id, .safetensors or .ckpt file, or miniature", positional=True
+        REQUIRED,
+        "SOURCE: pipeline folder, Hub id, .safetensors or .ckpt file, or miniature; a U-Net alone; a LoRA file",
+        positional=True,
     )
     dest: str = option(REQUIRED, "new folder, or .safetensors file, to write", positional=True)
-    layout: str | None = option(None, "of DEST; none goes by its name", choices=LAYOUTS)
+    layout: str | None = option(
+        None, "of DEST; none goes by its name; kohya and peft are forms of LoRA files", choices=LAYOUTS
+    )
     dtype: str | None = option(None, "of all weights; none keeps them as they are", choices=PRECISIONS)
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
     vae: str | None = option(None, "SOURCE of another VAE for the model")
-    lora: str | None = option(None, "LoRA file to merge into the model")
-    lora_scale: float = option(1.0, "how strongly the LoRA acts")
+    lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
+    lora_scale: tuple[float, ...] = option((1.0,), "how strongly the LoRAs act: one for all, or one each")
     ema: bool = option(False, "of a checkpoint with both, take the averaged weights")
 
 
@@ -42,28 +62,71 @@ def main(config: Config) -> None:
     """Load, write. What is there already is not touched."""
     dest = Path(config.dest)
     layout = config.layout or ("single-file" if dest.suffix == ".safetensors" else "folder")
-    if layout == "single-file" and dest.suffix != ".safetensors":
-        raise InputError(f"{dest}: a single file is written as .safetensors: end its name so, or leave out --layout")
-    if dest.is_file() or (dest.is_dir() and (layout == "single-file" or any(dest.iterdir()))):
-        raise InputError(f"{dest} exists: give the name of a new {'file' if layout == 'single-file' else 'folder'}")
+    if layout != "folder" and dest.suffix != ".safetensors":
+        what = "a single file" if layout == "single-file" else "a LoRA"
+        raise InputError(f"{dest}: {what} is written as .safetensors: end its name so, or leave out --layout")
+    if dest.is_file() or (dest.is_dir() and (layout != "folder" or any(dest.iterdir()))):
+        raise InputError(f"{dest} exists: give the name of a new {'folder' if layout == 'folder' else 'file'}")
+    if layout in FORMS:
+        refuse(config, ("unet", "vae", "lora", "ema"), "it is a LoRA file that is rewritten")
+        convert_lora(config, dest)
+    elif is_unet_alone(config.source, PRECISIONS.get(config.dtype)):
+        refuse(config, ("unet", "vae"), f"{config.source} is a U-Net alone")
+        convert_unet(config, dest, layout)
+    else:
+        convert_pipeline(config, dest, layout)
+    print(dest)
+
+
+def convert_pipeline(config: Config, dest: Path, layout: str) -> None:
+    """A whole model to a pipeline folder or to a single file."""
     dtype = PRECISIONS.get(config.dtype)
-    loras = [(config.lora, config.lora_scale)] if config.lora else []
+    loras = with_scales(config.lora, config.lora_scale)
     parts = load_parts(
         config.source, "cpu", dtype, dtype, unet=config.unet, vae=config.vae, loras=loras, ema=config.ema
     )
-    if layout == "single-file":
-        write_single_file(
-            dest,
-            parts.unet,
-            parts.vae,
-            parts.text_encoders,
-            parts.schedule,
-            parts.tokenizers,
-            metadata=sampling_metadata(parts.sampling),
-        )
-    else:
+    if layout == "folder":
         save_parts(dest, parts)
-    print(dest)
+        return
+    write_single_file(
+        dest,
+        parts.unet,
+        parts.vae,
+        parts.text_encoders,
+        parts.schedule,
+        parts.tokenizers,
+        metadata=sampling_metadata(parts.sampling),
+    )
+
+
+def convert_unet(config: Config, dest: Path, layout: str) -> None:
+    """A U-Net alone to a folder of its own, which diffusers opens, or to a file in the layout of whole checkpoints."""
+    dtype = PRECISIONS.get(config.dtype)
+    unet = load_unet(config.source, "cpu", dtype, config.ema)
+    merged = merge_loras({"unet": unet}, with_scales(config.lora, config.lora_scale))
+    header = sampling_metadata(merged or sampling_of(config.source, dtype))
+    settings = unet.config.to_dict()
+    if layout == "folder":
+        write_safetensors(dest / "diffusion_pytorch_model.safetensors", unet.state_dict(), header)
+        write_json(dest / "config.json", settings)  # last: a folder without it is one that was not finished
+        return
+    tensors = to_ldm_unet(unet.state_dict(), unet.config)
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    write_safetensors(dest, tensors, {**header, UNET: json.dumps(settings)})
+
+
+def convert_lora(config: Config, dest: Path) -> None:
+    """A LoRA file to another of kohya's or PEFT's form."""
+    source = existing_file(find_model(config.source))
+    sampling = sampling_of(source)  # it may be in the file's name alone
+    rewrite_lora(source, dest, config.layout, PRECISIONS.get(config.dtype), sampling_metadata(sampling))
+
+
+def refuse(config: Config, flags: tuple[str, ...], because: str) -> None:
+    """InputError: one of the flags is given, which has no meaning here."""
+    for flag in flags:
+        if getattr(config, flag):
+            raise InputError(f"--{flag} is for whole models, and {because}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from minidistill.training.seeds import generator_for
 from minidistill.training.strips import drawing, save_strip
 from minidistill.weights.files import read_json, write_json
 from minidistill.weights.lora_files import write_lora
-from minidistill.weights.model_card import CARD, STRIP, write_card
+from minidistill.weights.model_card import CARD, STRIP, public_name, write_card
 from minidistill.weights.publish import open_repo, push
 
 SHOWN, SEED = 8, 0  # pictures in a strip, and of their noise
@@ -240,7 +240,7 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> Path:
         pipe.save(folder / "model")
         return folder / "model"
     for form, name in LORA_FILES.items():
-        write_lora(folder / name, pipe.networks, form)
+        write_lora(folder / name, pipe.networks, form, metadata={"ss_sd_model_name": public_name(config.model)})
     return folder
 
 

@@ -3,6 +3,7 @@
 python -m minidistill.generate --prompt "a red circle" --out circle.png
 python -m minidistill.generate --model path/to/stable-diffusion-v1-5 --device cuda --precision fp16
 python -m minidistill.generate --model path/to/sdxl --unet sdxl_lightning_4step_unet.safetensors --prompt "a fox"
+python -m minidistill.generate --model path/to/sdxl --lora style.safetensors,sdxl_lightning_4step_lora.safetensors
 
 A distilled model is sampled with the settings it was made for, unless flags say otherwise.
 """
@@ -23,6 +24,7 @@ from minidistill.training.config import option, run_command
 from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
 from minidistill.weights.sampling import Sampling
+from minidistill.weights.sources import with_scales
 
 BATCH_SIZE = 8
 
@@ -34,8 +36,9 @@ class GenerateConfig:
     model: str = option("miniature", "SOURCE: pipeline folder, Hub id, .safetensors or .ckpt file, or miniature")
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
     vae: str | None = option(None, "SOURCE of another VAE for the model; a TAESD is one")
-    lora: str | None = option(None, "LoRA file to merge into the model")
-    lora_scale: float = option(1.0, "how strongly the LoRA acts")
+    lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
+    lora_scale: tuple[float, ...] = option((1.0,), "how strongly the LoRAs act: one for all, or one each")
+    ema: bool = option(False, "of a single file with both, take the averaged weights")
     prompt: str = option("a large red circle left of a small blue square", "what the picture shows")
     negative_prompt: str | None = option(None, "what guidance leads away from")
     steps: int | None = option(None, f"network evaluations; none: the model's own, else {STEPS}", minimum=1)
@@ -55,7 +58,8 @@ class GenerateConfig:
     height: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
     width: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
     device: str = option("cpu", "cpu or cuda")
-    precision: str = option("fp32", "of U-Net and text encoder; the VAE stays fp32", choices=PRECISIONS)
+    precision: str = option("fp32", "of U-Net and text encoder", choices=PRECISIONS)
+    vae_precision: str = option("fp32", "of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
     low_memory: bool = option(False, "free the text encoders after use, decode in tiles")
     out: str = option("generated.png", "the picture, a .png file")
 
@@ -66,11 +70,13 @@ def generate(config: GenerateConfig) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
     device = get_device(config.device)
-    dtype = get_dtype(config.precision, device)
+    dtype, vae_dtype = get_dtype(config.precision, device), get_dtype(config.vae_precision, device)
     noise = read_latents(config.latents) if config.latents else None
     image = read_image(config.image) if config.image else None
-    loras = [(config.lora, config.lora_scale)] if config.lora else []
-    pipe = load_pipeline(config.model, device, dtype, unet=config.unet, vae=config.vae, loras=loras)
+    loras = with_scales(config.lora, config.lora_scale)
+    pipe = load_pipeline(
+        config.model, device, dtype, vae_dtype, unet=config.unet, vae=config.vae, loras=loras, ema=config.ema
+    )
     for text in (config.prompt, config.negative_prompt or ""):
         warn_if_cut(pipe, text)
     count = config.count if noise is None else len(noise)

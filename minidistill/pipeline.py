@@ -39,6 +39,7 @@ def load_pipeline(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    ema: bool = False,
 ) -> Pipeline:
     """Load a SOURCE: a pipeline folder, a Hub id, a single file (.safetensors, .ckpt), or "miniature", in this package.
 
@@ -48,11 +49,12 @@ def load_pipeline(
         unet: SOURCE of another U-Net for it, such as sdxl_lightning_4step_unet.safetensors.
         vae: SOURCE of another VAE for it; a TAESD is one.
         loras: (file, scale) of each LoRA to merge into it.
+        ema: of a single file with both, take the averaged weights of the U-Net.
 
     Raises:
         InputError: something is missing, broken or does not fit together; the message says what.
     """
-    return Pipeline(*sources.load_parts(source, device, dtype, vae_dtype, unet=unet, vae=vae, loras=loras))
+    return Pipeline(*sources.load_parts(source, device, dtype, vae_dtype, unet=unet, vae=vae, loras=loras, ema=ema))
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:

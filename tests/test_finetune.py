@@ -28,6 +28,7 @@ from minidistill.models.lora import lora_layers
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.config import parse, run_command
+from minidistill.weights.files import read_metadata
 from minidistill.weights.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -264,6 +265,14 @@ def test_only_the_lora_trains_and_is_kept_in_checkpoints(tiny_sd1, pictures, wit
     assert all(lora_layers(network) for network in networks.values())
     assert set(checkpoint(with_lora, part="trained")) == moved
     assert all(name.rpartition(".")[2].startswith("lora_") for name in checkpoint(with_lora, part="ema"))
+
+
+def test_lora_files_say_what_they_are_made_for(tiny_sd1, with_lora):
+    kohya, peft = (read_metadata(with_lora / name) for name in LORA_FILES)
+    assert kohya["ss_sd_model_name"] == peft["ss_sd_model_name"] == tiny_sd1.name
+    assert (kohya["ss_network_dim"], kohya["ss_network_alpha"]) == ("3", "6")
+    config = json.loads(peft["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (3, 6)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

@@ -19,7 +19,8 @@ from hub_server import TOKEN, HubServer, files_of
 from huggingface_hub import constants, file_download
 
 from minidistill.errors import InputError
-from minidistill.weights import hub
+from minidistill.models.tokenizer import CLIPTokenizer, byte_characters, train_bpe
+from minidistill.weights import hub, sources
 from minidistill.weights.choice import (
     DIFFUSERS_STEMS,
     TRANSFORMERS_STEMS,
@@ -29,7 +30,9 @@ from minidistill.weights.choice import (
     shards,
 )
 from minidistill.weights.folders import find_weights
+from minidistill.weights.header import CLIP_IDS
 from minidistill.weights.hub import find_source
+from minidistill.weights.single_file import write_single_file
 
 HALF, FULL = torch.float16, torch.float32
 
@@ -576,6 +579,71 @@ def in_a_process(sources: list[str], variables: dict[str, str]) -> list[list[str
     command = [sys.executable, "-c", OFFLINE, *sources]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# the vocabulary that a single file leaves out
+
+
+@pytest.fixture
+def without_vocabulary(tmp_path):
+    """A single file that carries no tokenizer, as those of others."""
+    parts = sources.load_parts("miniature", dtype=None, vae_dtype=None)
+    path = tmp_path / "here/model.safetensors"
+    path.parent.mkdir()
+    write_single_file(path, parts.unet, parts.vae, parts.text_encoders, parts.schedule)
+    return path
+
+
+def clip_tokenizer(max_length: int = 77) -> CLIPTokenizer:
+    """CLIP's ids of a few words, which it is known by, and of all bytes."""
+    vocab = {}
+    for i, character in enumerate(byte_characters().values()):
+        vocab |= {character: 1_000 + i, f"{character}</w>": 2_000 + i}
+    return CLIPTokenizer(vocab | CLIP_IDS, [], max_length)
+
+
+def add_tokenizer(server: HubServer, repo: str, part: str, made: CLIPTokenizer) -> None:
+    made.save(server.root / repo / part)
+
+
+def test_clips_vocabulary_comes_from_whatever_model_the_cache_holds(server, without_vocabulary, monkeypatch):
+    for repo, part in (("me/sd", "tokenizer"), ("openai/clip-vit-base-patch32", "")):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(server.root.parent / repo))
+        add_tokenizer(server, repo, part, clip_tokenizer())
+        huggingface_hub.snapshot_download(repo)
+        server.requests.clear()
+        [found] = sources.load_parts(without_vocabulary).tokenizers
+        assert (found.vocab, found.pad) == (clip_tokenizer().vocab, 49407)
+        assert server.requests == [], "what is here is not asked for"
+
+
+def test_of_the_cache_only_clips_own_vocabulary_is_taken(server, without_vocabulary):
+    """Not that of a tiny model, not Long-CLIP's length, not one without its merges; then CLIP's is fetched, once."""
+    add_tokenizer(server, "a/tiny", "tokenizer", train_bpe(["a cat"], 600))
+    add_tokenizer(server, "b/long", "", clip_tokenizer(248))
+    add_tokenizer(server, "c/half", "tokenizer", clip_tokenizer())
+    (server.root / "c/half/tokenizer/merges.txt").unlink()
+    server.add("d/words", {"vocab.json": "[1, 2]", "merges.txt": "a b", "added_tokens.json": "[]"})
+    for repo in ("a/tiny", "b/long", "c/half", "d/words"):
+        huggingface_hub.snapshot_download(repo)
+    assert len(hub.cached_folders("vocab.json")) == 4
+    made = CLIPTokenizer(clip_tokenizer().vocab | {"fetched</w>": 500}, [])
+    add_tokenizer(server, sources.CLIP, "", made)
+    server.requests.clear()
+    for _ in range(2):
+        assert sources.load_parts(without_vocabulary).tokenizers[0].vocab == made.vocab
+    assert fetched(server, sources.CLIP) == ["merges.txt", "vocab.json"]
+
+
+def test_where_no_vocabulary_can_be_had_the_place_for_one_is_named(server, without_vocabulary, monkeypatch):
+    disconnect(monkeypatch)
+    message = refused(sources.load_parts, without_vocabulary)
+    place = without_vocabulary.parent / "tokenizer"
+    assert "put the vocab.json and merges.txt of any Stable Diffusion" in message and f"in {place} (" in message
+    clip_tokenizer().save(place)
+    assert sources.load_parts(without_vocabulary).tokenizers[0].vocab == clip_tokenizer().vocab
+    (place / "merges.txt").unlink()
+    assert str(place) in refused(sources.load_parts, without_vocabulary)
 
 
 # the other way

@@ -19,6 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minidistill.distill.block_removal import RECIPES, plan_removal
 from minidistill.errors import InputError
 from minidistill.models import lora
 from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
@@ -26,7 +27,16 @@ from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 from minidistill.weights import lora_files
 from minidistill.weights.files import read_metadata, write_safetensors
-from minidistill.weights.lora_files import attach, matched_line, merge_into, read_lora, sgm_names, write_lora
+from minidistill.weights.lora_files import (
+    attach,
+    every_name,
+    matched_line,
+    merge_into,
+    read_lora,
+    rewrite_lora,
+    sgm_names,
+    write_lora,
+)
 
 TINY_SD1 = replace(
     SD15,
@@ -60,6 +70,7 @@ TEXT = {
     "eos_token_id": 2,
 }
 BOTH = pytest.mark.parametrize("config", [TINY_SD1, TINY_SDXL], ids=["sd1", "sdxl"])
+FIRST = "lora_unet_down_blocks_0_attentions_0_proj_in"
 RANK, ALPHA = 4, 0.5  # the ratio of SDXL-Lightning's files, 8 / 64
 
 
@@ -755,10 +766,139 @@ def test_a_1x1_convolution_may_be_stored_as_a_linear_layer(tmp_path):
     assert_same_weights(linear, conv)
 
 
+# from form to form, without the model
+
+
+@pytest.mark.parametrize(
+    ("teacher", "recipe"),
+    [(SD15, None), (SD21, None), (SDXL, None), (SD15, "bk-tiny"), (SD15, "segmind-tiny"), (SDXL, "koala-700m")],
+    ids=["sd15", "sd21", "sdxl", "bk-tiny", "segmind-tiny", "koala-700m"],
+)
+def test_every_spelling_of_every_layer_is_known_without_the_model(teacher, recipe):
+    config = plan_removal(teacher, RECIPES[recipe].remove).student if recipe else teacher
+    with torch.device("meta"):
+        names = list(lora.candidates(UNet(config)))
+    sgm = {} if recipe else sgm_names(config)
+    for name in names:
+        for spelling in lora_files._spellings("unet", name, sgm.get(name, name)):
+            assert every_name()[spelling] == ("unet", name)
+
+
+def assert_same_file(found, expected) -> None:
+    """Names, bits, types and header."""
+    one, other = load_file(found), load_file(expected)
+    assert one.keys() == other.keys()
+    assert all(one[name].dtype == tensor.dtype and torch.equal(one[name], tensor) for name, tensor in other.items())
+    assert read_metadata(found) == read_metadata(expected)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_from_kohyas_form_to_pefts_and_back_all_is_as_it_was_and_diffusers_reads_it(kind, tmp_path):
+    networks, pipe = make_pipelines(kind)
+    loras = {
+        part: random_lora(network, lora.ALL if part == "unet" else lora.TEXT_ALL) for part, network in networks.items()
+    }
+    loras["unet"] |= random_lora(networks["unet"], ["conv1"], rank=2, alpha=3)
+    kohya, in_peft, again = (tmp_path / f"{name}.safetensors" for name in ("kohya", "peft", "again"))
+    write_lora(kohya, loras, dtype=torch.float16, metadata={"ss_output_name": "x"}, alpha_dtype=torch.float16)
+    rewrite_lora(kohya, in_peft, "peft")
+    rewrite_lora(in_peft, again, "kohya")
+    assert_same_file(again, kohya)
+    assert read_metadata(in_peft)["ss_output_name"] == "x" and not any("lora_down" in n for n in load_file(in_peft))
+    merge_into(networks, read_lora(kohya, networks))
+    before = {part: output(getattr(pipe, part)) for part in networks}
+    pipe.load_lora_weights(tmp_path, weight_name="peft.safetensors")
+    pipe.fuse_lora(components=list(networks))
+    pipe.unload_lora_weights()
+    theirs = pipe.unet.state_dict()
+    for name, weight in networks["unet"].state_dict().items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-4, atol=1e-5)
+    for part, network in networks.items():
+        assert_moved(output(network), before[part])
+        assert_close(output(network), output(getattr(pipe, part)))
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+@pytest.mark.parametrize("config", [TINY_SD1, TINY_SDXL], ids=["sd1", "sdxl"])
+def test_sgm_names_become_diffusers_names(config, form, tmp_path):
+    unet = make_unet(config)
+    weights = random_lora(unet, (*lora.ALL, "conv_in", "conv_out", "time_embedding.linear_1"))
+    sgm_file(tmp_path / "sgm.safetensors", weights, config)
+    rewrite_lora(tmp_path / "sgm.safetensors", tmp_path / "x.safetensors", form)
+    assert not any("input_blocks" in name or "middle_block" in name for name in load_file(tmp_path / "x.safetensors"))
+    assert_same_weights(read_lora(tmp_path / "x.safetensors", {"unet": unet})["unet"], weights)
+
+
+def test_a_file_of_peft_is_rewritten_with_the_alphas_beside_it(tmp_path):
+    ours, theirs = make_unets(TINY_SD1)
+    settings = {"r": RANK, "lora_alpha": 1, "target_modules": list(lora.ALL), "use_rslora": True, **PATTERNS}
+    model = peft.get_peft_model(theirs, peft.LoraConfig(**settings))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    for form in ("kohya", "peft"):
+        rewrite_lora(tmp_path / "adapter_model.safetensors", tmp_path / f"new/{form}.safetensors", form)
+    one, other = (read_lora(tmp_path / f"new/{form}.safetensors", {"unet": ours}) for form in ("kohya", "peft"))
+    in_float32 = {name: w._replace(alpha=torch.tensor(w.alpha).item()) for name, w in other["unet"].items()}
+    assert_same_weights(one["unet"], in_float32)
+    attach({"unet": ours}, one)
+    assert_close(output(ours), output(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_alpha_keeps_its_type_and_shapes_stay_those_of_the_file(dtype, tmp_path):
+    tensors = {name: t[:, :, 0, 0] if t.dim() == 4 else t for name, t in kohya_tensors(make_unet(TINY_SD1)).items()}
+    tensors = {n: torch.tensor(8).to(dtype) if n.endswith(".alpha") else t.half() for n, t in tensors.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    rewrite_lora(tmp_path / "x.safetensors", tmp_path / "peft.safetensors", "peft")
+    rewrite_lora(tmp_path / "peft.safetensors", tmp_path / "again.safetensors", "kohya", metadata={"new": "text"})
+    found = load_file(tmp_path / "again.safetensors")
+    assert found.keys() == tensors.keys() and read_metadata(tmp_path / "again.safetensors")["new"] == "text"
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
+    rewrite_lora(tmp_path / "x.safetensors", tmp_path / "full.safetensors", "kohya", dtype=torch.float32)
+    full = load_file(tmp_path / "full.safetensors")
+    assert {full[n].dtype for n in full if not n.endswith(".alpha")} == {torch.float32}
+    assert all(full[n].dtype == dtype for n in full if n.endswith(".alpha"))
+
+
+@pytest.mark.parametrize("sign", ["header", "width", "none"])
+def test_the_first_text_encoder_is_te1_where_anything_says_sdxl(sign, tmp_path):
+    loras = {"text_encoder": random_lora(make_sdxl()["text_encoder"], ["q_proj"])}
+    if sign == "width":
+        key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+        loras["unet"] = {key: LoRAWeights(torch.ones(4, 2048), torch.ones(640, 4), 2)}
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0"} if sign == "header" else {}
+    write_lora(tmp_path / "peft.safetensors", loras, "peft", metadata=metadata)
+    rewrite_lora(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors", "kohya")
+    prefixes = {name.split("_text_model")[0] for name in load_file(tmp_path / "kohya.safetensors") if "text" in name}
+    assert prefixes == {"lora_te" if sign == "none" else "lora_te1"}
+    tensors = load_file(tmp_path / "kohya.safetensors").items()
+    renamed = {name.replace("lora_te_", "lora_te1_"): tensor for name, tensor in tensors}
+    save_file(renamed, tmp_path / "te1.safetensors")  # its own names are a sign too
+    rewrite_lora(tmp_path / "te1.safetensors", tmp_path / "again.safetensors", "kohya")
+    assert load_file(tmp_path / "again.safetensors").keys() == renamed.keys()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{FIRST}.lora_up.weight"), "1 of 12 modules have only one half"),
+        (lambda t: t.update({f"{FIRST}.lora_up.weight": torch.ones(8, 3)}), "halves of 1 of 12 modules do not fit"),
+        (lambda t: t.update({f"{FIRST}.lora_down.weight": torch.tensor(1.0)}), "halves of 1 of 12 modules do not fit"),
+        (lambda t: t.update({f"{FIRST}_extra.alpha": torch.ones(2)}), "do not exist in any Stable Diffusion"),
+        (lambda t: t.update({f"{FIRST}.hada_w1_a": torch.ones(2)}), "LoHa .*not supported"),
+        (lambda t: [t.pop(name) for name in list(t)], "is not a LoRA"),
+    ],
+)
+def test_what_cannot_be_rewritten_is_refused_and_nothing_is_written(edit, message, tmp_path):
+    tensors = kohya_tensors(make_unet(TINY_SD1))
+    edit(tensors)
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = refused(rewrite_lora, tmp_path / "x.safetensors", tmp_path / "new.safetensors", "peft")
+    assert found.startswith(str(tmp_path / "x.safetensors")) and re.search(message, found), found
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 # refusals
-
-
-FIRST = "lora_unet_down_blocks_0_attentions_0_proj_in"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Full-size architectures are compared by name, on `meta`; numbers are compared on
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -15,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import refused
 
 from minidistill.diffusion.schedule import ScheduleConfig
-from minidistill.distill.block_removal import RECIPES, plan_removal
+from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
 from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig, CLIPTextModel
 from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.tokenizer import CLIPTokenizer, byte_characters, train_bpe
 from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
+from minidistill.pipeline import load_pipeline
 from minidistill.weights import folders, ldm
 from minidistill.weights.files import load_into, read_metadata, read_tensors
 from minidistill.weights.header import CLIP_IDS
@@ -50,6 +52,7 @@ FULL_SIZE = {
         transformer_layers_per_block=(1, 2, 3),
     ),
     **{name: plan_removal(teacher, RECIPES[recipe].remove).student for name, (teacher, recipe) in STUDENTS.items()},
+    **{name: plan_removal(SDXL, RECIPES[name].remove).student for name in ("koala-1b", "koala-700m", "segmind-vega")},
 }
 
 
@@ -295,6 +298,63 @@ def test_a_students_round_trip_is_exact(sources, tmp_path, name):
     assert_same(file.unet[1], parts["unet"].state_dict())
     theirs = oracle.convert_ldm_unet_checkpoint(load_file(tmp_path / "x.safetensors"), config.to_dict())
     assert_same(theirs, parts["unet"].state_dict())
+
+
+@pytest.fixture(params=["bk-base", "bk-small", "bk-tiny"])
+def student(request, tiny_sd1, tmp_path):
+    """A student's folder, and its single file, student.safetensors, beside it."""
+    pipe = load_pipeline(tiny_sd1)
+    removal = plan_removal(pipe.unet.config, RECIPES[request.param].remove)
+    pipe.unet = build_student(removal, pipe.unet)
+    pipe.save(tmp_path / "student")
+    write_single_file(tmp_path / "student.safetensors", **load(tmp_path / "student"))
+    return tmp_path / "student"
+
+
+def test_diffusers_opens_a_students_file_with_the_configs_of_its_folder_and_no_others(student, tiny_sd1, tmp_path):
+    """From the file alone diffusers takes every student for SD 1.5, its teacher: it needs to be told."""
+    expected = diffusers.StableDiffusionPipeline.from_pretrained(student)
+    configs = shutil.copytree(student, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def opened(config):
+        return diffusers.StableDiffusionPipeline.from_single_file(
+            str(student.with_suffix(".safetensors")), config=str(config), local_files_only=True
+        )
+
+    found = opened(configs)
+    for part in ("unet", "vae", "text_encoder"):
+        assert_same(getattr(found, part).state_dict(), getattr(expected, part).state_dict())
+    with pytest.raises(ValueError, match=r"expected shape"):
+        opened(tiny_sd1)
+
+
+def test_a_students_file_in_the_numbers_of_diffusers_script_is_read(student, tmp_path):
+    unet = folders.load_unet(student)
+    file = student.with_suffix(".safetensors")
+    names = {f"{UNET}{ldm_name}": ours for ours, ldm_name in ldm.ldm_unet_names(unet.config).items()}
+    numbers = gapped(unet.config)
+    tensors = {
+        f"{UNET}{numbers[names[name]]}" if name in names else name: tensor for name, tensor in load_file(file).items()
+    }
+    assert tensors.keys() != load_file(file).keys()
+    save_file(tensors, tmp_path / "gaps.safetensors", read_metadata(file))
+    found, expected = read_single_file(tmp_path / "gaps.safetensors"), read_single_file(file)
+    assert found.unet[0] == unet.config
+    assert_same(found.unet[1], unet.state_dict())
+    assert_same(found.vae[1], expected.vae[1])
+
+
+def test_an_sdxl_file_in_the_names_of_diffusers_script_is_read(sources, tmp_path):
+    """It is as ours but for the text projection, which it leaves as the linear layer it is."""
+    parts = load(sources["sdxl"])
+    write_single_file(tmp_path / "x.safetensors", **parts)
+    tensors, prefix = load_file(tmp_path / "x.safetensors"), "conditioner.embedders.1.model."
+    tensors[f"{prefix}text_projection.weight"] = tensors.pop(f"{prefix}text_projection").T.contiguous()
+    save_file(tensors, tmp_path / "y.safetensors", read_metadata(tmp_path / "x.safetensors"))
+    file = read_single_file(tmp_path / "y.safetensors")
+    assert_same(file.unet[1], parts["unet"].state_dict())
+    for (_, found), encoder in zip(file.text_encoders, parts["text_encoders"], strict=True):
+        assert_same(found, encoder.state_dict())
 
 
 def test_reading_copies_nothing(sources, tmp_path):

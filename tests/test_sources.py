@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -13,8 +14,10 @@ from test_sdxl import noise, oracle_of
 from tiny import PROMPTS
 
 from minidistill import convert
+from minidistill.distill.block_removal import RECIPES, plan_removal
 from minidistill.models.lora import ATTENTION, add_lora
 from minidistill.models.taesd import AutoencoderTiny
+from minidistill.models.unet import UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.training.config import run_command
 from minidistill.weights.files import read_metadata
@@ -77,14 +80,36 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(sources, files, kind):
 def test_folder_to_file_to_folder_is_bit_exact(sources, files, tmp_path, kind):
     assert run_convert(files[kind], tmp_path / "again") == 0
     load_pipeline(sources[kind]).save(tmp_path / "ours")
-    expected, found = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "again")
+    assert_same_folders(tmp_path / "ours", tmp_path / "again")
+
+
+def assert_same_folders(one, other) -> None:
+    """The same tensors, to the bit, and the same json files."""
+    expected, found = all_tensors(one), all_tensors(other)
     assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    names = [sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*.json")) for f in ("ours", "again")]
-    assert names[0] == names[1]
-    for name in names[0]:
-        one, other = (json.loads((tmp_path / folder / name).read_text()) for folder in ("ours", "again"))
-        assert one == other
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    contents = [
+        {path.relative_to(folder): json.loads(path.read_text()) for path in folder.rglob("*.json")}
+        for folder in (one, other)
+    ]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("recipe", ["koala-1b", "koala-700m", "ssd-1b", "segmind-vega"])
+def test_sdxls_students_come_back_from_a_file_bit_by_bit_with_their_configs(sources, tmp_path, recipe):
+    pipe = load_pipeline(sources["sdxl"])
+    # Deeper than any recipe leaves it, so that each has something to cut.
+    teacher = replace(pipe.unet.config, layers_per_block=2, transformer_layers_per_block=(1, 2, 7))
+    config = plan_removal(teacher, RECIPES[recipe].remove).student
+    assert config.transformer_depths() != teacher.transformer_depths()
+    torch.manual_seed(0)
+    pipe.unet = UNet(config)
+    pipe.save(tmp_path / "student")
+    assert run_convert(tmp_path / "student", tmp_path / "student.safetensors") == 0
+    assert run_convert(tmp_path / "student.safetensors", tmp_path / "again") == 0
+    assert_same_folders(tmp_path / "student", tmp_path / "again")
+    assert load_pipeline(tmp_path / "student.safetensors").unet.config == config
 
 
 def test_the_miniature_goes_through_a_single_file_in_its_own_precision(tmp_path):
@@ -103,10 +128,11 @@ def test_convert_changes_precision_only_on_request(sources, tmp_path):
 
 def test_a_single_file_without_a_vocabulary_takes_the_one_beside_it(sources, files, tmp_path, monkeypatch):
     monkeypatch.setattr("minidistill.weights.hub.fetch_files", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for kind in KINDS:
         metadata = {k: v for k, v in read_metadata(files[kind]).items() if k != "minidistill.tokenizers"}
         save_file(load_file(files[kind]), tmp_path / f"{kind}.safetensors", metadata)
-    assert "put the tokenizer/ folder" in refused(load_pipeline, tmp_path / "sd1.safetensors")
+    assert "put the vocab.json and merges.txt" in refused(load_pipeline, tmp_path / "sd1.safetensors")
     shutil.copytree(sources["sd1"] / "tokenizer", tmp_path / "tokenizer")
     for kind in ("sd1", "sd2"):
         found = load_pipeline(tmp_path / f"{kind}.safetensors")

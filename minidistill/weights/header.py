@@ -39,7 +39,7 @@ def write_configs(
         TEXT: [encoder.config.to_dict() for encoder in text_encoders],
         SCHEDULE: schedule.to_dict(),
     }
-    if not all(_is_clip(tokenizer) for tokenizer in tokenizers):
+    if not all(is_clip(tokenizer) for tokenizer in tokenizers):
         content[TOKENIZERS] = [
             {"vocab": t.vocab, "merges": t.merges, "max_length": t.max_length, "pad_token": t.pad_token}
             for t in tokenizers
@@ -71,5 +71,6 @@ def load_tokenizers(entries: list[dict]) -> tuple[CLIPTokenizer, ...]:
     )
 
 
-def _is_clip(tokenizer: CLIPTokenizer) -> bool:
+def is_clip(tokenizer: CLIPTokenizer) -> bool:
+    """Whether its vocabulary is CLIP's own, as in every official Stable Diffusion."""
     return tokenizer.vocab_size == 49408 and all(tokenizer.vocab.get(token) == i for token, i in CLIP_IDS.items())

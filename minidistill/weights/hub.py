@@ -154,6 +154,13 @@ def _second_best(place: Place) -> Path | None:
     return None
 
 
+def cached_folders(name: str) -> list[Path]:
+    """The folders in the Hub's cache with a file `name`, at the top of a model, whichever, or one level below."""
+    cache = Path(constants.HF_HUB_CACHE)
+    found = [path for depth in ("", "*/") for path in cache.glob(f"models--*/snapshots/*/{depth}{name}")]
+    return sorted(path.parent for path in found)
+
+
 def fetch_files(repo: str, names: Sequence[str]) -> Path:
     """The folder with these files of a repository on the Hub; nothing is asked of it if the cache has them all.
 

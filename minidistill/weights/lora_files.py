@@ -7,13 +7,16 @@
 
 kohya's underscores cannot be undone: "to_out_0" may be to_out.0 or to.out_0. So no name is taken apart here. All the
 spellings of all the layers of the networks at hand are written down in a table, and a file's names are looked up in it.
+Where no network is at hand, the table is that of all layers that any Stable Diffusion or student has (`every_name`).
 """
 
+import functools
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.errors import InputError
+from minidistill.models.clip import SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import LoRAWeights, attach_lora, candidates, fit, lora_weights, merge_weights
-from minidistill.models.unet import UNetConfig
-from minidistill.weights.files import read_json, read_metadata, read_tensors, write_safetensors
+from minidistill.models.unet import SD15, SDXL, UNet, UNetConfig
+from minidistill.weights.files import on_meta, read_json, read_metadata, read_tensors, write_safetensors
 from minidistill.weights.ldm import ldm_unet_names
 
 Loras = dict[str, dict[str, LoRAWeights]]  # by part of the pipeline ("unet", "text_encoder", ...), by layer
 
+FORMS = ("kohya", "peft")  # that are written
 KOHYA_PREFIXES = {
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -75,6 +80,23 @@ KOHYA_FAMILIES = {
     1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
     2048: {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
 }
+# kohya's scripts give alpha the type of the weights, or that of the number they were told, and others float32.
+ALPHA_DTYPE = "minidistill.alpha_dtype"  # in the header of a PEFT form that was a kohya form: what alpha's was there
+ALPHA_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
+}
+# A U-Net that has every layer of SD 1.x, 2.x, SDXL and the students of them; its widths mean nothing.
+WIDEST = replace(
+    SDXL,
+    block_out_channels=(4, 8, 12, 16),  # not two are equal, so that every stage starts with a conv_shortcut
+    down_block_types=("CrossAttnDownBlock2D",) * 4,
+    up_block_types=("CrossAttnUpBlock2D",) * 4,
+    layers_per_block=2,
+    transformer_layers_per_block=10,
+    attention_head_dim=1,
+    norm_num_groups=4,
+)
 TRANSFORMERS = ("transformer.", "lora_transformer_", "lora_unet_double_", "lora_unet_single_", "lora_unet_joint_")
 
 
@@ -97,6 +119,19 @@ def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
                 for spelling in _spellings(part, name, sgm.get(name, name)):
                     table.setdefault(spelling, (part, name))  # a bare name of both text encoders is the first one's
     return table
+
+
+@functools.cache
+def every_name() -> dict[str, tuple[str, str]]:
+    """`name_table` of all models at once: SD 1.x, 2.x, SDXL and their students.
+
+    That is possible since they number their blocks alike. Only the upsampler of a stage without attention has a place
+    of its own in sgm's names, hence the table of SD 1.x beside that of `WIDEST`. (sgm's names of a student, which
+    hardly anyone uses, have other numbers; they need the network.)
+    """
+    with on_meta():
+        encoders = {"text_encoder": CLIPTextModel(SDXL_TEXT_2), "text_encoder_2": CLIPTextModel(SDXL_TEXT_2, True)}
+        return name_table({"unet": UNet(SD15)}) | name_table({"unet": UNet(WIDEST), **encoders})
 
 
 def _spellings(part: str, name: str, sgm: str) -> Iterator[str]:
@@ -123,27 +158,83 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Loras:
         InputError: the file is broken, is no LoRA, is of a kind that is not supported, or is for another model.
     """
     path = Path(path)
-    tensors = read_tensors(path)
+    modules, loras = _read(path, read_tensors(path), name_table(networks), networks)
+    misfits = []
+    for part, layers in loras.items():
+        for name, weights in layers.items():
+            try:
+                layers[name] = fit(weights, networks[part].get_submodule(name))
+            except ValueError as error:
+                misfits.append(f"{part}.{name}: {error}")
+    if misfits:
+        what = f"{len(misfits)} of {len(modules)} modules have another shape in this model ({misfits[0]})"
+        raise InputError(f"{path}: {what}: {_verdict(modules, networks)}")
+    return loras
+
+
+def rewrite_lora(
+    source: str | Path,
+    dest: str | Path,
+    form: str,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the LoRA of one file into another in kohya's or PEFT's form, without its model: `write_lora` says which.
+
+    The tensors are the same, bit by bit, in diffusers' block names, and what the header says is kept. From kohya's
+    form to PEFT's and back, all is as it was; only an alpha that was nowhere given, and means the rank, is written out.
+
+    Args:
+        dtype: of the tensors in the file, but for alpha; as they are if not given.
+        metadata: text for the header, beside what is there and what the form needs.
+
+    Raises:
+        InputError: as in `read_lora`; or a layer that is in no Stable Diffusion and no student of one.
+    """
+    source = Path(source)
+    tensors = read_tensors(source)
+    modules, loras = _read(source, tensors, every_name(), {})
+    header = read_metadata(source) if source.suffix == ".safetensors" else {}
+    halves = {f"{part}.{name}": found for part, layers in loras.items() for name, found in layers.items()}
+    torn = [n for n, w in halves.items() if min(w.down.dim(), w.up.dim()) < 2 or not len(w.down) == w.up.shape[1] > 0]
+    if torn:
+        what = f"the halves of {len(torn)} of {len(modules)} modules do not fit each other ({_first_few(torn)})"
+        raise InputError(f"{source}: {what}; download or save it again")
+    alpha_dtype = next((t.dtype for name, t in tensors.items() if name.endswith(".alpha")), None)
+    if alpha_dtype is None:
+        alpha_dtype = ALPHA_DTYPES.get(header.get(ALPHA_DTYPE), torch.float32)
+    is_sdxl = (
+        _text_width({name: roles["down"] for name, roles in modules.items()}) == SDXL.cross_attention_dim
+        or any(name.startswith("lora_te1_") for name in modules)
+        or header.get("ss_base_model_version", "").startswith("sdxl")
+    )
+    if is_sdxl:
+        loras.setdefault("text_encoder_2", {})  # kohya's name of the first encoder depends on there being a second
+    kept = {key: text for key, text in header.items() if key not in (METADATA_KEY, ALPHA_DTYPE, "format")}
+    write_lora(dest, loras, form, dtype, {**kept, **(metadata or {})}, alpha_dtype)
+
+
+def _read(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    table: Mapping[str, tuple[str, str]],
+    networks: Mapping[str, nn.Module],
+) -> tuple[dict[str, dict[str, Tensor]], Loras]:
+    """The modules of a file as it spells them, and the same by the names in `table`, in the shapes of the file.
+
+    networks: those that the table is of, for messages; none if it is `every_name`.
+    """
     modules, foreign = _by_module(path, tensors)
-    table = name_table(networks)
     _check(path, modules, foreign, networks, table)
     config = _peft_config(path, tensors)
     loras: Loras = {}
-    misfits = []
     for spelling, roles in modules.items():
         part, name = table[spelling]
         if name in loras.setdefault(part, {}):
             raise InputError(f"{path}: {part}.{name} is there twice, once as {spelling}")
         alpha = _alpha(path, roles, spelling.removeprefix(f"{part}."), _settings(config, part))
-        weights = LoRAWeights(roles["down"], roles["up"], alpha)
-        try:
-            loras[part][name] = fit(weights, networks[part].get_submodule(name))
-        except ValueError as error:
-            misfits.append(f"{spelling}: {error}")
-    if misfits:
-        what = f"{len(misfits)} of {len(modules)} modules have another shape in this model ({misfits[0]})"
-        raise InputError(f"{path}: {what}: {_verdict(modules, networks)}")
-    return loras
+        loras[part][name] = LoRAWeights(roles["down"], roles["up"], alpha)
+    return modules, loras
 
 
 def _by_module(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -173,14 +264,15 @@ def _check(
     networks: Mapping[str, nn.Module],
     table: Mapping[str, tuple[str, str]],
 ) -> None:
-    """Refuse a file that is not, whole and in all its names, a LoRA for these networks."""
+    """Refuse a file that is not, whole and in all its names, a LoRA for the networks that the table is of."""
     if not any("down" in roles or "up" in roles for roles in modules.values()):
         names = _first_few(foreign or list(modules)) or "none"
         raise InputError(f"{path} is not a LoRA: none of its tensors ({names}) is a lora_down, lora_A or the like")
     count = len(modules)
     unknown = [spelling for spelling in modules if spelling not in table]
     if unknown:
-        some = f"{len(unknown)} of {count} modules do not exist in this model"
+        where = "this model" if networks else "any Stable Diffusion or student of one"
+        some = f"{len(unknown)} of {count} modules do not exist in {where}"
         what = f"0 of {count} modules matched" if len(unknown) == count else some
         raise InputError(f"{path}: {what} ({_first_few(unknown)}): {_verdict(modules, networks)}")
     if foreign:
@@ -302,6 +394,7 @@ def write_lora(
     form: str = "kohya",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    alpha_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a LoRA, atomically; a network stands for its live LoRA, without the scale that is set there.
 
@@ -310,22 +403,25 @@ def write_lora(
         form: "kohya" is read by diffusers, ComfyUI and A1111 alike. "peft" is diffusers' own; its alpha is in the
             header, where other programs and diffusers before mid-2025 do not look: they take alpha = rank.
         dtype: of the tensors in the file; as they are if not given.
-        metadata: text for the header, beside what the form needs.
+        metadata: text for the header, beside what the form needs, and before it where both say something.
+        alpha_dtype: of kohya's alpha. PEFT's form, where alpha is text, keeps a note of it.
 
     Raises:
         InputError: there is no LoRA to write, or the file cannot be written.
     """
-    if form not in ("kohya", "peft"):
-        raise ValueError(f'form {form!r} is neither "kohya" nor "peft"')
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
     found = {part: lora_weights(lora) if isinstance(lora, nn.Module) else lora for part, lora in loras.items()}
     if not any(found.values()):
         raise InputError(f"there is no LoRA to write to {path}: no layer has one")
-    tensors, header = _to_kohya(found) if form == "kohya" else _to_peft(found)
+    tensors, header = _to_kohya(found, alpha_dtype) if form == "kohya" else _to_peft(found, alpha_dtype)
     cast = {n: t if dtype is None or n.endswith(".alpha") else t.to(dtype) for n, t in tensors.items()}
     write_safetensors(path, cast, {**header, **(metadata or {})})
 
 
-def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _to_kohya(
+    loras: Mapping[str, Mapping[str, LoRAWeights]], alpha_dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {}
     for part, weights in loras.items():
         # SD's one text encoder is te, SDXL's two are te1 and te2
@@ -333,7 +429,7 @@ def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str,
         for name, (down, up, alpha) in weights.items():
             key = prefix + name.replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=alpha_dtype)
     every = [found for weights in loras.values() for found in weights.values()]
     ranks, alphas = {len(found.down) for found in every}, {found.alpha for found in every}
     width = _text_width({name: found.down for name, found in loras.get("unet", {}).items()})
@@ -345,14 +441,17 @@ def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str,
     }
 
 
-def _to_peft(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _to_peft(
+    loras: Mapping[str, Mapping[str, LoRAWeights]], alpha_dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, config = {}, {}
     for part, weights in loras.items():
         for name, (down, up, _) in weights.items():
             tensors |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
         if weights:
             config |= {f"{part}.{key}": value for key, value in _lora_config(weights).items()}
-    return tensors, {METADATA_KEY: json.dumps(config)}
+    note = {} if alpha_dtype == torch.float32 else {ALPHA_DTYPE: str(alpha_dtype).removeprefix("torch.")}
+    return tensors, {METADATA_KEY: json.dumps(config), **note}
 
 
 def _lora_config(weights: Mapping[str, LoRAWeights]) -> dict[str, Any]:

@@ -273,6 +273,11 @@ def write_single_file(
 ) -> None:
     """Write a pipeline as one .safetensors file in LDM's layout (sgm's for SDXL), atomically.
 
+    diffusers' `from_single_file` does not read the configs in the header. It takes every student for a full model and
+    stops at the first shape that differs, unless it is given the student's configs: `config=FOLDER`, a pipeline folder
+    of the student (`minidistill.convert` makes one of the file; diffusers then reads its json files only). A student
+    whose stages differ in their number of layers opens in diffusers as a folder, not as a file.
+
     Args:
         tokenizers: kept in the file's header, unless their vocabulary is CLIP's own.
         dtype: of all weights in the file; None keeps each model's own.

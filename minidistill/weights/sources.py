@@ -7,7 +7,7 @@ looking: `hub.py` finds it, `folders.py`, `single_file.py`, `vae_file.py` and `l
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, VAEConfig
 from minidistill.weights import folders, hub, lora_files
 from minidistill.weights.files import load_into, on_meta, read_metadata
+from minidistill.weights.header import is_clip
 from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
 from minidistill.weights.single_file import SingleFile, read_single_file
 from minidistill.weights.vae_file import read_vae_file
@@ -31,6 +32,7 @@ from minidistill.weights.vae_file import read_vae_file
 Device = str | torch.device
 DType = torch.dtype | None  # None keeps the file's
 ENCODERS = ("text_encoder", "text_encoder_2")  # their names in model folders and LoRA files
+NO_EMA = "{} is a folder, which has no second U-Net with averaged weights: only single files may hold both"
 CLIP = "openai/clip-vit-large-patch14"  # where the Hub has the vocabulary that single files leave out
 
 
@@ -74,26 +76,47 @@ def load_parts(
     if base.is_file():
         parts = _from_file(base, device, dtype, vae_dtype, unet, vae, ema)
     else:
-        parts = _from_folder(base, device, dtype, vae_dtype, unet, vae)
-    sampling = parts.sampling
+        parts = _from_folder(base, device, dtype, vae_dtype, unet, vae, ema)
+    sampling = merge_loras(named_networks(parts.unet, parts.text_encoders), loras) or parts.sampling
+    return parts._replace(schedule=_as_distilled(parts.schedule, sampling), sampling=sampling)
+
+
+def merge_loras(networks: Mapping[str, nn.Module], loras: Sequence[tuple[str | Path, float]]) -> Sampling | None:
+    """Merge LoRAs, (file, scale), into networks, one after the other. What the last that says so was distilled for."""
+    sampling = None
     for file, scale in loras:
         path = folders.find_model(file)
-        networks = named_networks(parts.unet, parts.text_encoders)
         found = lora_files.read_lora(path, networks)
         counts = lora_files.merge_into(networks, found, scale)
         print(f"{path.name}: {lora_files.matched_line(found, counts)}", file=sys.stderr)
         sampling = _find_sampling(path) or sampling
-    return parts._replace(schedule=_as_distilled(parts.schedule, sampling), sampling=sampling)
+    return sampling
+
+
+def with_scales(files: Sequence[str] | None, scales: Sequence[float]) -> list[tuple[str, float]]:
+    """(file, scale) of each LoRA, from one scale for all or one each. InputError: their numbers do not fit."""
+    files = files or ()
+    if len(scales) not in (1, len(files)):
+        raise InputError(f"{len(scales)} scales for {len(files)} LoRAs: give one for all, or one each")
+    return list(zip(files, scales if len(scales) > 1 else [*scales] * len(files), strict=True))
 
 
 def _from_folder(
-    base: Path, device: Device, dtype: DType, vae_dtype: DType, unet: str | Path | None, vae: str | Path | None
+    base: Path,
+    device: Device,
+    dtype: DType,
+    vae_dtype: DType,
+    unet: str | Path | None,
+    vae: str | Path | None,
+    ema: bool,
 ) -> Parts:
     index = folders.read_model_index(base)
+    if ema and not unet:
+        raise InputError(NO_EMA.format(base))
     suffixes = ("", "_2") if index["_class_name"] == folders.SDXL else ("",)
     config = folders.load_vae_config(base)
     return Parts(
-        load_unet(unet, device, dtype) if unet else folders.load_unet(base, dtype, device),
+        load_unet(unet, device, dtype, ema) if unet else folders.load_unet(base, dtype, device),
         load_vae(vae, device, vae_dtype, config) if vae else folders.load_vae(base, vae_dtype, device),
         [folders.load_text_encoder(base, dtype, device, f"text_encoder{suffix}") for suffix in suffixes],
         [folders.load_tokenizer(base, f"tokenizer{suffix}") for suffix in suffixes],
@@ -112,7 +135,7 @@ def _from_file(
     vae: str | Path | None,
     ema: bool,
 ) -> Parts:
-    file = read_single_file(base, ema)
+    file = read_single_file(base, ema and not unet)
     if file.schedule is None or file.vae is None or not file.text_encoders:
         lacks = "text encoder" if file.vae else "VAE and text encoder"
         raise InputError(f"{base} has no {lacks}: give it as --unet, and as --model what it is made for")
@@ -122,7 +145,7 @@ def _from_file(
             encoder = CLIPTextModel(config, "text_projection.weight" in tensors)
         encoders.append(load_into(encoder, tensors, str(base), dtype, device))
     return Parts(
-        load_unet(unet, device, dtype) if unet else _unet_of(file, base, device, dtype),
+        load_unet(unet, device, dtype, ema) if unet else _unet_of(file, base, device, dtype),
         load_vae(vae, device, vae_dtype, file.vae[0]) if vae else _vae_of(*file.vae, base, device, vae_dtype),
         encoders,
         list(file.tokenizers) or _clip_tokenizers(base, file.family),
@@ -132,11 +155,13 @@ def _from_file(
     )
 
 
-def load_unet(source: str | Path, device: Device, dtype: DType) -> UNet:
-    """The U-Net of any SOURCE: also of a file or a folder that holds nothing else."""
+def load_unet(source: str | Path, device: Device, dtype: DType, ema: bool = False) -> UNet:
+    """The U-Net of any SOURCE: also of a file or a folder that holds nothing else. ema: as in `load_parts`."""
     path = folders.find_model(source, dtype)
     if path.is_file():
-        return _unet_of(read_single_file(path), path, device, dtype)
+        return _unet_of(read_single_file(path, ema), path, device, dtype)
+    if ema:
+        raise InputError(NO_EMA.format(path))
     return folders.load_unet(path, dtype, device, _place_of("unet", path))
 
 
@@ -152,6 +177,15 @@ def _place_of(part: str, folder: Path) -> str:
     """Where in a folder the part is: in its own, unless the folder holds nothing else."""
     alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
     return "" if alone else part
+
+
+def is_unet_alone(source: str | Path, dtype: DType = None) -> bool:
+    """Whether a SOURCE is a U-Net and nothing else. (Of a folder: a part and nothing else, its config says which.)"""
+    path = folders.find_model(source, dtype)
+    if path.is_dir():
+        return _place_of("unet", path) == ""
+    file = read_single_file(path)
+    return file.vae is None and not file.text_encoders
 
 
 def _unet_of(file: SingleFile, path: Path, device: Device, dtype: DType) -> UNet:
@@ -180,18 +214,32 @@ def sampling_of(source: str | Path, dtype: DType = None) -> Sampling | None:
 
 
 def _clip_tokenizers(path: Path, family: str) -> list[CLIPTokenizer]:
-    """CLIP's tokenizer, which single files leave out: from beside the file, else from the Hub or its cache."""
-    for folder in (path.parent / "tokenizer", path.parent):
-        if (folder / "vocab.json").is_file():
-            return _padded(CLIPTokenizer.from_folder(folder), family)
+    """CLIP's tokenizer, which single files leave out: from beside the file, from the Hub's cache, else from the Hub."""
+    for part in ("tokenizer", ""):
+        if (path.parent / part / "vocab.json").is_file():
+            return _padded(folders.load_tokenizer(path.parent, part), family)
+    if cached := _cached_clip_tokenizer():
+        return _padded(cached, family)
     try:
         folder = hub.fetch_files(CLIP, ("vocab.json", "merges.txt"))
     except InputError as error:
         raise InputError(
-            f"{path} needs CLIP's vocabulary, which no single file holds: put the tokenizer/ folder of any Stable "
-            f"Diffusion beside it ({error})"
+            f"{path} needs CLIP's vocabulary, which no single file holds: put the vocab.json and merges.txt of any "
+            f"Stable Diffusion (they are in its tokenizer/ folder) in {path.parent / 'tokenizer'} ({error})"
         ) from error
-    return _padded(CLIPTokenizer.from_folder(folder), family)
+    return _padded(folders.load_tokenizer(folder, ""), family)
+
+
+def _cached_clip_tokenizer() -> CLIPTokenizer | None:
+    """The first in the Hub's cache: all Stable Diffusions have the same vocabulary, whosever it is."""
+    for folder in hub.cached_folders("vocab.json"):
+        try:
+            tokenizer = CLIPTokenizer.from_folder(folder)
+        except (OSError, ValueError, TypeError, AttributeError):  # another kind of model's, or not all of it is here
+            continue
+        if is_clip(tokenizer) and tokenizer.max_length == 77:  # Long-CLIP reads the same words, but more of them
+            return tokenizer
+    return None
 
 
 def _padded(tokenizer: CLIPTokenizer, family: str) -> list[CLIPTokenizer]:

@@ -1,0 +1,177 @@
+"""`generate`, as it is run: every flag that lays something over a model or starts from something else, and the bar.
+
+The flags of the sampling itself, bad input and broken folders are in test_pipeline.py.
+"""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_convert import parts  # noqa: F401 (a fixture)
+from test_pipeline import levels, noise, run_generate
+from test_sources import altered
+
+from minidistill import generate
+from minidistill.pipeline import load_pipeline
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture
+def run(sources, tmp_path, monkeypatch):
+    """Runs generate on the SD 1.x of `sources`, in 2 steps: (the pictures in the file, the pipeline it used)."""
+    used = []
+
+    def remembered(*args, **kwargs):
+        used.append(load_pipeline(*args, **kwargs))
+        return used[-1]
+
+    monkeypatch.setattr(generate, "load_pipeline", remembered)
+
+    def call(*words, steps: int = 2) -> tuple[np.ndarray, object]:
+        out = tmp_path / "out.png"
+        given = ["--model", sources["sd1"], "--prompt", PROMPT, "--steps", steps, "--out", out, *words]
+        assert run_generate(*map(str, given)) == 0
+        return levels([Image.open(out)])[0], used[-1]
+
+    return call
+
+
+def row(pictures) -> np.ndarray:
+    """Pictures side by side, as the file has them."""
+    return np.concatenate(levels(pictures), axis=1)
+
+
+def test_loras_are_merged_each_at_its_scale(run, sources, parts, capsys):  # noqa: F811
+    style, pose = parts["style"], parts["pose"]
+    asked = {
+        ("--lora", style): [(style, 1.0)],
+        ("--lora", style, "--lora-scale", "0.5"): [(style, 0.5)],
+        ("--lora", f"{style},{pose}", "--lora-scale", "0.5,-0.5"): [(style, 0.5), (pose, -0.5)],
+        ("--lora", f"{style},{pose}", "--lora-scale", "0.5"): [(style, 0.5), (pose, 0.5)],
+    }
+    seen = [run()[0]]
+    for words, loras in asked.items():
+        found, _ = run(*words)
+        assert (found == row(load_pipeline(sources["sd1"], loras=loras)(PROMPT, steps=2))).all()
+        assert not any((found == other).all() for other in seen)
+        seen.append(found)
+    assert capsys.readouterr().err.count("40/40 modules matched") == 2 * 6  # here, and in `run`
+
+
+def test_another_unet_and_another_vae_take_their_places(run, sources, parts, tmp_path):  # noqa: F811
+    other = altered(sources["sd1"], tmp_path / "other")
+    taesd = parts["taesd"] / "diffusion_pytorch_model.safetensors"
+    found, pipe = run("--unet", other, "--vae", taesd)
+    assert (found == row(load_pipeline(other, vae=taesd)(PROMPT, steps=2))).all()
+    assert found.shape == (64, 64, 3)  # a TAESD makes eight times the side of the latents, the tiny VAE four times
+    assert not torch.equal(pipe.unet.conv_in.weight, load_pipeline(sources["sd1"]).unet.conv_in.weight)
+
+
+def test_the_averaged_weights_are_taken_on_request(run, parts):  # noqa: F811
+    plain, averaged = (run("--model", parts["both"], *words)[1].unet.state_dict() for words in ((), ("--ema",)))
+    theirs = load_file(parts["both"])["model_ema.diffusion_modelinput_blocks00weight"]
+    assert torch.equal(averaged["conv_in.weight"], theirs) and not torch.equal(plain["conv_in.weight"], theirs)
+
+
+def test_the_vae_stays_in_float32_unless_told(run, sources):
+    _, pipe = run("--precision", "bf16")
+    assert (pipe.unet.dtype, next(pipe.vae.parameters()).dtype) == (torch.bfloat16, torch.float32)
+    found, pipe = run("--vae-precision", "bf16")
+    assert (pipe.unet.dtype, next(pipe.vae.parameters()).dtype) == (torch.float32, torch.bfloat16)
+    expected = row(load_pipeline(sources["sd1"], vae_dtype=torch.bfloat16)(PROMPT, steps=2))
+    assert (found == expected).all() and (found != run()[0]).any()
+
+
+def test_a_picture_is_the_start_of_several(run, sources, tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    photo.save(tmp_path / "photo.png")
+    found, pipe = run("--image", tmp_path / "photo.png", "--strength", "0.5", "--count", "2", "--seed", "3", steps=4)
+    assert (found == row(pipe([PROMPT] * 2, image=photo, strength=0.5, seed=3, steps=4))).all()
+    assert found.shape == (24, 80, 3) and (found[:, :40] != found[:, 40:]).any()
+    usual, _ = run("--image", tmp_path / "photo.png", steps=5)
+    assert (usual == row(pipe(PROMPT, image=photo, strength=0.8, steps=5))).all()
+
+
+def test_low_memory_frees_and_tiles_and_gives_the_same_pictures(run, monkeypatch):
+    usual, pipe = run("--count", "2")
+    assert len(pipe.text_encoders) == 1
+    tiled = []
+    decode = generate.Pipeline.decode
+    monkeypatch.setattr(
+        generate.Pipeline, "decode", lambda *args, **kw: tiled.append(kw["tiled"]) or decode(*args, **kw)
+    )
+    found, pipe = run("--count", "2", "--low-memory")
+    assert pipe.text_encoders == [] and tiled == [True]
+    assert np.abs(found - usual).max() <= 1
+
+
+def test_latents_go_with_another_unet_and_decide_how_many(run, sources, tmp_path):
+    save_file({"latents": noise(3)}, tmp_path / "noise.safetensors")
+    other = altered(sources["sd1"], tmp_path / "other")
+    found, _ = run("--latents", tmp_path / "noise.safetensors", "--unet", other)
+    assert (found == row(load_pipeline(other)([PROMPT] * 3, latents=noise(3), steps=2))).all()
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "total"),
+    [((), 3, 3), (("--count", "9"), 2, 4), (("--image", "photo.png", "--strength", "0.5"), 4, 2)],
+    ids=["one", "two batches", "from a picture"],
+)
+def test_the_bar_counts_every_step_and_is_for_terminals_only(run, tmp_path, monkeypatch, capsys, words, steps, total):
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    run(*words, steps=steps)
+    assert "sampling" not in capsys.readouterr().err
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run(*words, steps=steps)
+    assert f"{total}/{total}" in terminal.getvalue() and f"{total + 1}/" not in terminal.getvalue()
+
+
+def test_the_callback_sees_every_step_of_every_batch(sources):
+    seen = []
+    pipe = load_pipeline(sources["sd1"])
+    pipe([PROMPT] * 3, steps=2, batch_size=2, callback=seen.append)
+    assert [step["i"] for step in seen] == [0, 1, 0, 1]
+    assert [len(step["x0"]) for step in seen] == [2, 2, 1, 1] and seen[0]["t"] > seen[1]["t"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--lora", "a,b", "--lora-scale", "1,2,3"], "3 scales for 2 LoRAs"),
+        (["--lora-scale", "1,2"], "2 scales for 0 LoRAs"),
+        (["--lora-scale", "much"], "--lora-scale takes a finite number"),
+        (["--lora", "none.safetensors"], "none.safetensors"),
+        (["--ema"], "only single files may hold both"),
+        (["--vae-precision", "fp16"], "bf16"),
+        (["--vae", "none.safetensors"], "none.safetensors"),
+        (["--image", "none.png"], "no such file: none.png"),
+        (["--image", "out.txt"], "cannot read the image"),
+        (["--count", "0"], "--count"),
+        (["--image", "photo.png", "--strength", "0"], "strength must be above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_one_line_and_no_picture(
+    sources, tmp_path, monkeypatch, capsys, words, reason
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.txt").write_text("no picture")
+    Image.new("RGB", (32, 32)).save("photo.png")
+    assert run_generate("--model", str(sources["sd1"]), "--out", "new/out.png", *words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert reason in captured.err
+    assert not (tmp_path / "new/out.png").exists()
