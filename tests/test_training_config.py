@@ -45,6 +45,11 @@ def test_no_flags_give_the_defaults():
     assert parsed() == Config()
 
 
+def test_a_list_flag_given_again_goes_on_and_another_flag_starts_over():
+    assert parsed("--stages", "8,4", "--stages", "1").stages == (8, 4, 1)
+    assert parsed("--steps", "7", "--steps", "9").steps == 9
+
+
 def test_every_field_type_is_read():
     config = parsed(
         *[

@@ -179,7 +179,16 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
     if info["positional"]:
         parser.add_argument(flag, type=convert, nargs=None if required else "?", metavar=flag.upper(), help=text)
     else:
-        parser.add_argument(flag, type=convert, metavar=metavar, help=text)
+        action = _Gather if is_tuple else "store"
+        parser.add_argument(flag, type=convert, metavar=metavar, help=text, action=action)
+
+
+class _Gather(argparse.Action):
+    """`--lora a,b` and `--lora a --lora b` are the same."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if None in (before, values) else before + values)
 
 
 def _flag(field: dataclasses.Field) -> str:
