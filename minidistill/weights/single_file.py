@@ -72,7 +72,10 @@ UNUSED = {
 MARKS = {"v_pred", "ztsnr"}  # empty tensors by which SDXL fine-tunes say how they were trained
 UNUSED_TEXT = {"logit_scale", "attn_mask"}  # CLIP's temperature and causal mask
 OTHER_KINDS = (
-    (r"[._]lora[._](down|up|A|B)\.|^lora_(unet|te)", "a LoRA: give it as --lora"),
+    (
+        r"[._]lora[._](down|up|A|B)\.|^lora_(unet|te)",
+        "a LoRA: give it as --lora, or to convert with --layout kohya or peft",
+    ),
     (r"\.(hada|lokr)_\w", "a LoHa or LoKr adapter, which is not supported"),
     (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.", "a Flux model, which is not supported"),
     (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, which is not supported"),
