@@ -18,8 +18,11 @@ import torch
 from hub_server import TOKEN, HubServer, files_of
 from huggingface_hub import constants, file_download
 
+import minidistill
 from minidistill.errors import InputError
+from minidistill.generate import GenerateConfig, generate
 from minidistill.models.tokenizer import CLIPTokenizer, byte_characters, train_bpe
+from minidistill.training.config import run_command
 from minidistill.weights import hub, sources
 from minidistill.weights.choice import (
     DIFFUSERS_STEMS,
@@ -335,6 +338,24 @@ def test_of_a_pipeline_only_the_needed_files_are_fetched_and_only_once(server, c
     assert find_source("me/sd15", HALF) == folder, "full precision serves where half is enough"
     assert server.requests == []
     assert capsys.readouterr().err == "", "progress bars are for terminals"
+
+
+def test_a_hub_id_draws_the_picture_of_its_folder_and_later_does_so_without_the_hub(server, tmp_path, monkeypatch):
+    miniature = Path(minidistill.__file__).parent / "miniature"
+    files = {name: path.read_bytes() for name, path in files_of(miniature).items() if not name.startswith("clip/")}
+    server.add("me/sd", {**files, "safety_checker/model.safetensors": "never asked for"})
+    pictures = []
+    for model, name in ((str(miniature), "folder.png"), ("me/sd", "hub.png"), ("me/sd", "cache.png")):
+        with pytest.raises(SystemExit) as exit:
+            words = ["--model", model, "--steps", "2", "--guidance", "1", "--out", name]
+            run_command(generate, GenerateConfig, prog="generate", argv=words)
+        assert exit.value.code == 0
+        pictures.append((tmp_path / name).read_bytes())
+        if name == "hub.png":
+            assert "unet/diffusion_pytorch_model.safetensors" in fetched(server, "me/sd")
+            assert "safety_checker/model.safetensors" not in fetched(server, "me/sd")
+            disconnect(monkeypatch)
+    assert pictures[0] == pictures[1] == pictures[2]
 
 
 def test_half_precision_is_replaced_by_full_only_if_the_hub_can_be_asked(server, monkeypatch):
