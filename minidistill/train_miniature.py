@@ -371,11 +371,12 @@ class Layouts:
 
 @torch.no_grad()
 def redraw_places(pipe: Pipeline) -> None:
-    """Draw the embeddings of left, right, above and below anew: CLIP's training leaves them nearly equal."""
+    """Draw the embeddings of left, right, above and below anew, if CLIP's training left two of them nearly equal."""
     weight = pipe.text_encoders[0].text_model.embeddings.token_embedding.weight
-    for word, _ in OPPOSITES:
-        row = weight[pipe.tokenizers[0]([word])[0, 1]]
-        row.copy_(torch.randn(row.shape) * weight.std().cpu())
+    rows = [int(pipe.tokenizers[0]([word])[0, 1]) for word, _ in OPPOSITES]
+    usual = weight.std() * weight.shape[1] ** 0.5  # the length of a word; two that are independent are sqrt(2) apart
+    if F.pdist(weight[rows]).min() < usual:
+        weight[rows] = torch.randn(len(rows), weight.shape[1]).to(weight) * weight.std()
 
 
 def to_noisiest(t: Tensor, every: int) -> Tensor:
