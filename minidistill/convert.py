@@ -19,8 +19,8 @@ from pathlib import Path
 from minidistill.errors import InputError
 from minidistill.training.config import REQUIRED, option, run_command
 from minidistill.training.optim import PRECISIONS
-from minidistill.weights.files import existing_file, write_json, write_safetensors
-from minidistill.weights.folders import find_model
+from minidistill.weights.files import existing_file, write_safetensors
+from minidistill.weights.folders import find_model, save_unet
 from minidistill.weights.header import UNET
 from minidistill.weights.ldm import to_ldm_unet
 from minidistill.weights.lora_files import FORMS, rewrite_lora
@@ -105,14 +105,12 @@ def convert_unet(config: Config, dest: Path, layout: str) -> None:
     unet = load_unet(config.source, "cpu", dtype, config.ema)
     merged = merge_loras({"unet": unet}, with_scales(config.lora, config.lora_scale))
     header = sampling_metadata(merged or sampling_of(config.source, dtype))
-    settings = unet.config.to_dict()
     if layout == "folder":
-        write_safetensors(dest / "diffusion_pytorch_model.safetensors", unet.state_dict(), header)
-        write_json(dest / "config.json", settings)  # last: a folder without it is one that was not finished
+        save_unet(dest, unet, header, part="")
         return
     tensors = to_ldm_unet(unet.state_dict(), unet.config)
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
-    write_safetensors(dest, tensors, {**header, UNET: json.dumps(settings)})
+    write_safetensors(dest, tensors, {**header, UNET: json.dumps(unet.config.to_dict())})
 
 
 def convert_lora(config: Config, dest: Path) -> None:

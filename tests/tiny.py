@@ -64,13 +64,7 @@ def save_oracle(folder, kind: str) -> None:
         attention_head_dim=(2, 4) if is_sd2 else 2,
         use_linear_projection=is_sd2,
     )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-    )
+    vae = tiny_vae()
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -92,6 +86,18 @@ def save_oracle(folder, kind: str) -> None:
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
+
+
+def tiny_vae(**settings) -> diffusers.AutoencoderKL:
+    """A random VAE that makes pictures 4 times the side of the latents."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=32,
+        **settings,
+    )
 
 
 @torch.no_grad()
@@ -137,14 +143,7 @@ def save_sdxl(folder) -> None:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=20 + 6 * 8,
     )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.13025,
-    )
+    vae = tiny_vae(scaling_factor=0.13025)
     make_prompts_matter(unet, encoders[0])
     with torch.no_grad():
         encoders[1].text_model.embeddings.token_embedding.weight.mul_(10)
@@ -234,15 +233,8 @@ def save_like_official(
 
 @torch.no_grad()
 def vae_without_spread(**settings) -> diffusers.AutoencoderKL:
-    """A random VAE that makes pictures 4 times the side of the latents, all of whose posterior is its mean."""
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-        **settings,
-    )
+    """`tiny_vae`, all of whose posterior is its mean."""
+    vae = tiny_vae(**settings)
     vae.quant_conv.weight[4:] = 0
     vae.quant_conv.bias[4:] = -30
     return vae

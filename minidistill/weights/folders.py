@@ -194,12 +194,13 @@ def _existing_part(path: Path) -> Path:
 # saving
 
 
-def save_unet(folder: str | Path, unet: UNet, metadata: Mapping[str, str] | None = None) -> None:
+def save_unet(folder: str | Path, unet: UNet, metadata: Mapping[str, str] | None = None, part: str = "unet") -> None:
     """Write `unet/`: the config of this very network and its weights, in their dtype.
 
     metadata: text kept in the header of the weights file, for example what a student was distilled for.
+    part: the folder in `folder`; "" for a folder that is a U-Net and nothing else.
     """
-    _save(Path(folder) / "unet", unet, unet.config.to_dict(), DIFFUSERS_STEMS, metadata)
+    _save(Path(folder) / part, unet, unet.config.to_dict(), DIFFUSERS_STEMS, metadata)
 
 
 def save_vae(folder: str | Path, vae: AutoencoderKL) -> None:
