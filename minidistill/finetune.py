@@ -171,9 +171,7 @@ def main(config: Config) -> None:
                         batch = read_again(pipe, batch)
                     per_sample = denoising_loss(pipe, batch, alpha_bar)  # (B,)
                 check_finite(per_sample, step + 1, batch.t)
-                # No autocast in backward, but its choice of attention: what is recomputed must be computed as before.
-                with precision.autocast, torch.autocast(device.type, enabled=False):
-                    precision.scaler.scale(per_sample.mean() / config.accumulate).backward()
+                precision.scaler.scale(per_sample.mean() / config.accumulate).backward()
                 log.add({"loss": per_sample.mean()}, per_sample, batch.t)
 
             lr = lr_at(step, config.learning_rate, config.warmup, config.steps, config.lr_schedule)

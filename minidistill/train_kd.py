@@ -42,6 +42,7 @@ from minidistill.training.optim import (
     PRECISIONS,
     SCHEDULES,
     adamw,
+    best_precision,
     check_finite,
     get_device,
     get_precision,
@@ -82,7 +83,9 @@ class Config:
     steps: int = option(240, "optimizer steps", minimum=1)
     batch_size: int = option(32, "samples in a micro-batch", minimum=1)
     accumulate: int = option(1, "micro-batches in an optimizer step", minimum=1)
-    learning_rate: float = option(1e-3, "peak learning rate", minimum=0)
+    learning_rate: float | None = option(
+        None, "peak learning rate; none takes 6e-3 for the miniature, the paper's 5e-5 for other teachers", minimum=0
+    )
     lr_schedule: str = option("cosine", "after the warm-up", choices=SCHEDULES)
     warmup: int = option(20, "steps of linear warm-up", minimum=0)
     weight_decay: float = option(1e-2, "AdamW's, on all weights", minimum=0)
@@ -92,7 +95,10 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute the student's activations in backward: less memory, slower")
     seed: int = option(0, "decides everything random")
     device: str = option("cpu", "cpu, cuda or cuda:N")
-    precision: str = option("fp32", "of the forward passes", choices=PRECISIONS)
+    precision: str | None = option(
+        None, "of the forward passes; none takes bf16 where the device computes in it, else fp32", choices=PRECISIONS
+    )
+    guidance: float = option(4.0, "scale of classifier-free guidance in the pictures that are shown and judged")
     judged: int = option(48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0)
     log_every: int = option(10, "steps between log lines", minimum=1)
     sample_every: int = option(80, "steps between strips", minimum=1)
@@ -121,6 +127,7 @@ NOTA = {
     "seed": 1234,
     "device": "cuda",
     "precision": "fp16",
+    "guidance": 7.5,
     "log_every": 50,
     "sample_every": 500,
     "checkpoint_every": 500,
@@ -139,7 +146,7 @@ SEGMIND = {
     "seed": 647,
 }
 PRESETS = {
-    "quick": {"comment": "the defaults: bk-tiny of the miniature, 2 to 3 minutes on 2 CPU cores"},
+    "quick": {"comment": "the defaults: bk-tiny of the miniature, 2.6 minutes on 2 CPU cores: 48 % right, teacher 79"},
     "nota-sd15": {
         "comment": "BK-SDM as published, of SD 1.4: give --data and a --recipe; 12.8 M samples; not yet run here",
         **NOTA,
@@ -172,6 +179,7 @@ def main(config: Config) -> None:
     """Distil, as the configuration says; everything is checked before the first file is written."""
     # A dry run may be of a machine that this is not.
     device = get_device("cpu" if config.dry_run else config.device)
+    config = dataclasses.replace(config, precision=config.precision or best_precision(device))
     precision = get_precision("fp32" if config.dry_run else config.precision, device)
     check_numbers(config)
     pipe = load_pipeline(config.teacher, device)
@@ -201,7 +209,8 @@ def main(config: Config) -> None:
     start = run.restore(parts)
 
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
-    comparison = Comparison(run, pipe, student, batches, judged=config.judged if config.data == "scenes" else 0)
+    judged = config.judged if config.data == "scenes" else 0
+    comparison = Comparison(run, pipe, student, batches, judged, config.guidance)
     if start == 0:
         comparison.look(0)
         comparison.measure("student before")
@@ -222,11 +231,9 @@ def main(config: Config) -> None:
                 }
                 per_sample = sum(weights[name] * loss for name, loss in losses.items())  # (B,)
                 check_finite(per_sample, step + 1, t)
-                # No autocast in backward, but its choice of attention: what is recomputed must be computed as before.
-                with precision.autocast, torch.autocast(device.type, enabled=False):
-                    if step == start and k == 0:
-                        kd.check_gradients(losses, student, teacher)
-                    precision.scaler.scale(per_sample.mean() / config.accumulate).backward()
+                if step == start and k == 0:
+                    kd.check_gradients(losses, student, teacher)
+                precision.scaler.scale(per_sample.mean() / config.accumulate).backward()
                 log.add({"loss": per_sample.mean(), **{n: v.mean() for n, v in losses.items()}}, per_sample, t)
 
             lr = lr_at(step, config.learning_rate, config.warmup, config.steps, config.lr_schedule)
@@ -267,13 +274,14 @@ def check_numbers(config: Config) -> None:
 
 def resolve(config: Config, pipe: Pipeline) -> Config:
     """Settings left open take the recipe's or the teacher's values, so that the run folder records what was done."""
-    recipe = RECIPES[config.recipe]
+    recipe, rate = RECIPES[config.recipe], config.learning_rate
     return dataclasses.replace(
         config,
         remove=recipe.remove if config.remove is None else config.remove,
         pairing=config.pairing or recipe.pairing,
         loss_weights=config.loss_weights or recipe.loss_weights,
         resolution=resolution_for(pipe, config.resolution, config.teacher),
+        learning_rate=rate if rate is not None else 6e-3 if config.teacher == "miniature" else 5e-5,
     )
 
 

@@ -29,7 +29,14 @@ RESULTS = {
     "student after": {"parameters": 2321028, "distance_to_teacher": 0.0170349, "judge": {"all": 0.25}},
 }
 RECIPE = RECIPES["bk-tiny"]
-DECIDED = {"remove": RECIPE.remove, "pairing": RECIPE.pairing, "loss_weights": RECIPE.loss_weights, "resolution": 64}
+DECIDED = {
+    "remove": RECIPE.remove,
+    "pairing": RECIPE.pairing,
+    "loss_weights": RECIPE.loss_weights,
+    "resolution": 64,
+    "learning_rate": 1e-3,
+    "precision": "bf16",
+}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "all", "resolution": 64, "ema_decay": 0.0}
 
 

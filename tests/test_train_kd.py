@@ -32,7 +32,7 @@ from minidistill.training.seeds import generator_for
 ROOT = Path(__file__).parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FLAGS = "--recipe bk-small --steps 4 --batch-size 4 --warmup 0 --log-every 1 --checkpoint-every 2 --sample-every 3"
-RUN = FLAGS.split()
+RUN = f"{FLAGS} --learning-rate 1e-3 --precision fp32".split()
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -10,6 +10,7 @@ from minidistill.errors import InputError
 from minidistill.training.optim import (
     NonFiniteLoss,
     adamw,
+    best_precision,
     check_finite,
     clip_grad_norm,
     get_device,
@@ -118,6 +119,12 @@ def test_precision_is_that_of_the_forward_pass_and_can_be_entered_again(name, dt
         scaler.step(optimizer)
         scaler.update()
     assert not torch.equal(net.weight, before) and not scaler.is_enabled()
+
+
+@pytest.mark.parametrize(("capability", "name"), [("AVX512", "bf16"), ("AVX2", "fp32"), ("DEFAULT", "fp32")])
+def test_the_best_precision_of_a_cpu_is_what_it_computes_in(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert best_precision(CPU) == name
 
 
 def test_fp16_on_a_cpu_is_refused_and_bf16_is_named():

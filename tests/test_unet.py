@@ -355,10 +355,26 @@ def test_upcast_attention_attends_in_float32(upcast, autocast, monkeypatch):
 
     monkeypatch.setattr(layers.F, "scaled_dot_product_attention", spy)
     x = torch.randn(1, 3, 8).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = attention(x)
     assert out.dtype == torch.bfloat16
     assert seen == ({torch.float32, False} if upcast else {torch.bfloat16, autocast})
+
+
+@pytest.mark.parametrize("positions", [60, 260])  # plain products, the fused kernel
+def test_training_in_bfloat16_on_a_cpu_attends_as_float32_does(positions):
+    torch.manual_seed(0)
+    attention = Attention(64, 2, context_dim=48)
+    x, context = torch.randn(2, positions, 64), torch.randn(2, 20, 48)
+    results = {}
+    for half in (False, True):
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = attention(x, context)
+        out.float().square().sum().backward()
+        results[half] = [out.detach().float(), *(p.grad.clone() for p in attention.parameters())]
+    for exact, found in zip(results[False], results[True], strict=True):
+        assert 0 < (exact - found).norm() <= 0.02 * exact.norm()
 
 
 ERA_06 = {  # the config.json of Stable Diffusion 1.5, from before most keys existed

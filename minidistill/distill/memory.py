@@ -33,7 +33,7 @@ def step_peak(
         x, t, context, added_cond = random_inputs(removal.teacher, *inputs)
 
         def run() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast("cpu", torch.float16, enabled=half):  # bfloat16 has a way of its own on CPUs
                 with torch.no_grad():
                     teacher_out, teacher_features = teacher(x, t, context, added_cond, return_features=True)
                 student_out, student_features = student(x, t, context, added_cond, return_features=True)

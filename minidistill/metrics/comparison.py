@@ -24,15 +24,18 @@ from minidistill.training.strips import drawing, save_strip
 from minidistill.weights.files import read_json, write_json
 
 SHOWN = 8  # pictures in a strip
-STEPS, GUIDANCE, SEED = 25, 7.5, 0  # of every picture made here
+STEPS, SEED = 25, 0  # of every picture made here
 
 
 class Comparison:
     """What a distillation run shows of itself. Always the same captions and noise, so that pictures compare."""
 
-    def __init__(self, run: RunFolder, teacher: Pipeline, student: UNet, batches: Batches, judged: int) -> None:
+    def __init__(
+        self, run: RunFolder, teacher: Pipeline, student: UNet, batches: Batches, judged: int, guidance: float
+    ) -> None:
         """judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes."""
         self.run, self.teacher, self.batches, self.judged = run, copy.copy(teacher), batches, judged
+        self.guidance = guidance
         self.student = copy.copy(teacher)
         self.student.unet = student
         self.width, self.height = batches.size
@@ -74,7 +77,7 @@ class Comparison:
     def _pictures(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
         size = {"height": self.height, "width": self.width}
         with on_device(self.batches.resting, pipe.device):
-            return pipe(captions, steps=STEPS, guidance=GUIDANCE, seed=SEED, batch_size=16, **size)
+            return pipe(captions, steps=STEPS, guidance=self.guidance, seed=SEED, batch_size=16, **size)
 
     def _measure(self, pipe: Pipeline) -> dict:
         batch = self.batches[-1]  # a batch that no run trains on

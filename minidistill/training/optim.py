@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidistill.errors import InputError
 
@@ -116,25 +115,20 @@ def get_precision(name: str, device: torch.device) -> Precision:
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     if name == "fp32":
         return Precision(contextlib.nullcontext(), scaler)
-    if device.type == "cpu":
-        return Precision(_Bf16OnCpu(), scaler)
     return Precision(torch.autocast(device.type, dtype=PRECISIONS[name]), scaler)
+
+
+def best_precision(device: torch.device) -> str:
+    """Name of the fastest safe one: bf16 where the device computes in it. A CPU without AVX-512 only emulates it."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fp32"
 
 
 def get_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of networks that only run and do not train. InputError: as in `get_precision`."""
     get_precision(name, device)
     return PRECISIONS[name]
-
-
-class _Bf16OnCpu(contextlib.ExitStack):
-    """bf16 autocast with attention in plain matrix products: PyTorch's fused bf16 attention has, on a CPU, a backward
-    pass several times slower. It can be entered again and again."""
-
-    def __enter__(self) -> "_Bf16OnCpu":
-        self.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
-        self.enter_context(sdpa_kernel(SDPBackend.MATH))
-        return super().__enter__()
 
 
 class NonFiniteLoss(InputError):
