@@ -459,7 +459,7 @@ def train(monkeypatch, pictures):
 
     def run(teacher, out, **settings):
         usual = {"data": str(pictures), "batch_size": 4, "steps": 4, "warmup": 0, "learning_rate": 1e-3}
-        usual |= {"log_every": 1, "sample_every": 100, "checkpoint_every": 2}
+        usual |= {"log_every": 1, "sample_every": 100, "checkpoint_every": 2, "precision": "fp32"}
         config = train_kd.Config(teacher=str(teacher), out=str(out), **{**usual, **settings})
         train_kd.main(config)
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
