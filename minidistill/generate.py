@@ -70,7 +70,8 @@ def generate(config: GenerateConfig) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
     device = get_device(config.device)
-    dtype, vae_dtype = get_dtype(config.precision, device), get_dtype(config.vae_precision, device)
+    dtype = get_dtype(config.precision, device)
+    vae_dtype = get_dtype(config.vae_precision, device, "--vae-precision")
     noise = read_latents(config.latents) if config.latents else None
     image = read_image(config.image) if config.image else None
     loras = with_scales(config.lora, config.lora_scale)

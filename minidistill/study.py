@@ -3,8 +3,9 @@
     python -m minidistill.study                                    everything: hours on a CPU
     python -m minidistill.study --only ablation --seeds 1 --steps 240
 
-Every run is one of `train_kd`, in OUT/NAME-seedN, so it can be looked at, and a study that was stopped goes on where it
-was when the command is given again. The table is printed and written to OUT/study.md, all numbers to OUT/study.json.
+Every run is one of `train_kd`, in OUT/NAME-STEPS-seedN, so it can be looked at, and a study that was stopped goes on
+where it was when the command is given again. Each student is judged once, and the teacher. The tables are printed and
+written to OUT/study.md, all numbers to OUT/study.json.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minidistill import train_kd
-from minidistill.data.scenes import Scenes
+from minidistill.data.scenes import Scenes, held_out_captions
 from minidistill.errors import InputError
-from minidistill.metrics.comparison import milliseconds
+from minidistill.metrics.comparison import SEED, STEPS, milliseconds
+from minidistill.metrics.scene_judge import score
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.config import option, run_command
@@ -40,10 +42,19 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flag
     "random-conditioning": {"random_conditioning": True},
     "image-free": {"image_free": 1024},
 }
-STUDIES = {  # the rows of each table; bk-tiny is the plain recipe in all of them: copied weights, all three losses
-    "students": ("bk-base", "bk-small", "bk-tiny"),
-    "ablation": ("random-task", "random-all", "copied-task", "copied-task-output", "bk-tiny"),
-    "options": ("bk-tiny", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"),
+
+
+class Study(NamedTuple):
+    """One table: its rows, and the optimizer steps of each run."""
+
+    rows: tuple[str, ...]
+    steps: int
+
+
+STUDIES = {  # bk-tiny is the plain recipe in all of them: copied weights, all three losses
+    "students": Study(("bk-base", "bk-small", "bk-tiny"), 2000),
+    "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "bk-tiny"), 500),
+    "options": Study(("bk-tiny", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 500),
 }
 
 
@@ -51,7 +62,7 @@ STUDIES = {  # the rows of each table; bk-tiny is the plain recipe in all of the
 class Config:
     only: str | None = option(None, "one of the studies; none: all", choices=STUDIES)
     seeds: int = option(3, "runs of each kind", minimum=1)
-    steps: int = option(1000, "optimizer steps of each run", minimum=1)
+    steps: int | None = option(None, "optimizer steps of each run; none: students 2000, the others 500", minimum=1)
     judged: int = option(200, "held-out captions that each model is judged on", minimum=1)
     precision: str = option("bf16", "of the forward passes", choices=PRECISIONS)
     device: str = option("cpu", "cpu, cuda or cuda:N")
@@ -59,76 +70,92 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Do the runs that are missing, then write the tables."""
+    """Do the runs that are missing, judge what is not judged yet, and write the tables."""
     out = Path(config.out)
     chosen = {config.only: STUDIES[config.only]} if config.only else STUDIES
-    names = list(dict.fromkeys(name for rows in chosen.values() for name in rows))
-    results: dict[str, list[dict]] = {name: [] for name in names}
+    lengths = {title: config.steps or study.steps for title, study in chosen.items()}
+    kinds = list(dict.fromkeys((name, lengths[title]) for title, study in chosen.items() for name in study.rows))
+    results: dict[tuple[str, int], list[dict]] = {kind: [] for kind in kinds}
+    teacher = judged("miniature", out / "teacher.json", config)
     for seed in range(config.seeds):  # all kinds of one seed first: a study cut short compares what it has
-        for name in names:
-            results[name].append(run(config, name, seed, out / f"{name}-seed{seed}"))
-    times = time_students(names, out)
-    tables = {title: to_markdown(table_rows(rows, results, times)) for title, rows in chosen.items()}
-    text = "\n\n".join(f"{title}, {config.seeds} seeds, {config.steps} steps\n\n{t}" for title, t in tables.items())
+        for name, steps in kinds:
+            folder = out / f"{name}-{steps}-seed{seed}"
+            result = run(config, name, steps, seed, folder)
+            result["student after"]["judge"] = judged(str(folder / "student"), folder / "judged.json", config)
+            results[name, steps].append({**result, "teacher": {**result["teacher"], "judge": teacher}})
+    times = time_students({name: out / f"{name}-{steps}-seed0" / "student" for name, steps in kinds})
+    blocks = []
+    for title, study in chosen.items():
+        rows = table_rows({name: results[name, lengths[title]] for name in study.rows}, times)
+        blocks.append(f"{title}, {config.seeds} seeds, {lengths[title]} steps\n\n{to_markdown(rows)}")
+    text = "\n\n".join(blocks)
     (out / "study.md").write_text(text + "\n")
-    write_json(out / "study.json", {"settings": dataclasses.asdict(config), "results": results, "ms_per_call": times})
+    numbers = {f"{name}-{steps}": result for (name, steps), result in results.items()}
+    write_json(out / "study.json", {"settings": dataclasses.asdict(config), "results": numbers, "ms_per_call": times})
     print(f"\n{text}\n\ntables   {out / 'study.md'}\nnumbers  {out / 'study.json'}")
 
 
-def run(config: Config, name: str, seed: int, folder: Path) -> dict:
-    """The results of one run, from its folder if it is done: {"teacher", "student before", "student after"}."""
+def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
+    """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}."""
     settings = train_kd.Config(
         **RUNS[name],
         seed=seed,
-        steps=config.steps,
-        judged=config.judged,
+        steps=steps,
+        judged=0,
         precision=config.precision,
         device=config.device,
         out=str(folder),
         log_every=50,
-        sample_every=config.steps,
+        sample_every=steps,
         checkpoint_every=250,
         keep_checkpoints=1,
         resume=(folder / "config.json").is_file(),
     )
-    done = folder / "student" / "model_index.json"
-    if done.is_file():
-        stored = read_json(folder / "config.json")
-        for key in ("steps", "judged", "precision"):
-            if stored[key] != getattr(config, key):
-                raise InputError(f"{folder} is of --{key} {stored[key]}: take another --out, or give that value again")
+    if (folder / "student" / "model_index.json").is_file():
+        stored = read_json(folder / "config.json")["precision"]
+        if stored != config.precision:
+            raise InputError(f"{folder} is of --precision {stored}: take another --out, or give that value again")
     else:
-        print(f"\n=== {name}, seed {seed}", flush=True)
+        print(f"\n=== {name}, {steps} steps, seed {seed}", flush=True)
         train_kd.main(settings)
     return read_json(folder / "results.json")
 
 
-def time_students(names: Sequence[str], out: Path) -> dict[str, float]:
+def judged(source: str, file: Path, config: Config) -> dict[str, float]:
+    """What the scene judge says of a model: {"all": 0 .. 1, ...}; kept in `file`, so that it is asked once."""
+    known = read_json(file) if file.is_file() else {}
+    if known.get("captions") != config.judged:
+        captions = held_out_captions(config.judged)
+        settings = {"steps": STEPS, "guidance": train_kd.Config().guidance, "seed": SEED}
+        pictures = load_pipeline(source, config.device)(captions, **settings, batch_size=32)
+        known = {"captions": config.judged, **settings, "judge": score(pictures, captions)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, known)
+    return known["judge"]
+
+
+def time_students(students: Mapping[str, Path]) -> dict[str, float]:
     """Milliseconds of a U-Net call at batch 32, of the teacher and of each student, in turns within one go."""
     pipe = load_pipeline("miniature")
     batch = Batches(Scenes("test", length=32), pipe, batch_size=32, seed=0)[0]
-    unets = {"teacher": pipe.unet}
-    unets |= {name: load_pipeline(out / f"{name}-seed0" / "student").unet for name in names}
+    unets = {"teacher": pipe.unet} | {name: load_pipeline(folder).unet for name, folder in students.items()}
     rounds = [{name: milliseconds(unet, batch, rounds=3) for name, unet in unets.items()} for _ in range(5)]
     return {name: statistics.median(r[name] for r in rounds) for name in unets}
 
 
-def table_rows(
-    names: Sequence[str], results: Mapping[str, Sequence[dict]], times: Mapping[str, float]
-) -> list[tuple[str, ...]]:
+def table_rows(results: Mapping[str, Sequence[dict]], times: Mapping[str, float]) -> list[tuple[str, ...]]:
     """A row for each kind of run: mean over its seeds, and in brackets the smallest and the largest."""
     rows = [("run", "parameters", "MACs", "time of a call", "distance to the teacher", "all right", "of the teacher's")]
-    for name in names:
-        teacher, student = results[name][0]["teacher"], results[name][0]["student after"]
+    for name, runs in results.items():
+        teacher, student = runs[0]["teacher"], runs[0]["student after"]
         changes = [f"{100 * (student[key] / teacher[key] - 1):+.0f} %" for key in ("parameters", "macs")]
         changes.append(f"{100 * (times[name] / times['teacher'] - 1):+.0f} %")
-        after = [r["student after"] for r in results[name]]
-        right = [r["judge"]["all"] for r in after]
+        after = [result["student after"] for result in runs]
+        right = [result["judge"]["all"] for result in after]
         shares = [value / max(teacher["judge"]["all"], 1e-9) for value in right]
-        distances = [r["distance_to_teacher"] for r in after]
+        distances = [result["distance_to_teacher"] for result in after]
         rows.append((name, *changes, spread(distances, ".4f"), spread(right, ".1%"), spread(shares, ".0%")))
-    first = results[names[0]][0]["teacher"]
-    rows.append(("teacher", "", "", "", "", f"{first['judge']['all']:.1%}", ""))
+    rows.append(("teacher", "", "", "", "", f"{teacher['judge']['all']:.1%}", ""))
     return rows
 
 

@@ -156,7 +156,7 @@ def test_the_callback_sees_every_step_of_every_batch(sources):
         (["--lora-scale", "much"], "--lora-scale takes a finite number"),
         (["--lora", "none.safetensors"], "none.safetensors"),
         (["--ema"], "only single files may hold both"),
-        (["--vae-precision", "fp16"], "bf16"),
+        (["--vae-precision", "fp16"], "--vae-precision fp16"),
         (["--vae", "none.safetensors"], "none.safetensors"),
         (["--image", "none.png"], "no such file: none.png"),
         (["--image", "out.txt"], "cannot read the image"),

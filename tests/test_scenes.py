@@ -29,11 +29,11 @@ from minidistill.data.scenes import (
 from minidistill.metrics.scene_judge import KINDS, judge, score
 
 CAPTIONS = [
-    "a pink circle left of a small pink heart and a small orange ring on a plain white background",
-    "a large orange diamond on a plain grey background",
-    "a cross on a grey background",
+    "a cyan shape left of a blue star and a small red circle on a white background",
+    "a pink cross on a striped black background",
+    "a large green triangle on a black background",
 ]
-SUMS = [2675880, 1675904, 1620053]
+SUMS = [2611007, 637016, 575087]
 
 
 def test_the_world_is_as_rich_as_it_has_to_be():
@@ -61,14 +61,25 @@ def test_pictures_are_those_the_miniature_was_trained_on():
 
 
 def test_training_never_draws_a_held_out_combination_and_test_always_says_one():
-    for part in zip(*HELD_OUT, strict=True):  # no shape, colour or size is rarer than another
+    for part in zip(*HELD_OUT, strict=True):  # no shape, colour or texture is rarer than another
         assert len(set(Counter(part).values())) == 1
-    seen = Counter((t.shape, t.colour, t.size) for i in range(6000) for t in draw_scene(i).full.things)
-    assert not any(combination in HELD_OUT for combination in seen)
-    assert len(seen) == 8 * 8 * 2 - len(HELD_OUT), "training draws all others"
+    scenes = [draw_scene(i) for i in range(6000)]
+    seen = {(t.shape, t.colour, scene.full.texture) for scene in scenes for t in scene.full.things}
+    assert not seen & HELD_OUT
+    assert len(seen) == 8 * 8 * 6 - len(HELD_OUT), "training draws all others"
+    sized = {(t.shape, t.colour, t.size) for scene in scenes for t in scene.full.things}
+    assert len(sized) == 8 * 8 * 2, "the size of no shape and colour is given away"
     for i in range(300):
-        first = draw_scene(i, "test").stated.things[0]
-        assert (first.shape, first.colour, first.size) in HELD_OUT
+        stated = draw_scene(i, "test").stated
+        assert (stated.things[0].shape, stated.things[0].colour, stated.texture) in HELD_OUT
+        assert stated.things[0].size
+
+
+def test_the_share_of_each_kind_of_scene_can_be_chosen():
+    assert {len(Scenes("train", 50, {"one": 1}).scene(i).places) for i in range(50)} == {1}
+    crowded = Scenes("train", 200, {"inside": 1, "three": 3})
+    shares = Counter(crowded.scene(i).full.relation == "inside" for i in range(200))
+    assert 25 < shares[True] < 75
 
 
 def test_captions_read_back_as_what_they_state():
@@ -166,7 +177,7 @@ def test_the_judge_answers_for_each_stated_attribute_and_only_for_those():
 
 
 def test_the_judge_says_what_is_wrong():
-    scene = next(s for s in map(draw_scene, range(500)) if s.full.things == (Thing("circle", "red", "large"),))
+    scene = next(s for s in map(draw_scene, range(5000)) if s.full.things == (Thing("circle", "red", "large"),))
     assert judge(render(scene), "a red circle").all_right
     assert judge(render(scene), "a red star").wrong() == "shape star"
     assert judge(render(scene), "a small blue circle").wrong() in ("colour blue, size small",)

@@ -9,27 +9,32 @@ from minidistill.pipeline import load_pipeline
 from minidistill.training.config import run_command
 
 
-def result(parameters: int, macs: int, right: float, distance: float) -> dict:
-    return {"parameters": parameters, "macs": macs, "distance_to_teacher": distance, "judge": {"all": right}}
+def result(parameters: int, macs: int, distance: float) -> dict:
+    return {"parameters": parameters, "macs": macs, "distance_to_teacher": distance}
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Training replaced by writing results that depend on the settings; the list of the settings it was called with."""
+    """Training and judging replaced by results that depend on the settings; the list of the settings trained with."""
     seen = []
 
     def train(settings):
         seen.append(settings)
         folder = study.Path(settings.out)
         (folder / "student").mkdir(parents=True)
-        right = 0.5 + 0.1 * settings.seed - 0.3 * (not settings.copy_weights)
-        after = result(40, 60, right, 0.1 + settings.seed)
-        (folder / "results.json").write_text(json.dumps({"teacher": result(100, 80, 0.8, 0), "student after": after}))
+        after = result(40, 60, 0.1 + settings.seed)
+        (folder / "results.json").write_text(json.dumps({"teacher": result(100, 80, 0), "student after": after}))
         (folder / "config.json").write_text(json.dumps(train_kd.dataclasses.asdict(settings)))
         (folder / "student/model_index.json").write_text("{}")
 
+    def judged(source, file, config):
+        if source == "miniature":
+            return {"all": 0.8}
+        return {"all": 0.5 + 0.1 * ("seed1" in source) - 0.3 * ("random" in source)}
+
     monkeypatch.setattr(train_kd, "main", train)
-    monkeypatch.setattr(study, "time_students", lambda names, out: {"teacher": 10.0, **dict.fromkeys(names, 7.5)})
+    monkeypatch.setattr(study, "judged", judged)
+    monkeypatch.setattr(study, "time_students", lambda folders: {"teacher": 10.0, **dict.fromkeys(folders, 7.5)})
     return seen
 
 
@@ -40,7 +45,7 @@ def command(*words: object) -> int:
 
 
 def test_every_row_is_a_run_and_every_run_has_settings_of_train_kd():
-    assert {name for rows in study.STUDIES.values() for name in rows} == set(study.RUNS)
+    assert {name for table in study.STUDIES.values() for name in table.rows} == set(study.RUNS)
     for settings in study.RUNS.values():
         train_kd.Config(**settings)
     assert study.RUNS["bk-tiny"] == {} and train_kd.Config().recipe == "bk-tiny"
@@ -65,16 +70,30 @@ def test_finished_runs_are_not_done_again(runs, tmp_path):
     assert [(s.recipe, s.seed) for s in runs[3:]] == [(r, 1) for r in ("bk-base", "bk-small", "bk-tiny")]
 
 
+def test_tables_share_the_runs_that_are_the_same(runs, tmp_path):
+    assert command("--seeds", 1, "--out", tmp_path) == 0
+    assert sorted(p.name for p in tmp_path.glob("bk-tiny*")) == ["bk-tiny-2000-seed0", "bk-tiny-500-seed0"]
+    assert len(runs) == 3 + 5 + 4
+    assert "students, 1 seeds, 2000 steps" in (tmp_path / "study.md").read_text()
+
+
 def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
-    assert command("--only", "students", "--seeds", 1, "--steps", 10, "--out", tmp_path) == 0
-    assert command("--only", "students", "--seeds", 1, "--steps", 20, "--out", tmp_path) == 2
-    assert "bk-base-seed0 is of --steps 10: take another --out" in capsys.readouterr().err
+    words = ("--only", "students", "--seeds", 1, "--steps", 10, "--out", tmp_path, "--precision")
+    assert command(*words, "fp32") == 0
+    assert command(*words, "bf16") == 2
+    assert "bk-base-10-seed0 is of --precision fp32: take another --out" in capsys.readouterr().err
 
 
 def test_a_real_study_of_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RUNS", {"bk-tiny": {"pictures": 32, "batch_size": 4}})
-    monkeypatch.setattr(study, "STUDIES", {"students": ("bk-tiny",)})
-    assert command("--seeds", 1, "--steps", 1, "--judged", 1, "--out", tmp_path) == 0
-    assert load_pipeline(tmp_path / "bk-tiny-seed0/student").unet.config.mid_block_type is None
+    monkeypatch.setattr(study, "STUDIES", {"students": study.Study(("bk-tiny",), 1)})
+    assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
+    files = [tmp_path / "teacher.json", tmp_path / "bk-tiny-1-seed0/judged.json"]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
+    assert [file.stat().st_mtime_ns for file in files] == before, "nobody is judged twice"
+    assert command("--seeds", 1, "--judged", 2, "--out", tmp_path) == 0
+    assert [json.loads(file.read_text())["captions"] for file in files] == [2, 2]
+    assert load_pipeline(tmp_path / "bk-tiny-1-seed0/student").unet.config.mid_block_type is None
     times = json.loads((tmp_path / "study.json").read_text())["ms_per_call"]
     assert 0 < times["bk-tiny"] < times["teacher"]

@@ -12,6 +12,7 @@ from minidistill.models.clip import CLIPTextModel
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
 from minidistill.train_miniature import (
+    TIMESTEPS,
     VAE,
     Config,
     Layouts,
@@ -19,7 +20,7 @@ from minidistill.train_miniature import (
     near_colour,
     p2_weight,
     redraw_places,
-    to_noisiest,
+    squeeze,
     where_loss,
     whiten,
     words_first,
@@ -189,10 +190,11 @@ def test_place_words_that_are_nearly_equal_are_redrawn_as_far_apart_as_others_an
     assert distances.min() > 1.2 * before.std() * before.shape[1] ** 0.5  # independent: sqrt(2) times
 
 
-def test_to_noisiest_moves_only_every_so_many_th_timestep_and_only_up():
-    t = torch.tensor([0, 1, 500, 999, 999, 3])
-    assert to_noisiest(t, every=1).tolist() == [850, 850, 925, 999, 999, 850]
-    assert to_noisiest(t, every=4).tolist() == [850, 1, 500, 999, 999, 3]
+def test_squeeze_moves_each_timestep_into_the_next_range_in_turn():
+    t = torch.tensor([0, 0, 0, 500, 999, 999])
+    assert squeeze(t, TIMESTEPS[:1]).tolist() == [850, 850, 850, 925, 999, 999]
+    assert squeeze(t, [(850, 1000), (600, 900), (0, 1000)]).tolist() == [850, 600, 0, 925, 899, 999]
+    assert squeeze(torch.arange(1000), [(0, 1000)]).tolist() == list(range(1000))
 
 
 def test_where_loss_is_none_for_features_that_hold_their_place_and_teaches_features():

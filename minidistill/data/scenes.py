@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -41,12 +42,16 @@ OPPOSITES = (("left", "right"), ("right", "left"), ("above", "below"), ("below",
 NUMBERS = ("a", "two", "three")
 HOLDERS = ("circle", "square", "heart")  # shapes with room for another one inside
 
-# (shape, colour, size): an eighth of the combinations, two for each shape, two for each colour, is kept from training,
-# so that a picture of one shows composition, not memory.
+# How often the scenes of each kind are drawn; `Scenes` takes other shares.
+KINDS = {"one": 32, "related": 26, "two": 8, "inside": 10, "counted": 10, "three": 14}
+
+# (shape, colour, texture of the ground): an eighth, one for each shape on each texture, is kept from training,
+# so that a picture of one shows composition, not memory. Not the size: a shape and colour that is only ever
+# seen large says "large" by itself, whatever the caption's word.
 HELD_OUT = frozenset(
-    (shape, list(COLOURS)[(3 * i + shift) % 8], size)
+    (shape, list(COLOURS)[(3 * i + k) % 8], texture)
     for i, shape in enumerate(SHAPES)
-    for size, shift in (("small", 1), ("large", 5))
+    for k, texture in enumerate(TEXTURES)
 )
 
 STRIPE_PERIOD, CHECK_PERIOD, DOT_PERIOD, DOT_RADIUS, GRAIN_SIDE = 12, 16, 12, 3.2, 4  # pixels
@@ -99,14 +104,15 @@ class Scene:
 class Scenes:
     """The embedded data set: `scenes[i]` is (PIL picture 64x64, caption), the same for ever.
 
-    split "train" never draws a HELD_OUT combination of shape, colour and size; in split "test" the first thing is
-    always one, and its caption says so. Both are unlimited; `length` only says where a pass ends.
+    split "train" never draws a HELD_OUT combination of shape, colour and texture; in split "test" the first thing is
+    always one, and its caption says so. Both are unlimited; `length` only says where a pass ends. `kinds` says how
+    often each kind of scene is drawn.
     """
 
-    def __init__(self, split: str = "train", length: int = 100_000) -> None:
+    def __init__(self, split: str = "train", length: int = 100_000, kinds: Mapping[str, int] = KINDS) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"scenes have the splits train and test, not {split!r}")
-        self.split, self.length = split, length
+        self.split, self.length, self.kinds = split, length, kinds
 
     def __len__(self) -> int:
         return self.length
@@ -119,7 +125,7 @@ class Scenes:
         """The scene behind an entry."""
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return draw_scene(index, self.split)
+        return draw_scene(index, self.split, self.kinds)
 
     def caption(self, index: int) -> str:
         """The caption alone, without drawing."""
@@ -135,10 +141,10 @@ def held_out_captions(count: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------- what is in the scene
 
 
-def draw_scene(index: int, split: str = "train") -> Scene:
+def draw_scene(index: int, split: str = "train", kinds: Mapping[str, int] = KINDS) -> Scene:
     """Scene number `index` of a split. Same numbers, same scene, on every machine and Python version."""
     rng = random.Random(f"minidistill scenes {split} {index}")
-    kind = rng.choices(("one", "related", "two", "inside", "counted", "three"), weights=(32, 26, 8, 10, 10, 14))[0]
+    kind = rng.choices(tuple(kinds), weights=tuple(kinds.values()))[0]
     count = {"one": 1, "related": 2, "two": 2, "inside": 2, "counted": rng.choice((2, 3)), "three": 3}[kind]
     relation = None
     if kind == "inside":
@@ -146,24 +152,22 @@ def draw_scene(index: int, split: str = "train") -> Scene:
     elif kind == "related" or (kind == "three" and rng.random() < 0.5):
         relation = rng.choice(RELATIONS[:4])
     while True:
-        things = _pick_things(rng, kind, count, split)
+        things = _pick_things(rng, kind, count)
         texture = rng.choice(TEXTURES) if rng.random() < 0.7 else "plain"
-        full = Statement(things, relation, texture, rng.choice(tuple(GROUNDS)))
-        full, places = _place(rng, full)  # may make things smaller
-        held_out = [(thing.shape, thing.colour, thing.size) in HELD_OUT for thing in full.things]
+        held_out = [(thing.shape, thing.colour, texture) in HELD_OUT for thing in things]
         if held_out[0] if split == "test" else not any(held_out):
             break
+    full = Statement(things, relation, texture, rng.choice(tuple(GROUNDS)))
+    full, places = _place(rng, full)  # may make things smaller
     return Scene(full, _leave_out(rng, full, split), places, rng.getrandbits(32))
 
 
-def _pick_things(rng: random.Random, kind: str, count: int, split: str) -> tuple[Thing, ...]:
+def _pick_things(rng: random.Random, kind: str, count: int) -> tuple[Thing, ...]:
     """Shapes, colours and sizes; no two things of a scene share shape and colour, unless they are counted."""
     things: list[Thing] = []
     while len(things) < count:
         first = not things
         shape, colour, size = rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES))
-        if first and split == "test":
-            shape, colour, size = rng.choice(sorted(HELD_OUT))
         if any((shape, colour) == (t.shape, t.colour) for t in things):
             continue
         if kind == "inside" and not first and (shape not in HOLDERS or colour == things[0].colour):
@@ -213,7 +217,7 @@ def relation_holds(relation: str, a: Place, b: Place, slack: float = 1.0) -> boo
 
 
 def _leave_out(rng: random.Random, full: Statement, split: str) -> Statement:
-    """Drop a part of what could be said. A thing keeps its shape or its colour; test keeps all of the first."""
+    """Drop a part of what could be said, never shape and colour both; test keeps the texture and all of the first."""
     things = []
     for i, thing in enumerate(full.things):
         said = thing
@@ -229,7 +233,7 @@ def _leave_out(rng: random.Random, full: Statement, split: str) -> Statement:
     if len(set(full.things)) < len(full.things):  # counted things share one phrase
         things = [things[0]] * len(things)
     said = rng.random()
-    texture = full.texture if said < 0.5 else None
+    texture = full.texture if said < 0.5 or split == "test" else None
     ground = full.ground if said < 0.35 or 0.5 <= said < 0.65 else None
     return Statement(tuple(things), full.relation, texture, ground)
 

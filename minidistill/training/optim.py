@@ -104,30 +104,35 @@ def get_device(name: str) -> torch.device:
 def get_precision(name: str, device: torch.device) -> Precision:
     """Mixed precision: weights stay float32, the forward pass runs in `name` ("fp32", "bf16", "fp16").
 
-    fp16 gradients underflow without loss scaling. On a CPU fp16 is slow or missing: InputError says bf16.
+    fp16 gradients underflow without loss scaling. InputError: as in `get_dtype`.
     """
-    if name not in PRECISIONS:
-        raise InputError(f"--precision takes {', '.join(PRECISIONS)}, not '{name}'")
-    if name == "fp16" and device.type == "cpu":
-        raise InputError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError("--precision bf16: this GPU has no bf16; use fp16 or fp32")
+    dtype = get_dtype(name, device)
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     if name == "fp32":
         return Precision(contextlib.nullcontext(), scaler)
-    return Precision(torch.autocast(device.type, dtype=PRECISIONS[name]), scaler)
+    return Precision(torch.autocast(device.type, dtype=dtype), scaler)
 
 
 def best_precision(device: torch.device) -> str:
-    """Name of the fastest safe one: bf16 where the device computes in it. A CPU without AVX-512 only emulates it."""
+    """Name of the fastest safe one."""
+    return "bf16" if _computes_bf16(device) else "fp32"
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed, not emulated: by GPUs since Ampere, by CPUs with AVX-512."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def get_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of networks that only run and do not train. InputError: as in `get_precision`."""
-    get_precision(name, device)
+def get_dtype(name: str, device: torch.device, flag: str = "--precision") -> torch.dtype:
+    """fp32, bf16 or fp16 -> type. InputError, naming `flag`: an unknown name, or a type the device cannot do well."""
+    if name not in PRECISIONS:
+        raise InputError(f"{flag} takes {', '.join(PRECISIONS)}, not '{name}'")
+    if name == "fp16" and device.type == "cpu":
+        raise InputError(f"{flag} fp16 needs a CUDA device; on a CPU use bf16 or fp32")
+    if name == "bf16" and device.type == "cuda" and not _computes_bf16(device):
+        raise InputError(f"{flag} bf16: this GPU has no bf16; use fp16 or fp32")
     return PRECISIONS[name]
 
 
