@@ -72,7 +72,7 @@ def test_latents_have_unit_variance_in_every_channel(pipe):
 
 def test_clip_finds_the_caption_of_a_picture():
     clip, tokenizer = folders.load_clip(folders.MINIATURE), folders.load_tokenizer(folders.MINIATURE)
-    assert retrieval(clip, tokenizer, rounds=3) >= 0.68
+    assert retrieval(clip, tokenizer, rounds=3) >= 0.75
 
 
 def test_its_text_encoder_is_of_its_clips_shape():
@@ -85,8 +85,8 @@ def test_its_text_encoder_is_of_its_clips_shape():
 def test_it_draws_what_captions_say(pipe):
     captions = held_out_captions(48)
     result = score(pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=24), captions)
-    assert result["all"] >= 0.7 and result["relation"] >= 0.88, result
-    assert min(result["shape"], result["colour"], result["size"], result["background"]) >= 0.88, result
+    assert result["all"] >= 0.85 and result["relation"] >= 0.9, result
+    assert min(result["shape"], result["colour"], result["size"], result["background"]) >= 0.9, result
 
 
 def test_a_caption_fits_into_the_text_encoder(pipe):
