@@ -64,7 +64,7 @@ def card_of(folder: Path) -> huggingface_hub.ModelCard:
 
 
 def test_a_students_card_has_its_teacher_recipe_settings_results_and_strip(tmp_path, strip):
-    config = student_settings(teacher="runwayml/stable-diffusion-v1-5", steps=240, accumulate=2)
+    config = student_settings(teacher="runwayml/stable-diffusion-v1-5", steps=240, batch_size=32, accumulate=2)
     write_card(tmp_path / "student", "student", config, RESULTS, strip, "me/bk-tiny")
     card = card_of(tmp_path / "student")
     assert card.data.to_dict() == {
