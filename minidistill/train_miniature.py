@@ -305,7 +305,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     heads = {"down_0": widths[0], "down_1": widths[1], "up_1": widths[2], "up_2": widths[1], "up_3": widths[0]}
     heads = nn.ModuleDict({name: nn.Conv2d(width, 2, 1) for name, width in heads.items()}).to(device)
     learned = nn.ModuleList([networks, heads])
-    # The gradients of the inner stages are no larger than AdamW's usual eps, which would hold them still.
+    # The gradients of the inner stages are no larger than AdamW's usual eps, which would shorten their steps.
     optimizer = adamw(learned.parameters(), config.learning_rate, betas=(0.9, 0.99), eps=1e-12)
     ema = EMA(networks, 0.999)
     parts = {"networks": networks, "heads": heads, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
