@@ -19,17 +19,18 @@ from typing import Any, NamedTuple
 
 from minidistill import train_kd
 from minidistill.data.scenes import Scenes, held_out_captions
-from minidistill.errors import InputError
 from minidistill.metrics.comparison import SEED, STEPS, milliseconds
 from minidistill.metrics.scene_judge import score
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.config import option, run_command
 from minidistill.training.optim import PRECISIONS
+from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
 TASK, OUTPUT = (1.0, 0.0, 0.0), (1.0, 1.0, 0.0)  # loss weights
-RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flags
+RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd --recipe bk-tiny`
+    "inner": {"recipe": "inner"},
     "bk-base": {"recipe": "bk-base"},
     "bk-small": {"recipe": "bk-small"},
     "bk-tiny": {},
@@ -52,7 +53,7 @@ class Study(NamedTuple):
 
 
 STUDIES = {  # bk-tiny is the plain recipe in all of them: copied weights, all three losses
-    "students": Study(("bk-base", "bk-small", "bk-tiny"), 2000),
+    "students": Study(("inner", "bk-base", "bk-small", "bk-tiny"), 2000),
     "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "bk-tiny"), 500),
     "options": Study(("bk-tiny", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 500),
 }
@@ -98,7 +99,7 @@ def main(config: Config) -> None:
 def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
     """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}."""
     settings = train_kd.Config(
-        **RUNS[name],
+        **{"recipe": "bk-tiny", **RUNS[name]},
         seed=seed,
         steps=steps,
         judged=0,
@@ -112,9 +113,8 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
         resume=(folder / "config.json").is_file(),
     )
     if (folder / "student" / "model_index.json").is_file():
-        stored = read_json(folder / "config.json")["precision"]
-        if stored != config.precision:
-            raise InputError(f"{folder} is of --precision {stored}: take another --out, or give that value again")
+        given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+        RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)  # refuses other settings
     else:
         print(f"\n=== {name}, {steps} steps, seed {seed}", flush=True)
         train_kd.main(settings)
@@ -123,12 +123,13 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
 
 def judged(source: str, file: Path, config: Config) -> dict[str, float]:
     """What the scene judge says of a model: {"all": 0 .. 1, ...}; kept in `file`, so that it is asked once."""
+    settings = {"steps": STEPS, "guidance": train_kd.Config().guidance, "seed": SEED}
+    asked = {"captions": config.judged, **settings}
     known = read_json(file) if file.is_file() else {}
-    if known.get("captions") != config.judged:
+    if {name: known.get(name) for name in asked} != asked:
         captions = held_out_captions(config.judged)
-        settings = {"steps": STEPS, "guidance": train_kd.Config().guidance, "seed": SEED}
         pictures = load_pipeline(source, config.device)(captions, **settings, batch_size=32)
-        known = {"captions": config.judged, **settings, "judge": score(pictures, captions)}
+        known = {**asked, "judge": score(pictures, captions)}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, known)
     return known["judge"]

@@ -59,7 +59,11 @@ LOSSES = ("task", "output", "feature")
 @dataclass(frozen=True)
 class Config:
     teacher: str = option("miniature", "SOURCE of the teacher: a model folder in the diffusers layout, or miniature")
-    recipe: str = option("bk-tiny", "which blocks go, and how the losses are weighed", choices=RECIPES)
+    recipe: str | None = option(
+        None,
+        "which blocks go, and how losses are weighed; none takes inner for the miniature, bk-tiny for other teachers",
+        choices=RECIPES,
+    )
     remove: tuple[str, ...] | None = option(
         None, "blocks to remove, as in down.1.1,up.2.1,mid,stage.3,down.2.0@6; none takes the recipe's"
     )
@@ -274,9 +278,11 @@ def check_numbers(config: Config) -> None:
 
 def resolve(config: Config, pipe: Pipeline) -> Config:
     """Settings left open take the recipe's or the teacher's values, so that the run folder records what was done."""
-    recipe, rate = RECIPES[config.recipe], config.learning_rate
+    name = config.recipe or ("inner" if config.teacher == "miniature" else "bk-tiny")
+    recipe, rate = RECIPES[name], config.learning_rate
     return dataclasses.replace(
         config,
+        recipe=name,
         remove=recipe.remove if config.remove is None else config.remove,
         pairing=config.pairing or recipe.pairing,
         loss_weights=config.loss_weights or recipe.loss_weights,

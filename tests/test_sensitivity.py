@@ -197,7 +197,7 @@ def test_the_command_scores_sorts_and_chooses(tiny_sd1, pictures, tmp_path, caps
     damages = [entry["damage"] for entry in found["scores"]]
     assert len(damages) == 16 and damages == sorted(damages) and damages[0] > 0
     config, total = load_pipeline(tiny_sd1).unet.config, found["teacher"]["parameters"]
-    names = ["bk-base", "bk-small", "bk-tiny"]
+    names = ["bk-base", "bk-small", "bk-tiny", "inner"]
     assert list(found["lists"]) == [n for name in names for n in (name, f"chosen for {name}")] + ["chosen for 70 %"]
     for name, entry in found["lists"].items():
         assert entry["parameters"] > 0 and plan_removal(config, entry["remove"])

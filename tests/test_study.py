@@ -48,7 +48,7 @@ def test_every_row_is_a_run_and_every_run_has_settings_of_train_kd():
     assert {name for table in study.STUDIES.values() for name in table.rows} == set(study.RUNS)
     for settings in study.RUNS.values():
         train_kd.Config(**settings)
-    assert study.RUNS["bk-tiny"] == {} and train_kd.Config().recipe == "bk-tiny"
+    assert study.RUNS["bk-tiny"] == {}
 
 
 def test_means_and_spreads_over_seeds(runs, tmp_path, capsys):
@@ -65,15 +65,15 @@ def test_means_and_spreads_over_seeds(runs, tmp_path, capsys):
 
 def test_finished_runs_are_not_done_again(runs, tmp_path):
     assert command("--only", "students", "--seeds", 1, "--out", tmp_path) == 0
-    assert len(runs) == 3
+    assert len(runs) == 4
     assert command("--only", "students", "--seeds", 2, "--out", tmp_path) == 0
-    assert [(s.recipe, s.seed) for s in runs[3:]] == [(r, 1) for r in ("bk-base", "bk-small", "bk-tiny")]
+    assert [(s.recipe, s.seed) for s in runs[4:]] == [(r, 1) for r in ("inner", "bk-base", "bk-small", "bk-tiny")]
 
 
 def test_tables_share_the_runs_that_are_the_same(runs, tmp_path):
     assert command("--seeds", 1, "--out", tmp_path) == 0
     assert sorted(p.name for p in tmp_path.glob("bk-tiny*")) == ["bk-tiny-2000-seed0", "bk-tiny-500-seed0"]
-    assert len(runs) == 3 + 5 + 4
+    assert len(runs) == 4 + 5 + 4
     assert "students, 1 seeds, 2000 steps" in (tmp_path / "study.md").read_text()
 
 
@@ -81,7 +81,7 @@ def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
     words = ("--only", "students", "--seeds", 1, "--steps", 10, "--out", tmp_path, "--precision")
     assert command(*words, "fp32") == 0
     assert command(*words, "bf16") == 2
-    assert "bk-base-10-seed0 is of --precision fp32: take another --out" in capsys.readouterr().err
+    assert "inner-10-seed0 under other settings: precision" in capsys.readouterr().err
 
 
 def test_a_real_study_of_one_step(tmp_path, monkeypatch):

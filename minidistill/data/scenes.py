@@ -43,7 +43,7 @@ NUMBERS = ("a", "two", "three")
 HOLDERS = ("circle", "square", "heart")  # shapes with room for another one inside
 
 # How often the scenes of each kind are drawn; `Scenes` takes other shares.
-KINDS = {"one": 32, "related": 26, "two": 8, "inside": 10, "counted": 10, "three": 14}
+SHARES = {"one": 32, "related": 26, "two": 8, "inside": 10, "counted": 10, "three": 14}
 
 # (shape, colour, texture of the ground): an eighth, one for each shape on each texture, is kept from training,
 # so that a picture of one shows composition, not memory. Not the size: a shape and colour that is only ever
@@ -105,14 +105,14 @@ class Scenes:
     """The embedded data set: `scenes[i]` is (PIL picture 64x64, caption), the same for ever.
 
     split "train" never draws a HELD_OUT combination of shape, colour and texture; in split "test" the first thing is
-    always one, and its caption says so. Both are unlimited; `length` only says where a pass ends. `kinds` says how
+    always one, and its caption says so. Both are unlimited; `length` only says where a pass ends. `shares` says how
     often each kind of scene is drawn.
     """
 
-    def __init__(self, split: str = "train", length: int = 100_000, kinds: Mapping[str, int] = KINDS) -> None:
+    def __init__(self, split: str = "train", length: int = 100_000, shares: Mapping[str, int] = SHARES) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"scenes have the splits train and test, not {split!r}")
-        self.split, self.length, self.kinds = split, length, kinds
+        self.split, self.length, self.shares = split, length, shares
 
     def __len__(self) -> int:
         return self.length
@@ -125,7 +125,7 @@ class Scenes:
         """The scene behind an entry."""
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return draw_scene(index, self.split, self.kinds)
+        return draw_scene(index, self.split, self.shares)
 
     def caption(self, index: int) -> str:
         """The caption alone, without drawing."""
@@ -141,10 +141,10 @@ def held_out_captions(count: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------- what is in the scene
 
 
-def draw_scene(index: int, split: str = "train", kinds: Mapping[str, int] = KINDS) -> Scene:
+def draw_scene(index: int, split: str = "train", shares: Mapping[str, int] = SHARES) -> Scene:
     """Scene number `index` of a split. Same numbers, same scene, on every machine and Python version."""
     rng = random.Random(f"minidistill scenes {split} {index}")
-    kind = rng.choices(tuple(kinds), weights=tuple(kinds.values()))[0]
+    kind = rng.choices(tuple(shares), weights=tuple(shares.values()))[0]
     count = {"one": 1, "related": 2, "two": 2, "inside": 2, "counted": rng.choice((2, 3)), "three": 3}[kind]
     relation = None
     if kind == "inside":

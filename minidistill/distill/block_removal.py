@@ -56,6 +56,9 @@ RECIPES = {
     "bk-base": Recipe(SECOND_LAYERS),
     "bk-small": Recipe((*SECOND_LAYERS, "mid")),
     "bk-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3")),
+    # Not published: bk-tiny, but the outermost stage stays whole. Where that stage does most of the work, as in the
+    # miniature (python -m minidistill.sensitivity), this is soon learned.
+    "inner": Recipe(("down.1.1", "down.2.1", "up.1.1", "up.2.1", "mid", "stage.3")),
     "segmind-small": Recipe(SECOND_LAYERS, "segmind", (1.0, 0.5, 0.5)),
     "segmind-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3"), "segmind", (1.0, 0.5, 0.5)),
     # Of SDXL: the published architectures. Of a transformer the first blocks stay. Their papers compare features inside

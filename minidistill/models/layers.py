@@ -79,8 +79,8 @@ class Attention(nn.Module):
             wide = torch.promote_types(q.dtype, torch.float32)
             with torch.autocast(q.device.type, enabled=False):
                 h = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
-        elif q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= 256:
-            # The fused kernel's backward pass takes 2 to 6 times as long. Of more positions the scores are too large.
+        elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= 256:
+            # The fused kernel is slower, its backward pass 2 to 6 times. Of more positions the scores are too large.
             h = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)
