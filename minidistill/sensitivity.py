@@ -42,6 +42,7 @@ class Config:
     budget: float | None = option(None, "choose for a student of this share of the teacher, too", minimum=0)
     by: str = option("parameters", "what a budget counts", choices=("parameters", "macs"))
     judged: int = option(0, "held-out captions to judge every removal on (scenes only; slow)", minimum=0)
+    guidance: float = option(4.0, "scale of classifier-free guidance in the pictures that are judged")
     seed: int = option(0, "decides pictures and noise")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("fp32", "of the U-Net and the text encoders", choices=PRECISIONS)
@@ -137,7 +138,8 @@ def judge(config: Config, pipe: Pipeline, removal: Removal) -> float:
     """Share of held-out captions all of whose attributes the cut-down model's pictures show."""
     student, captions = copy.copy(pipe), held_out_captions(config.judged)
     student.unet = share_weights(removal, pipe.unet)
-    pictures = student(captions, seed=config.seed, batch_size=config.batch_size, height=SIDE, width=SIDE)
+    size = {"height": SIDE, "width": SIDE}
+    pictures = student(captions, guidance=config.guidance, seed=config.seed, batch_size=config.batch_size, **size)
     return scene_judge.score(pictures, captions)["all"]
 
 

@@ -29,11 +29,11 @@ from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
 TASK, OUTPUT = (1.0, 0.0, 0.0), (1.0, 1.0, 0.0)  # loss weights
-RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd --recipe bk-tiny`
-    "inner": {"recipe": "inner"},
+RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flags
+    "inner": {},
     "bk-base": {"recipe": "bk-base"},
     "bk-small": {"recipe": "bk-small"},
-    "bk-tiny": {},
+    "bk-tiny": {"recipe": "bk-tiny"},
     "random-task": {"copy_weights": False, "loss_weights": TASK},
     "random-all": {"copy_weights": False},
     "copied-task": {"loss_weights": TASK},
@@ -52,10 +52,10 @@ class Study(NamedTuple):
     steps: int
 
 
-STUDIES = {  # bk-tiny is the plain recipe in all of them: copied weights, all three losses
+STUDIES = {  # inner is train_kd without flags: copied weights, all three losses
     "students": Study(("inner", "bk-base", "bk-small", "bk-tiny"), 2000),
-    "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "bk-tiny"), 500),
-    "options": Study(("bk-tiny", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 500),
+    "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "inner"), 320),
+    "options": Study(("inner", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 320),
 }
 
 
@@ -63,7 +63,7 @@ STUDIES = {  # bk-tiny is the plain recipe in all of them: copied weights, all t
 class Config:
     only: str | None = option(None, "one of the studies; none: all", choices=STUDIES)
     seeds: int = option(3, "runs of each kind", minimum=1)
-    steps: int | None = option(None, "optimizer steps of each run; none: students 2000, the others 500", minimum=1)
+    steps: int | None = option(None, "optimizer steps of each run; none: students 2000, the others 320", minimum=1)
     judged: int = option(200, "held-out captions that each model is judged on", minimum=1)
     precision: str = option("bf16", "of the forward passes", choices=PRECISIONS)
     device: str = option("cpu", "cpu, cuda or cuda:N")
@@ -99,7 +99,7 @@ def main(config: Config) -> None:
 def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
     """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}."""
     settings = train_kd.Config(
-        **{"recipe": "bk-tiny", **RUNS[name]},
+        **RUNS[name],
         seed=seed,
         steps=steps,
         judged=0,

@@ -84,11 +84,11 @@ class Config:
     )
     flip: bool = option(False, "show every other picture as its mirror image; not where captions say left and right")
     out: str = option("runs/kd", "folder of the run; the student is in OUT/student")
-    steps: int = option(400, "optimizer steps", minimum=1)
+    steps: int = option(320, "optimizer steps", minimum=1)
     batch_size: int = option(16, "samples in a micro-batch", minimum=1)
     accumulate: int = option(1, "micro-batches in an optimizer step", minimum=1)
     learning_rate: float | None = option(
-        None, "peak learning rate; none takes 6e-3 for the miniature, the paper's 5e-5 for other teachers", minimum=0
+        None, "peak learning rate; none takes 4e-3 for the miniature, the paper's 5e-5 for other teachers", minimum=0
     )
     lr_schedule: str = option("cosine", "after the warm-up", choices=SCHEDULES)
     warmup: int = option(40, "steps of linear warm-up", minimum=0)
@@ -105,8 +105,8 @@ class Config:
     guidance: float = option(4.0, "scale of classifier-free guidance in the pictures that are shown and judged")
     judged: int = option(48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0)
     log_every: int = option(20, "steps between log lines", minimum=1)
-    sample_every: int = option(200, "steps between strips", minimum=1)
-    checkpoint_every: int = option(200, "steps between checkpoints", minimum=1)
+    sample_every: int = option(160, "steps between strips", minimum=1)
+    checkpoint_every: int = option(160, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", minimum=1)
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hugging Face Hub that gets the student; none: nobody")
     private: bool = option(False, "the repository that --push-to-hub makes is private")
@@ -287,7 +287,7 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
         pairing=config.pairing or recipe.pairing,
         loss_weights=config.loss_weights or recipe.loss_weights,
         resolution=resolution_for(pipe, config.resolution, config.teacher),
-        learning_rate=rate if rate is not None else 6e-3 if config.teacher == "miniature" else 5e-5,
+        learning_rate=rate if rate is not None else 4e-3 if config.teacher == "miniature" else 5e-5,
     )
 
 

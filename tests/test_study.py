@@ -48,14 +48,14 @@ def test_every_row_is_a_run_and_every_run_has_settings_of_train_kd():
     assert {name for table in study.STUDIES.values() for name in table.rows} == set(study.RUNS)
     for settings in study.RUNS.values():
         train_kd.Config(**settings)
-    assert study.RUNS["bk-tiny"] == {}
+    assert study.RUNS["inner"] == {} and "inner" in study.STUDIES["ablation"].rows
 
 
 def test_means_and_spreads_over_seeds(runs, tmp_path, capsys):
     assert command("--only", "ablation", "--seeds", 2, "--out", tmp_path) == 0
     text = (tmp_path / "study.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    plain = next(line for line in text.splitlines() if line.startswith("| bk-tiny"))
+    plain = next(line for line in text.splitlines() if line.startswith("| inner"))
     assert "-60 %" in plain and "| -25 % | -25 % |" in plain
     assert "55.0% (50.0% to 60.0%)" in plain and "69% (62% to 75%)" in plain and "0.6000 (0.1000 to 1.1000)" in plain
     assert "25.0% (20.0% to 30.0%)" in next(line for line in text.splitlines() if line.startswith("| random-all"))
@@ -67,12 +67,12 @@ def test_finished_runs_are_not_done_again(runs, tmp_path):
     assert command("--only", "students", "--seeds", 1, "--out", tmp_path) == 0
     assert len(runs) == 4
     assert command("--only", "students", "--seeds", 2, "--out", tmp_path) == 0
-    assert [(s.recipe, s.seed) for s in runs[4:]] == [(r, 1) for r in ("inner", "bk-base", "bk-small", "bk-tiny")]
+    assert [(s.recipe, s.seed) for s in runs[4:]] == [(r, 1) for r in (None, "bk-base", "bk-small", "bk-tiny")]
 
 
 def test_tables_share_the_runs_that_are_the_same(runs, tmp_path):
     assert command("--seeds", 1, "--out", tmp_path) == 0
-    assert sorted(p.name for p in tmp_path.glob("bk-tiny*")) == ["bk-tiny-2000-seed0", "bk-tiny-500-seed0"]
+    assert sorted(p.name for p in tmp_path.glob("inner*")) == ["inner-2000-seed0", "inner-320-seed0"]
     assert len(runs) == 4 + 5 + 4
     assert "students, 1 seeds, 2000 steps" in (tmp_path / "study.md").read_text()
 
