@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import diffusers
@@ -505,6 +505,14 @@ def test_presets_are_as_published():
         "segmind-tiny": 16_000_000,
     }
     assert all(preset(name).caption_dropout == 0 and preset(name).flip for name in samples)
+
+
+def test_what_is_left_open_is_the_papers_but_for_the_miniature(tiny_sd1):
+    for teacher, recipe, rate in (("miniature", "inner", 4e-3), (str(tiny_sd1), "bk-tiny", 5e-5)):
+        config = train_kd.resolve(train_kd.Config(teacher=teacher), load_pipeline(teacher))
+        assert (config.recipe, config.remove, config.learning_rate) == (recipe, RECIPES[recipe].remove, rate)
+        chosen = train_kd.resolve(replace(config, recipe="bk-base", remove=None), load_pipeline(teacher))
+        assert chosen.recipe == "bk-base" and chosen.remove == RECIPES["bk-base"].remove
 
 
 def test_a_teacher_that_does_not_name_its_size_needs_a_resolution(train, tiny_sd1, tmp_path, capsys):
