@@ -354,7 +354,7 @@ def test_upcast_attention_attends_in_float32(upcast, autocast, monkeypatch):
         return F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v
 
     monkeypatch.setattr(layers.F, "scaled_dot_product_attention", spy)
-    x = torch.randn(1, 3, 8).bfloat16()
+    x = torch.randn(1, 300, 8).bfloat16()  # more than a CPU takes plain products for
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = attention(x)
     assert out.dtype == torch.bfloat16
