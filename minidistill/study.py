@@ -126,7 +126,7 @@ def judged(source: str, file: Path, config: Config) -> dict[str, float]:
     settings = {"steps": STEPS, "guidance": train_kd.Config().guidance, "seed": SEED}
     asked = {"captions": config.judged, **settings}
     known = read_json(file) if file.is_file() else {}
-    if {name: known.get(name) for name in asked} != asked:
+    if not asked.items() <= known.items():
         captions = held_out_captions(config.judged)
         pictures = load_pipeline(source, config.device)(captions, **settings, batch_size=32)
         known = {**asked, "judge": score(pictures, captions)}

@@ -278,8 +278,9 @@ def check_numbers(config: Config) -> None:
 
 def resolve(config: Config, pipe: Pipeline) -> Config:
     """Settings left open take the recipe's or the teacher's values, so that the run folder records what was done."""
-    name = config.recipe or ("inner" if config.teacher == "miniature" else "bk-tiny")
-    recipe, rate = RECIPES[name], config.learning_rate
+    usual, rate = ("inner", 4e-3) if config.teacher == "miniature" else ("bk-tiny", 5e-5)
+    name = config.recipe or usual
+    recipe = RECIPES[name]
     return dataclasses.replace(
         config,
         recipe=name,
@@ -287,7 +288,7 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
         pairing=config.pairing or recipe.pairing,
         loss_weights=config.loss_weights or recipe.loss_weights,
         resolution=resolution_for(pipe, config.resolution, config.teacher),
-        learning_rate=rate if rate is not None else 4e-3 if config.teacher == "miniature" else 5e-5,
+        learning_rate=rate if config.learning_rate is None else config.learning_rate,
     )
 
 

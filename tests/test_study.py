@@ -81,7 +81,7 @@ def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
     words = ("--only", "students", "--seeds", 1, "--steps", 10, "--out", tmp_path, "--precision")
     assert command(*words, "fp32") == 0
     assert command(*words, "bf16") == 2
-    assert "inner-10-seed0 under other settings: precision" in capsys.readouterr().err
+    assert 'inner-10-seed0 under other settings: precision "bf16" (was "fp32")' in capsys.readouterr().err
 
 
 def test_a_real_study_of_one_step(tmp_path, monkeypatch):
