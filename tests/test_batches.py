@@ -101,8 +101,33 @@ def test_the_cache_reads_every_picture_once_and_is_used_as_long_as_it_fits(pipe,
         assert reads_of_two_epochs(None) == reads
 
 
-def test_what_rests_once_latents_are_in_memory_is_the_vae(pipe):
-    assert make(pipe, cache=True).resting == [pipe.vae]
+def test_text_states_are_in_memory_too_as_long_as_they_fit(pipe, monkeypatch):
+    class Deaf:
+        """A pipeline that encodes captions once only."""
+
+        def __getattr__(self, name):
+            return getattr(pipe, name)
+
+        def encode_prompts(self, prompts):
+            assert not self.done
+            return pipe.encode_prompts(prompts)
+
+    deaf = Deaf()
+    deaf.done = False
+    encoded = Batches(Pictures(), deaf, batch_size=10, seed=0, caption_dropout=0.3, cache=True)
+    deaf.done = True
+    batch = encoded[0]
+    assert None in batch.captions and len(set(batch.captions)) > 2
+    torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context)
+    needed = 4 * 11 * 16 * 16  # bytes, ten captions and no caption, (tokens, width)
+    for limit, resting in ((needed, [pipe.vae, *pipe.text_encoders]), (needed - 1, [pipe.vae])):
+        monkeypatch.setattr(module, "CACHE_LIMIT", limit)
+        assert make(pipe, cache=True).resting == resting
+        assert torch.equal(make(pipe, 10, caption_dropout=0.3, cache=True)[0].t, batch.t)
+
+
+def test_what_rests_once_all_is_in_memory_are_the_networks_that_encode(pipe):
+    assert make(pipe, cache=True).resting == [pipe.vae, *pipe.text_encoders]
     assert make(pipe, cache=False).resting == []
 
 

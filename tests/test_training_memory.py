@@ -1,5 +1,8 @@
 """Memory counted on fake tensors: by hand where that can be done, else equal to the count of the real computation."""
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -32,6 +35,29 @@ def test_a_backward_pass_leaves_the_gradients_and_nothing_else():
     with MemoryCount(layers.parameters()) as count:
         layers(torch.randn(64, 30)).square().mean().backward()
     assert count.now == 4 * sum(p.numel() for p in layers.parameters()) < count.peak
+
+
+FAULTS = """
+import resource, sys, torch
+from minidistill.training.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for turn in range(30):
+    if turn == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**20), torch.ones(2**20)]  # 4 MiB, 1024 pages, each
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_is_kept_for_the_next_step():
+    def faults(word):
+        run = subprocess.run([sys.executable, "-c", FAULTS, word], capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    assert faults("keep") < 200 and faults("plain") > 10 * 1024
 
 
 def one_step(config, checkpointing=False):

@@ -81,7 +81,7 @@ class Attention(nn.Module):
                 h = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
         elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= 256:
             # The fused kernel is slower, its backward pass 2 to 6 times. Of more positions the scores are too large.
-            h = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+            h = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # -> (B, L, C)

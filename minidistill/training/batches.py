@@ -25,7 +25,7 @@ from minidistill.models.vae import AutoencoderKL, posterior_std
 from minidistill.pipeline import Origin, Pipeline, TextStates, to_pixels
 from minidistill.training.seeds import generator_for
 
-CACHE_LIMIT = 2 * 2**30  # bytes of latents to keep in memory; larger data sets are encoded batch by batch
+CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
 
 
 class Captioned(Protocol):
@@ -69,7 +69,8 @@ class Batches:
         """pipe: encodes pictures and captions. caption_dropout: share of samples trained without a prompt.
 
         flip: show every other sample as its mirror image; not where captions say left and right.
-        cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
+        cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT. Text states are
+        kept beside latents that are encoded already, if they take less than CACHE_LIMIT.
         """
         self.data, self.pipe, self.batch_size, self.seed = data, pipe, batch_size, seed
         self.caption_dropout = caption_dropout
@@ -81,11 +82,16 @@ class Batches:
             data.check(pipe, flip)
         if isinstance(data, LatentCache | Latents):
             self._cache, self.size = data, data.size
-            return
-        self.size = width, height = data[0][0].size  # of the pictures
-        size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
-        if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
-            self._cache = encode_all(data, pipe.vae, flip)
+        else:
+            self.size = width, height = data[0][0].size  # of the pictures
+            size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
+            if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
+                self._cache = encode_all(data, pipe.vae, flip)
+        self._text: KnownText | LatentCache | None = None
+        if isinstance(data, LatentCache) and data.has_text:
+            self._text = data
+        elif self._cache is not None:
+            self._text = encode_captions(self._cache, pipe)
 
     def __getitem__(self, k: int) -> Batch:
         numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
@@ -112,8 +118,10 @@ class Batches:
     @property
     def resting(self) -> list[nn.Module]:
         """The networks that no batch needs any more, since what they make is in memory or in a cache."""
-        has_text = isinstance(self._cache, LatentCache) and self._cache.has_text
-        return [*([] if self._cache is None else [self.pipe.vae]), *(self.pipe.text_encoders if has_text else [])]
+        return [
+            *([] if self._cache is None else [self.pipe.vae]),
+            *([] if self._text is None else self.pipe.text_encoders),
+        ]
 
     def _shown(self, captions: list[str | None], numbers: Sequence[int], t: Tensor) -> list[str | None]:
         """The captions that these samples are shown with; a subclass may choose others."""
@@ -150,10 +158,7 @@ class Batches:
         return mean, std, captions, origins
 
     def _text_states(self, captions: list[str | None]) -> TextStates:
-        if isinstance(self._cache, LatentCache) and self._cache.has_text:
-            found = self._cache.text_states(captions)
-        else:
-            found = self.pipe.encode_prompts(captions)
+        found = self.pipe.encode_prompts(captions) if self._text is None else self._text.text_states(captions)
         return TextStates(*(None if part is None else part.to(self.device).float() for part in found))
 
 
@@ -184,6 +189,19 @@ class Latents:
         return self.origins[i]
 
 
+@dataclass(frozen=True)
+class KnownText:
+    """The text states of all captions of a data set, and of no caption, in memory, on the CPU."""
+
+    rows: dict[str | None, int]
+    states: TextStates  # context (N, L, D), pooled (N, D') or None
+
+    def text_states(self, captions: Sequence[str | None]) -> TextStates:
+        """What the text encoders make of these captions."""
+        rows = [self.rows[caption] for caption in captions]
+        return TextStates(*(None if part is None else part[rows] for part in self.states))
+
+
 def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, ...]:
     """All captions of entry i, without reading its picture if that can be helped."""
     if isinstance(data, ImageFolder | LatentCache | Latents):
@@ -202,6 +220,22 @@ def encode_all(data: Captioned, vae: AutoencoderKL, flip: bool = False) -> Laten
             origins += [(*sample.original, *sample.crop) for sample in chosen]
             bar.update(len(chosen))
     return Latents(torch.cat(means), torch.cat(stds), captions, origins, chosen[0].picture.size)
+
+
+def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> KnownText | None:
+    """Encode all captions of a data set, and None, into memory; None if that would take more than CACHE_LIMIT."""
+    captions = list(dict.fromkeys([None, *(caption for i in range(len(data)) for caption in data.captions(i))]))
+    size = sum(part.nbytes for part in pipe.encode_prompts(captions[:1]) if part is not None)
+    if size * len(captions) > CACHE_LIMIT:
+        return None
+    done = []
+    with tqdm(total=len(captions), desc="encoding captions", unit="", disable=None, leave=False) as bar:
+        for first in range(0, len(captions), batch_size):
+            some = captions[first : first + batch_size]
+            done.append(pipe.encode_prompts(some))
+            bar.update(len(some))
+    states = (None if parts[0] is None else torch.cat(parts).cpu() for parts in zip(*done, strict=True))
+    return KnownText({caption: row for row, caption in enumerate(captions)}, TextStates(*states))
 
 
 def encode_samples(

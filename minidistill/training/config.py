@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minidistill.errors import InputError
+from minidistill.training.memory import keep_freed_memory
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import read_json
 
@@ -109,6 +110,7 @@ def run_command(
     Any other exception is a bug and keeps its traceback.
     """
     config = None
+    keep_freed_memory()
     try:
         with _short_warnings():
             config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)

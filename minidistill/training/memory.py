@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class MemoryCount(TorchDispatchMode):
@@ -70,6 +73,18 @@ def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[N
     yield
     for network in networks:
         network.to("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next step, on Linux with glibc; elsewhere nothing is done.
+
+    By default it gives blocks back to the system at once, and gets them again page by page: a training step of the
+    miniature waits for 11,000 page faults, a twentieth of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # 32 MiB, the most that glibc takes: larger blocks still come and go
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def format_bytes(count: int) -> str:
