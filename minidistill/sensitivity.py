@@ -83,7 +83,8 @@ def main(config: Config) -> None:
         except InputError as error:
             print(f"{name}: {error}")
             continue
-        lists[f"chosen for {name}"] = score(plan_removal(teacher.config, chosen), teacher, probes, tokens)
+        wholes = [score(plan_removal(teacher.config, some), teacher, probes, tokens) for some in chosen]
+        lists[f"chosen for {name}"] = min(wholes, key=lambda s: s.damage)
     print(format_table(list_rows(lists, total)) + "\n")
     for name, s in lists.items():
         if name not in RECIPES:

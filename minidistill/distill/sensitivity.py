@@ -4,7 +4,8 @@
 
 where S is the teacher T without r. LAPTOP-Diff (arXiv 2404.11098) found that the damages of several removals nearly add
 up; so a whole list can be chosen from the scores of its entries, here greedily: what does the least damage for what it
-saves goes first. What a student recovers in training is not measured.
+saves goes first. They do not add up exactly: of the list and its nearest neighbours, each scored as a whole, the best
+is taken. What a student recovers in training is not measured.
 """
 
 from __future__ import annotations
@@ -121,12 +122,31 @@ def score(removal: Removal, teacher: UNet, probes: Sequence[Probe], tokens: int 
     )
 
 
-def choose(teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str = "parameters") -> tuple[str, ...]:
-    """A list of removals that saves at least `saving` parameters or MACs (`by`) with little damage: greedy.
+def choose(
+    teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str = "parameters", count: int = 8
+) -> list[tuple[str, ...]]:
+    """Lists of removals that save at least `saving` parameters or MACs (`by`) with little damage: `count` at the most.
 
-    Each round takes what does the least damage for what it saves and fits what was taken before; a removal takes the
-    place of those it overlaps. What turns out not to be needed at the end stays in the student after all.
-    InputError: not so much can go.
+    The first is the greedy one, the others differ from it by one removal, the least sums of damages first: which of
+    them does the least damage as a whole, `score` tells. InputError: not so much can go.
+    """
+    taken = _greedy(teacher, scores, saving, by)
+    found = []
+    for old in taken:
+        rest = [s for s in taken if s is not old]
+        for new in scores:
+            some = [*rest, new]
+            apart = new not in taken and not any(s.weights & new.weights for s in rest)
+            if apart and _saved(some, by) >= saving and _plan(teacher, _entries(some)):
+                found.append(some)
+    found.sort(key=lambda some: sum(s.damage for s in some))
+    return [_entries(some) for some in [taken, *found][:count]]
+
+
+def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str) -> list[Score]:
+    """Each round takes what does the least damage for what it saves and fits what was taken before.
+
+    A removal takes the place of those it overlaps. What turns out not to be needed at the end stays in the student.
     """
     taken: list[Score] = []
     while (short := saving - _saved(taken, by)) > 0:
@@ -145,7 +165,7 @@ def choose(teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str = 
         rest = [s for s in taken if s is not old]
         if _saved(rest, by) >= saving and _plan(teacher, _entries(rest)):
             taken = rest
-    return _entries(taken)
+    return taken
 
 
 def _saved(some: Iterable[Score], by: str) -> int:
