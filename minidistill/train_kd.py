@@ -102,7 +102,9 @@ class Config:
     precision: str | None = option(
         None, "of the forward passes; none takes bf16 where the device computes in it, else fp32", choices=PRECISIONS
     )
-    guidance: float = option(4.0, "scale of classifier-free guidance in the pictures that are shown and judged")
+    guidance: float = option(
+        4.0, "scale of classifier-free guidance in the pictures that are shown, judged and (--image-free) trained on"
+    )
     judged: int = option(48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0)
     log_every: int = option(20, "steps between log lines", minimum=1)
     sample_every: int = option(160, "steps between strips", minimum=1)
@@ -309,7 +311,7 @@ def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) 
     """Batches of the data; with --image-free, of latents made now by the teacher from their captions."""
     if config.image_free:
         captions = [captions_of(data, i % len(data))[0] for i in range(config.image_free)]
-        data = kd.sample_latents(pipe, captions, config.resolution, config.seed, config.batch_size)
+        data = kd.sample_latents(pipe, captions, config.resolution, config.seed, config.guidance, config.batch_size)
     kind = kd.RandomCaptions if config.random_conditioning else Batches
     return kind(
         data,

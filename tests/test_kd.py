@@ -28,6 +28,7 @@ from minidistill.models.unet import SD15, SD21, UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches, captions_of
 from minidistill.training.optim import adamw, get_precision, optimizer_step
+from minidistill.weights.sampling import Sampling
 
 TINY = {
     "sd15": replace(
@@ -434,8 +435,8 @@ def test_captions_are_found_without_reading_pictures(pictures, monkeypatch):
 
 def test_image_free_latents_are_the_teachers_samples(pipe, xl):
     for teacher in (pipe, load_pipeline(xl)):
-        made = kd.sample_latents(teacher, CAPTIONS[:5], 32, seed=4, batch_size=2)
-        expected = teacher(CAPTIONS[:5], seed=4, output="latents", steps=25, guidance=7.5, batch_size=5)
+        made = kd.sample_latents(teacher, CAPTIONS[:5], 32, seed=4, guidance=3.0, batch_size=2)
+        expected = teacher(CAPTIONS[:5], seed=4, output="latents", steps=25, guidance=3.0, batch_size=5)
         batch = Batches(made, teacher, batch_size=5, seed=0)[0]
         order = [CAPTIONS.index(caption) for caption in batch.captions]
         assert sorted(order) == list(range(5))
@@ -444,6 +445,9 @@ def test_image_free_latents_are_the_teachers_samples(pipe, xl):
     assert batch.added_cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 5
     again = Batches(made, teacher, batch_size=5, seed=0)[1]  # another epoch: the same latents, other noise
     assert set(again.captions) == set(batch.captions) and not torch.equal(again.eps, batch.eps)
+    teacher.sampling = Sampling(2)  # a distilled one knows better: two steps, guidance off
+    own = kd.sample_latents(teacher, CAPTIONS[:1], 32, seed=4, guidance=3.0).mean[0] * teacher.vae.config.scaling_factor
+    torch.testing.assert_close(own, teacher(CAPTIONS[:1], seed=4, output="latents"), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- through the command

@@ -132,18 +132,21 @@ class RandomCaptions(Batches):
         return several[int(torch.randint(len(several), (), generator=generator))]
 
 
-def sample_latents(teacher: Pipeline, captions: Sequence[str], side: int, seed: int, batch_size: int = 16) -> Latents:
+def sample_latents(
+    teacher: Pipeline, captions: Sequence[str], side: int, seed: int, guidance: float, batch_size: int = 16
+) -> Latents:
     """Latents that the teacher draws from captions, in place of encoded pictures; there is no posterior to draw from.
 
-    Sampled as the teacher's checkpoint says, else in 25 steps with guidance 7.5. Latent i depends on (seed, i) alone.
+    Sampled as the teacher's checkpoint says, else in 25 steps with this guidance. Latent i depends on (seed, i) alone.
     side: of the square pictures they stand for, in pixels.
     """
     done = []
-    settings = {"seed": seed, "height": side, "width": side, "batch_size": batch_size, "output": "latents"}
+    guidance = guidance if teacher.sampling is None else None
+    settings = {"seed": seed, "guidance": guidance, "height": side, "width": side}
     with tqdm(total=len(captions), desc="sampling latents", unit="", disable=None, leave=False) as bar:
         for first in range(0, len(captions), batch_size):
             some = captions[first : first + batch_size]
-            done.append(teacher(some, first_index=first, **settings).cpu())
+            done.append(teacher(some, first_index=first, batch_size=batch_size, output="latents", **settings).cpu())
             bar.update(len(some))
     mean = torch.cat(done)[:, None] / teacher.vae.config.scaling_factor  # (N, C, h, w) -> (N, 1, C, h, w)
     origins = [(side, side, 0, 0)] * len(captions)
