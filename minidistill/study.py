@@ -53,7 +53,7 @@ class Study(NamedTuple):
 
 
 STUDIES = {  # inner is train_kd without flags: copied weights, all three losses
-    "students": Study(("inner", "random-conditioning", "bk-base", "bk-small", "bk-tiny"), 2000),
+    "students": Study(("inner", "bk-base", "bk-small", "bk-tiny"), 2000),
     "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "inner"), 320),
     "options": Study(("inner", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 320),
 }

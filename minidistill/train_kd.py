@@ -154,8 +154,7 @@ SEGMIND = {
 PRESETS = {
     "quick": {"comment": "the defaults: half of the miniature, 2.4 minutes on 2 CPU cores: 69 % right, teacher 96"},
     "best": {
-        "comment": "what did best of all that was measured on the miniature: BESTCOMMENT",
-        "random_conditioning": True,
+        "comment": "the plain recipe, longer: 87 % right, teacher 89, of 200; no later idea was measured to beat it",
         "steps": 2000,
         "sample_every": 500,
         "checkpoint_every": 500,
