@@ -224,8 +224,7 @@ def main(config: Config) -> None:
     judged = config.judged if config.data == "scenes" else 0
     comparison = Comparison(run, pipe, student, batches, judged, config.guidance)
     if start == 0:
-        comparison.look(0)
-        comparison.measure("student before")
+        comparison.measure("student before", 0)
     with MetricsLog(run.metrics, config.steps, config.log_every, start, len(alpha_bar)) as log:
         for step in range(start, config.steps):
             for k in range(config.accumulate):
@@ -257,14 +256,14 @@ def main(config: Config) -> None:
 
             with log.untimed():
                 done = step + 1
-                if done % config.sample_every == 0 or done == config.steps:
+                if done % config.sample_every == 0 and done < config.steps:
                     with ema.swap():
                         comparison.look(done)
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     run.save(done, parts, config.keep_checkpoints)
 
     with ema.swap():
-        comparison.measure("student after")
+        comparison.measure("student after", config.steps)
         comparison.student.save(run.path / "student")
     draw_curves(run.metrics, run.curves)
     folder, settings = run.path / "student", dataclasses.asdict(config)

@@ -46,17 +46,18 @@ class Comparison:
 
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png, the teacher's pictures above the student's."""
-        self.teacher_row = self.teacher_row or self._pictures(self.teacher, self.captions)
         with drawing(f"the student of step {step}"):
             row = self._pictures(self.student, self.captions)
-        save_strip(self.run.strip(step), [self.teacher_row, row], self.captions, ["teacher", f"student, step {step}"])
+        self._save(step, row)
 
-    def measure(self, name: str) -> None:
-        """Measure the student under `name`, and the teacher if it is not yet; kept in results.json."""
+    def measure(self, name: str, step: int) -> None:
+        """Measure the student under `name`, and the teacher if it is not yet, kept in results.json; and look."""
         if "teacher" not in self.results:
-            self.results["teacher"] = self._measure(self.teacher)
-        self.results[name] = self._measure(self.student)
+            self.results["teacher"], self.teacher_row = self._measure(self.teacher)
+        with drawing(f"the student of step {step}"):
+            self.results[name], row = self._measure(self.student)
         write_json(self.file, self.results)
+        self._save(step, row)
 
     def table(self) -> str:
         """All that was measured, a row for each model."""
@@ -79,7 +80,12 @@ class Comparison:
         with on_device(self.batches.resting, pipe.device):
             return pipe(captions, steps=STEPS, guidance=self.guidance, seed=SEED, batch_size=16, **size)
 
-    def _measure(self, pipe: Pipeline) -> dict:
+    def _save(self, step: int, row: list[Image.Image]) -> None:
+        self.teacher_row = self.teacher_row or self._pictures(self.teacher, self.captions)
+        save_strip(self.run.strip(step), [self.teacher_row, row], self.captions, ["teacher", f"student, step {step}"])
+
+    def _measure(self, pipe: Pipeline) -> tuple[dict, list[Image.Image]]:
+        """What results.json says of a model, and its pictures for a strip."""
         batch = self.batches[-1]  # a batch that no run trains on
         height, width = batch.x0.shape[-2:]
         result = {
@@ -88,10 +94,11 @@ class Comparison:
             "ms_per_call": milliseconds(pipe.unet, batch),
             "distance_to_teacher": self._distance(pipe.unet, batch),
         }
+        captions = held_out_captions(max(SHOWN, self.judged)) if self.judged else self.captions
+        pictures = self._pictures(pipe, captions)
         if self.judged:
-            captions = held_out_captions(self.judged)
-            result["judge"] = score(self._pictures(pipe, captions), captions)
-        return result
+            result["judge"] = score(pictures[: self.judged], captions[: self.judged])
+        return result, pictures[:SHOWN]
 
     @torch.no_grad()
     def _distance(self, unet: UNet, batch: Batch) -> float:
