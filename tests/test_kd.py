@@ -405,9 +405,10 @@ def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, picture
     assert [c is None for c in found.captions] == [c is None for c in plain.captions]
     assert set(found.captions) <= {*CAPTIONS, None}
     text = pipe.encode_prompts(found.captions)
-    assert torch.equal(found.context, text.context) and not torch.equal(found.context, plain.context)
+    torch.testing.assert_close(found.context, text.context)
+    assert (found.context - plain.context).abs().max() > 0.1
     if kind == "sdxl":
-        assert torch.equal(found.added_cond["text_embeds"], text.pooled)
+        torch.testing.assert_close(found.added_cond["text_embeds"], text.pooled)
         assert torch.equal(found.added_cond["time_ids"], plain.added_cond["time_ids"])
 
 

@@ -232,9 +232,9 @@ def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int
     with tqdm(total=len(captions), desc="encoding captions", unit="", disable=None, leave=False) as bar:
         for first in range(0, len(captions), batch_size):
             some = captions[first : first + batch_size]
-            done.append(pipe.encode_prompts(some))
+            done.append([None if part is None else part.cpu() for part in pipe.encode_prompts(some)])
             bar.update(len(some))
-    states = (None if parts[0] is None else torch.cat(parts).cpu() for parts in zip(*done, strict=True))
+    states = (None if parts[0] is None else torch.cat(parts) for parts in zip(*done, strict=True))
     return KnownText({caption: row for row, caption in enumerate(captions)}, TextStates(*states))
 
 
