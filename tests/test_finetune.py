@@ -149,7 +149,8 @@ def test_loss_and_gradients_are_those_of_diffusers_up_to_the_text_encoders(tiny_
     loss = finetune.denoising_loss(pipe, again, make_alpha_bar(pipe.schedule))
     theirs, expected = oracle_loss(folder, batch, prediction)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(finetune.denoising_loss(pipe, batch, make_alpha_bar(pipe.schedule)), loss)
+    frozen = batch.with_text(pipe.encode_prompts(batch.captions))  # those in memory may differ in their last bits
+    assert torch.equal(finetune.denoising_loss(pipe, frozen, make_alpha_bar(pipe.schedule)), loss)
     loss.mean().backward()
     expected.mean().backward()
     for part, network in pipe.networks.items():

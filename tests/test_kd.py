@@ -395,7 +395,7 @@ def folder_data(pictures) -> ImageFolder:
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, pictures, kind):
     pipe = pipe if kind == "sd1" else load_pipeline(xl)
-    settings = {"batch_size": 24, "seed": 3, "caption_dropout": 0.3}
+    settings = {"batch_size": 24, "seed": 3, "caption_dropout": 0.3, "cache": False}
     plain = Batches(folder_data(pictures), pipe, **settings)[2]
     found = kd.RandomCaptions(folder_data(pictures), pipe, **settings)[2]
     for name in ("x0", "eps", "t"):
@@ -405,10 +405,9 @@ def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, picture
     assert [c is None for c in found.captions] == [c is None for c in plain.captions]
     assert set(found.captions) <= {*CAPTIONS, None}
     text = pipe.encode_prompts(found.captions)
-    torch.testing.assert_close(found.context, text.context)
-    assert (found.context - plain.context).abs().max() > 0.1
+    assert torch.equal(found.context, text.context) and not torch.equal(found.context, plain.context)
     if kind == "sdxl":
-        torch.testing.assert_close(found.added_cond["text_embeds"], text.pooled)
+        assert torch.equal(found.added_cond["text_embeds"], text.pooled)
         assert torch.equal(found.added_cond["time_ids"], plain.added_cond["time_ids"])
 
 
