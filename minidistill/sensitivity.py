@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.data.scenes import SIDE, Scenes, held_out_captions
 from minidistill.distill.block_removal import RECIPES, Removal, format_count, plan_removal
-from minidistill.distill.sensitivity import Probe, Score, choose, make_probes, score, share_weights, smallest_removals
+from minidistill.distill.probes import Probe, make_probes
+from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
 from minidistill.errors import InputError
 from minidistill.metrics import scene_judge
 from minidistill.models.unet import count_macs
@@ -60,7 +61,7 @@ def main(config: Config) -> None:
     out = make_folder(config.out)
 
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)
-    probes = make_probes(batches, math.ceil(config.samples / config.batch_size))
+    probes = make_probes(batches, range(math.ceil(config.samples / config.batch_size)))
     tokens = pipe.tokenizers[0].max_length
     scores, judged = [], {}
     with tqdm(smallest_removals(teacher.config), desc="removing", unit="", disable=None, leave=False) as bar:

@@ -4,8 +4,8 @@
     python -m minidistill.study --only ablation --seeds 1 --steps 240
 
 Every run is one of `train_kd`, in OUT/NAME-STEPS-seedN, so it can be looked at, and a study that was stopped goes on
-where it was when the command is given again. Each student is judged once, and the teacher. The tables are printed and
-written to OUT/study.md, all numbers to OUT/study.json.
+where it was when the command is given again. Each student is judged once, and the teacher, all on the same captions and
+the same noisy latents. The tables are printed and written to OUT/study.md, all numbers to OUT/study.json.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from minidistill import train_kd
 from minidistill.data.scenes import Scenes, held_out_captions
+from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
 from minidistill.metrics.comparison import SEED, STEPS, milliseconds
 from minidistill.metrics.scene_judge import score
 from minidistill.pipeline import load_pipeline
@@ -43,6 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flag
     "random-conditioning": {"random_conditioning": True},
     "image-free": {"image_free": 1024},
 }
+PROBES = 256  # noisy latents on which outputs are compared
 
 
 class Study(NamedTuple):
@@ -77,14 +79,17 @@ def main(config: Config) -> None:
     lengths = {title: config.steps or study.steps for title, study in chosen.items()}
     kinds = list(dict.fromkeys((name, lengths[title]) for title, study in chosen.items() for name in study.rows))
     results: dict[tuple[str, int], list[dict]] = {kind: [] for kind in kinds}
-    teacher = judged("miniature", out / "teacher.json", config)
+    pipe = load_pipeline("miniature", config.device)
+    probes = make_probes(Batches(Scenes("test", length=PROBES), pipe, batch_size=32, seed=SEED), range(PROBES // 32))
+    teacher = measured("miniature", out / "teacher.json", config, probes)
     for seed in range(config.seeds):  # all kinds of one seed first: a study cut short compares what it has
         for name, steps in kinds:
             folder = out / f"{name}-{steps}-seed{seed}"
             result = run(config, name, steps, seed, folder)
-            result["student after"]["judge"] = judged(str(folder / "student"), folder / "judged.json", config)
-            results[name, steps].append({**result, "teacher": {**result["teacher"], "judge": teacher}})
-    times = time_students({name: out / f"{name}-{steps}-seed0" / "student" for name, steps in kinds})
+            result["student after"] |= measured(str(folder / "student"), folder / "measured.json", config, probes)
+            results[name, steps].append({**result, "teacher": {**result["teacher"], **teacher}})
+    students = {name: str(out / f"{name}-{steps}-seed0" / "student") for name, steps in kinds}
+    times = time_students({"teacher": "miniature", **students}, probes[0], config)
     blocks = []
     for title, study in chosen.items():
         rows = table_rows({name: results[name, lengths[title]] for name in study.rows}, times)
@@ -121,26 +126,24 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
     return read_json(folder / "results.json")
 
 
-def judged(source: str, file: Path, config: Config) -> dict[str, float]:
-    """What the scene judge says of a model: {"all": 0 .. 1, ...}; kept in `file`, so that it is asked once."""
+def measured(source: str, file: Path, config: Config, probes: Sequence[Probe]) -> dict[str, Any]:
+    """What the scene judge says of a model and its distance to the teacher; kept in `file`, so that it is done once."""
     settings = {"steps": STEPS, "guidance": train_kd.Config().guidance, "seed": SEED}
-    asked = {"captions": config.judged, **settings}
+    asked = {"captions": config.judged, "probes": PROBES, **settings}
     known = read_json(file) if file.is_file() else {}
     if not asked.items() <= known.items():
-        captions = held_out_captions(config.judged)
-        pictures = load_pipeline(source, config.device)(captions, **settings, batch_size=32)
-        known = {**asked, "judge": score(pictures, captions)}
+        pipe, captions = load_pipeline(source, config.device), held_out_captions(config.judged)
+        judge = score(pipe(captions, **settings, batch_size=32), captions)
+        known = {**asked, "judge": judge, "distance_to_teacher": distance_to_teacher(pipe.unet, probes)}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, known)
-    return known["judge"]
+    return {name: known[name] for name in ("judge", "distance_to_teacher")}
 
 
-def time_students(students: Mapping[str, Path]) -> dict[str, float]:
-    """Milliseconds of a U-Net call at batch 32, of the teacher and of each student, in turns within one go."""
-    pipe = load_pipeline("miniature")
-    batch = Batches(Scenes("test", length=32), pipe, batch_size=32, seed=0)[0]
-    unets = {"teacher": pipe.unet} | {name: load_pipeline(folder).unet for name, folder in students.items()}
-    rounds = [{name: milliseconds(unet, batch, rounds=3) for name, unet in unets.items()} for _ in range(5)]
+def time_students(sources: Mapping[str, str], probe: Probe, config: Config) -> dict[str, float]:
+    """Milliseconds of a U-Net call at batch 32 of each model, in turns within one go."""
+    unets = {name: load_pipeline(source, config.device).unet for name, source in sources.items()}
+    rounds = [{name: milliseconds(unet, probe, rounds=3) for name, unet in unets.items()} for _ in range(5)]
     return {name: statistics.median(r[name] for r in rounds) for name in unets}
 
 

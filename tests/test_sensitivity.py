@@ -15,15 +15,8 @@ from minidistill import sensitivity as command
 from minidistill.data.folders import ImageFolder
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.block_removal import build_student, plan_removal
-from minidistill.distill.sensitivity import (
-    Score,
-    choose,
-    make_probes,
-    measure_damage,
-    score,
-    share_weights,
-    smallest_removals,
-)
+from minidistill.distill.probes import distance_to_teacher, make_probes
+from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
 from minidistill.errors import InputError
 from minidistill.models.unet import count_macs
 from minidistill.pipeline import load_pipeline
@@ -40,7 +33,7 @@ def pipe(tiny_sd1):
 
 
 def probes_of(pipe, pictures, batch_size=4, count=2):
-    return make_probes(Batches(ImageFolder(pictures, 32), pipe, batch_size=batch_size, seed=0), count)
+    return make_probes(Batches(ImageFolder(pictures, 32), pipe, batch_size=batch_size, seed=0), range(count))
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +99,10 @@ def test_damage_is_the_mean_square_of_what_a_built_student_says_otherwise(pipe, 
 
 
 def test_the_teacher_itself_does_no_damage_and_the_batch_size_does_not_matter(pipe, pictures, probes):
-    assert measure_damage(pipe.unet, probes) == 0
+    assert distance_to_teacher(pipe.unet, probes) == 0
     student = share_weights(plan_removal(pipe.unet.config, ("down.0.1", "up.3.1")), pipe.unet)
-    other = measure_damage(student, probes_of(pipe, pictures, 8, 1))
-    assert measure_damage(student, probes) == pytest.approx(other, rel=1e-4)
+    other = distance_to_teacher(student, probes_of(pipe, pictures, 8, 1))
+    assert distance_to_teacher(student, probes) == pytest.approx(other, rel=1e-4)
 
 
 def test_nothing_is_copied_for_a_score(pipe):

@@ -22,19 +22,20 @@ def runs(monkeypatch):
         seen.append(settings)
         folder = study.Path(settings.out)
         (folder / "student").mkdir(parents=True)
-        after = result(40, 60, 0.1 + settings.seed)
+        after = result(40, 60, 9.0)
         (folder / "results.json").write_text(json.dumps({"teacher": result(100, 80, 0), "student after": after}))
         (folder / "config.json").write_text(json.dumps(train_kd.dataclasses.asdict(settings)))
         (folder / "student/model_index.json").write_text("{}")
 
-    def judged(source, file, config):
+    def measured(source, file, config, probes):
         if source == "miniature":
-            return {"all": 0.8}
-        return {"all": 0.5 + 0.1 * ("seed1" in source) - 0.3 * ("random" in source)}
+            return {"judge": {"all": 0.8}, "distance_to_teacher": 0.0}
+        right = 0.5 + 0.1 * ("seed1" in source) - 0.3 * ("random" in source)
+        return {"judge": {"all": right}, "distance_to_teacher": 0.1 + ("seed1" in source)}
 
     monkeypatch.setattr(train_kd, "main", train)
-    monkeypatch.setattr(study, "judged", judged)
-    monkeypatch.setattr(study, "time_students", lambda folders: {"teacher": 10.0, **dict.fromkeys(folders, 7.5)})
+    monkeypatch.setattr(study, "measured", measured)
+    monkeypatch.setattr(study, "time_students", lambda sources, *_: {**dict.fromkeys(sources, 7.5), "teacher": 10.0})
     return seen
 
 
@@ -95,12 +96,14 @@ def test_a_real_study_of_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RUNS", {"bk-tiny": {"pictures": 32, "batch_size": 4}})
     monkeypatch.setattr(study, "STUDIES", {"students": study.Study(("bk-tiny",), 1)})
     assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
-    files = [tmp_path / "teacher.json", tmp_path / "bk-tiny-1-seed0/judged.json"]
+    files = [tmp_path / "teacher.json", tmp_path / "bk-tiny-1-seed0/measured.json"]
     before = [file.stat().st_mtime_ns for file in files]
     assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
     assert [file.stat().st_mtime_ns for file in files] == before, "nobody is judged twice"
     assert command("--seeds", 1, "--judged", 2, "--out", tmp_path) == 0
     assert [json.loads(file.read_text())["captions"] for file in files] == [2, 2]
     assert load_pipeline(tmp_path / "bk-tiny-1-seed0/student").unet.config.mid_block_type is None
+    teacher, student = (json.loads(file.read_text())["distance_to_teacher"] for file in files)
+    assert teacher == 0 < student
     times = json.loads((tmp_path / "study.json").read_text())["ms_per_call"]
     assert 0 < times["bk-tiny"] < times["teacher"]

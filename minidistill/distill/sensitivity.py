@@ -12,12 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from minidistill.diffusion.schedule import add_noise, make_alpha_bar
 from minidistill.distill.block_removal import (
     Removal,
     plan_removal,
@@ -26,10 +23,9 @@ from minidistill.distill.block_removal import (
     weight_map,
     weight_shapes,
 )
-from minidistill.distill.kd import output_loss
+from minidistill.distill.probes import Probe, distance_to_teacher
 from minidistill.errors import InputError
 from minidistill.models.unet import UNet, UNetConfig
-from minidistill.training.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -41,16 +37,6 @@ class Score:
     parameters: int  # saved
     macs: int  # saved in one call
     weights: frozenset[str]  # of the teacher, that go
-
-
-class Probe(NamedTuple):
-    """A fixed batch to compare outputs on."""
-
-    x_t: Tensor
-    t: Tensor
-    context: Tensor
-    added_cond: dict[str, Tensor] | None
-    teacher_out: Tensor
 
 
 def smallest_removals(teacher: UNetConfig) -> list[Removal]:
@@ -76,22 +62,6 @@ def _plan(teacher: UNetConfig, remove: Sequence[str]) -> Removal | None:
         return None
 
 
-@torch.no_grad()
-def make_probes(batches: Batches, count: int) -> list[Probe]:
-    """`count` batches with noise at timesteps spread evenly over all of them, and what the teacher says to them."""
-    pipe, total = batches.pipe, count * batches.batch_size
-    T, alpha_bar = pipe.schedule.num_train_timesteps, make_alpha_bar(pipe.schedule).to(pipe.device)
-    probes = []
-    for k in range(count):
-        batch = batches[k]
-        numbers = torch.arange(k * batches.batch_size, (k + 1) * batches.batch_size, device=pipe.device)
-        t = ((numbers + 0.5) * T / total).long()
-        x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
-        out = pipe.unet(x_t, t, batch.context, batch.added_cond)
-        probes.append(Probe(x_t, t, batch.context, batch.added_cond, out))
-    return probes
-
-
 def share_weights(removal: Removal, teacher: UNet) -> UNet:
     """The student made of the teacher's own tensors: nothing is copied, and nothing may be trained."""
     with torch.device("meta"):
@@ -102,20 +72,13 @@ def share_weights(removal: Removal, teacher: UNet) -> UNet:
     return student.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def measure_damage(student: UNet, probes: Iterable[Probe]) -> float:
-    """Mean squared difference to the teacher's output."""
-    losses = [output_loss(student(p.x_t, p.t, p.context, p.added_cond), p.teacher_out) for p in probes]
-    return torch.cat(losses).double().mean().item()
-
-
 def score(removal: Removal, teacher: UNet, probes: Sequence[Probe], tokens: int = 77) -> Score:
     """Damage and savings of one removal; MACs are those of a call at the probes' size."""
     costs = removal_costs(removal, *probes[0].x_t.shape[-2:], tokens).values()
     kept = weight_map(removal, weight_shapes(removal.student)).values()
     return Score(
         removal.removed,
-        measure_damage(share_weights(removal, teacher), probes),
+        distance_to_teacher(share_weights(removal, teacher), probes),
         sum(parameters for parameters, _ in costs),
         sum(macs for _, macs in costs),
         frozenset(weight_shapes(removal.teacher)) - frozenset(kept),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 
@@ -10,13 +11,12 @@ import torch
 from PIL import Image
 
 from minidistill.data.scenes import held_out_captions
-from minidistill.diffusion.schedule import add_noise, make_alpha_bar
 from minidistill.distill.block_removal import format_count
-from minidistill.distill.kd import output_loss
+from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
 from minidistill.metrics.scene_judge import score
 from minidistill.models.unet import UNet, count_macs
 from minidistill.pipeline import Pipeline
-from minidistill.training.batches import Batch, Batches
+from minidistill.training.batches import Batches
 from minidistill.training.log import format_table
 from minidistill.training.memory import on_device
 from minidistill.training.run_folder import RunFolder
@@ -25,6 +25,7 @@ from minidistill.weights.files import read_json, write_json
 
 SHOWN = 8  # pictures in a strip
 STEPS, SEED = 25, 0  # of every picture made here
+PROBES = 64  # noisy latents, at least, on which outputs are compared
 
 
 class Comparison:
@@ -40,6 +41,7 @@ class Comparison:
         self.student.unet = student
         self.width, self.height = batches.size
         self.captions = held_out_captions(SHOWN) if judged else batches.captions(SHOWN)
+        self.probes: list[Probe] = []
         self.teacher_row: list[Image.Image] = []
         self.file = run.path / "results.json"
         self.results = read_json(self.file) if self.file.exists() else {}
@@ -86,13 +88,15 @@ class Comparison:
 
     def _measure(self, pipe: Pipeline) -> tuple[dict, list[Image.Image]]:
         """What results.json says of a model, and its pictures for a strip."""
-        batch = self.batches[-1]  # a batch that no run trains on
-        height, width = batch.x0.shape[-2:]
+        if not self.probes:  # of samples that no run trains on: negative numbers
+            self.probes = make_probes(self.batches, range(-math.ceil(PROBES / self.batches.batch_size), 0))
+        probe = self.probes[0]
+        height, width = probe.x_t.shape[-2:]
         result = {
             "parameters": sum(p.numel() for p in pipe.unet.parameters()),
-            "macs": count_macs(pipe.unet, height, width, batch.context.shape[1])["conv_linear"],
-            "ms_per_call": milliseconds(pipe.unet, batch),
-            "distance_to_teacher": self._distance(pipe.unet, batch),
+            "macs": count_macs(pipe.unet, height, width, probe.context.shape[1])["conv_linear"],
+            "ms_per_call": milliseconds(pipe.unet, probe),
+            "distance_to_teacher": distance_to_teacher(pipe.unet, self.probes),
         }
         captions = held_out_captions(max(SHOWN, self.judged)) if self.judged else self.captions
         pictures = self._pictures(pipe, captions)
@@ -100,24 +104,17 @@ class Comparison:
             result["judge"] = score(pictures[: self.judged], captions[: self.judged])
         return result, pictures[:SHOWN]
 
-    @torch.no_grad()
-    def _distance(self, unet: UNet, batch: Batch) -> float:
-        """Mean squared difference to the teacher's output (the output loss) on one batch."""
-        x_t = add_noise(batch.x0, batch.eps, batch.t, make_alpha_bar(self.teacher.schedule))
-        teacher, student = (u(x_t, batch.t, batch.context, batch.added_cond) for u in (self.teacher.unet, unet))
-        return output_loss(student, teacher).mean().item()
-
 
 @torch.no_grad()
-def milliseconds(unet: UNet, batch: Batch, rounds: int = 7) -> float:
-    """Median time of one U-Net call on a batch. Timings on a busy machine compare only within one run."""
-    x, context = batch.x0.to(unet.dtype), batch.context.to(unet.dtype)
+def milliseconds(unet: UNet, probe: Probe, rounds: int = 7) -> float:
+    """Median time of one U-Net call on a probe. Timings on a busy machine compare only within one run."""
+    x, context = probe.x_t.to(unet.dtype), probe.context.to(unet.dtype)
     times = []
     for _ in range(rounds + 2):  # the first two warm up
         if x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        unet(x, batch.t, context, batch.added_cond)
+        unet(x, probe.t, context, probe.added_cond)
         if x.is_cuda:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - begin))
