@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
+from torch import Tensor
 
 from minidistill.data import cache
 from minidistill.data.cache import CacheKey, LatentCache
@@ -147,18 +148,12 @@ def write_text_states(out: Path, pipe: Pipeline, device: torch.device, batch_siz
             chosen = captions[start : start + there.key.shard]
             parts = []
             for i in range(0, len(chosen), batch_size):
-                parts.append(pipe.encode_prompts(chosen[i : i + batch_size]))
+                parts.append(pipe.encode_prompts(chosen[i : i + batch_size]).map(Tensor.cpu))
                 bar.update(len(parts[-1].context))
-            cache.write_text_shard(out, number, chosen, join_states(parts), there.key.store)
+            cache.write_text_shard(out, number, chosen, TextStates.join(parts), there.key.store)
     # The index last: what it does not name is not there.
     marker = {"digest": digest, "count": len(captions)}
     cache.write_index(out, there.key, there.index["model"], there.data_path, len(there), complete=True, text=marker)
-
-
-def join_states(parts: Sequence[TextStates]) -> TextStates:
-    """Text states of several batches as one, on the CPU."""
-    joined = (None if column[0] is None else torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return TextStates(*joined)
 
 
 def read_ahead(read: Callable[[int], Sample], numbers: Iterable[int], ahead: int) -> Iterator[Sample]:

@@ -74,6 +74,16 @@ class TextStates(NamedTuple):
     context: Tensor  # (B, L, D)
     pooled: Tensor | None  # (B, D'), of SDXL only
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> TextStates:
+        """The same states, each tensor changed: moved, say, or with other rows."""
+        return TextStates(*(None if part is None else change(part) for part in self))
+
+    @classmethod
+    def join(cls, batches: Sequence[TextStates]) -> TextStates:
+        """The states of several batches as one."""
+        context, pooled = zip(*batches, strict=True)
+        return cls(torch.cat(context), None if pooled[0] is None else torch.cat(pooled))
+
 
 class Pipeline:
     """The parts of a Stable Diffusion, and the way through them.

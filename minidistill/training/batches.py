@@ -159,7 +159,7 @@ class Batches:
 
     def _text_states(self, captions: list[str | None]) -> TextStates:
         found = self.pipe.encode_prompts(captions) if self._text is None else self._text.text_states(captions)
-        return TextStates(*(None if part is None else part.to(self.device).float() for part in found))
+        return found.map(lambda part: part.to(self.device).float())
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class KnownText:
     def text_states(self, captions: Sequence[str | None]) -> TextStates:
         """What the text encoders make of these captions."""
         rows = [self.rows[caption] for caption in captions]
-        return TextStates(*(None if part is None else part[rows] for part in self.states))
+        return self.states.map(lambda part: part[rows])
 
 
 def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, ...]:
@@ -232,10 +232,9 @@ def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int
     with tqdm(total=len(captions), desc="encoding captions", unit="", disable=None, leave=False) as bar:
         for first in range(0, len(captions), batch_size):
             some = captions[first : first + batch_size]
-            done.append([None if part is None else part.cpu() for part in pipe.encode_prompts(some)])
+            done.append(pipe.encode_prompts(some).map(Tensor.cpu))
             bar.update(len(some))
-    states = (None if parts[0] is None else torch.cat(parts) for parts in zip(*done, strict=True))
-    return KnownText({caption: row for row, caption in enumerate(captions)}, TextStates(*states))
+    return KnownText({caption: row for row, caption in enumerate(captions)}, TextStates.join(done))
 
 
 def encode_samples(
