@@ -146,6 +146,7 @@ def main(config: Config) -> None:
         seed=config.seed,
         caption_dropout=config.caption_dropout,
         flip=config.flip,
+        keep_text=not config.train_text_encoder,  # which changes them
     )
 
     networks = choose_weights(config, pipe)  # after `batches`, which knows a cache's text encoders by their weights

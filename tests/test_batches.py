@@ -128,6 +128,7 @@ def test_text_states_are_in_memory_too_as_long_as_they_fit(pipe, monkeypatch):
 
 def test_what_rests_once_all_is_in_memory_are_the_networks_that_encode(pipe):
     assert make(pipe, cache=True).resting == [pipe.vae, *pipe.text_encoders]
+    assert make(pipe, cache=True, keep_text=False).resting == [pipe.vae]
     assert make(pipe, cache=False).resting == []
 
 

@@ -26,6 +26,7 @@ from minidistill.data.folders import ImageFolder
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.models.lora import lora_layers
 from minidistill.pipeline import load_pipeline
+from minidistill.training import batches
 from minidistill.training.batches import Batches
 from minidistill.training.config import parse, run_command
 from minidistill.weights.files import read_metadata
@@ -313,6 +314,16 @@ def test_a_cache_trains_the_text_encoder_as_its_folder_does(train, pictures, tin
     )
     assert train(tmp_path / "run", "--data", tmp_path / "cache", *LORA.split()) == 0
     assert largest_difference(*(load_file(run / LORA_FILES[0]) for run in (tmp_path / "run", with_lora))) < 1e-4
+
+
+def test_text_states_are_not_kept_for_text_encoders_that_train(train, tmp_path, monkeypatch):
+    def encode_captions(*_):
+        raise AssertionError("these text states are outdated after one step")
+
+    monkeypatch.setattr(batches, "encode_captions", encode_captions)
+    assert train(tmp_path / "run", "--train-text-encoder", "--steps", "1") == 0
+    with pytest.raises(AssertionError):
+        train(tmp_path / "frozen", "--steps", "1")
 
 
 def test_scenes_are_judged(train, tmp_path):

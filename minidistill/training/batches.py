@@ -65,12 +65,13 @@ class Batches:
         caption_dropout: float = 0.0,
         flip: bool = False,
         cache: bool | None = None,
+        keep_text: bool = True,
     ) -> None:
         """pipe: encodes pictures and captions. caption_dropout: share of samples trained without a prompt.
 
         flip: show every other sample as its mirror image; not where captions say left and right.
-        cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT. Text states are
-        kept beside latents that are encoded already, if they take less than CACHE_LIMIT.
+        cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
+        keep_text: keep text states beside latents that are encoded already, if they take less than CACHE_LIMIT.
         """
         self.data, self.pipe, self.batch_size, self.seed = data, pipe, batch_size, seed
         self.caption_dropout = caption_dropout
@@ -90,7 +91,7 @@ class Batches:
         self._text: KnownText | LatentCache | None = None
         if isinstance(data, LatentCache) and data.has_text:
             self._text = data
-        elif self._cache is not None:
+        elif self._cache is not None and keep_text:
             self._text = encode_captions(self._cache, pipe)
 
     def __getitem__(self, k: int) -> Batch:
