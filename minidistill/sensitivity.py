@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from huggingface_hub.utils import tqdm
@@ -22,7 +23,8 @@ from minidistill.distill.probes import Probe, make_probes
 from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
 from minidistill.errors import InputError
 from minidistill.metrics import scene_judge
-from minidistill.models.unet import count_macs
+from minidistill.metrics.comparison import milliseconds
+from minidistill.models.unet import UNet, UNetConfig, count_macs
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.config import option, run_command
@@ -41,7 +43,9 @@ class Config:
     samples: int = option(64, "pictures to measure on, each at a timestep of its own", minimum=1)
     batch_size: int = option(16, "samples at a time", minimum=1)
     budget: float | None = option(None, "choose for a student of this share of the teacher, too", minimum=0)
-    by: str = option("parameters", "what a budget counts", choices=("parameters", "macs"))
+    by: str = option(
+        "parameters", "what lists save; latency is measured, here and now", choices=("parameters", "macs", "latency")
+    )
     judged: int = option(0, "held-out captions to judge every removal on (scenes only; slow)", minimum=0)
     guidance: float = option(4.0, "scale of classifier-free guidance in the pictures that are judged")
     seed: int = option(0, "decides pictures and noise")
@@ -63,19 +67,26 @@ def main(config: Config) -> None:
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)
     probes = make_probes(batches, range(math.ceil(config.samples / config.batch_size)))
     tokens = pipe.tokenizers[0].max_length
+
+    def measure(removal: Removal) -> Score:
+        found = score(removal, teacher, probes, tokens)
+        if config.by == "latency":
+            found = replace(found, latency=saved_latency(teacher, share_weights(removal, teacher), probes[0]))
+        return found
+
     scores, judged = [], {}
     with tqdm(smallest_removals(teacher.config), desc="removing", unit="", disable=None, leave=False) as bar:
         for removal in bar:
-            scores.append(score(removal, teacher, probes, tokens))
+            scores.append(measure(removal))
             if config.judged:
                 judged[removal.removed] = judge(config, pipe, removal)
     scores.sort(key=lambda s: s.damage)
     print(format_table(score_rows(scores, judged)) + "\n", flush=True)
 
     macs = count_macs(teacher, *probes[0].x_t.shape[-2:], tokens)["conv_linear"]
-    total = {"parameters": sum(p.numel() for p in teacher.parameters()), "macs": macs}
+    total = {"parameters": sum(p.numel() for p in teacher.parameters()), "macs": macs, "latency": 1.0}
     lists = {}
-    for name, goal in savings(config, pipe, total, probes, tokens).items():
+    for name, goal in savings(config, teacher.config, total, measure).items():
         if isinstance(goal, Score):
             lists[name] = goal
         saving = getattr(goal, config.by) if isinstance(goal, Score) else goal
@@ -84,8 +95,9 @@ def main(config: Config) -> None:
         except InputError as error:
             print(f"{name}: {error}")
             continue
-        wholes = [score(plan_removal(teacher.config, some), teacher, probes, tokens) for some in chosen]
-        lists[f"chosen for {name}"] = min(wholes, key=lambda s: s.damage)
+        wholes = [measure(plan_removal(teacher.config, some)) for some in chosen]
+        enough = [s for s in wholes if getattr(s, config.by) >= saving]  # latencies do not add up exactly
+        lists[f"chosen for {name}"] = min(enough or wholes, key=lambda s: s.damage)
     print(format_table(list_rows(lists, total)) + "\n")
     for name, s in lists.items():
         if name not in RECIPES:
@@ -119,20 +131,26 @@ def make_folder(path: str) -> Path:
     return Path(path)
 
 
+def saved_latency(teacher: UNet, student: UNet, probe: Probe) -> float:
+    """Share of the time of a call that the student saves, the median of some turns of the two."""
+    turns = [milliseconds(student, probe, rounds=3) / milliseconds(teacher, probe, rounds=3) for _ in range(3)]
+    return 1 - statistics.median(turns)
+
+
 def savings(
-    config: Config, pipe: Pipeline, total: Mapping[str, int], probes: Sequence[Probe], tokens: int
-) -> dict[str, Score | int]:
+    config: Config, teacher: UNetConfig, total: Mapping[str, float], measure: Callable[[Removal], Score]
+) -> dict[str, Score | float]:
     """What is to be saved: by each recipe that fits this teacher (no list twice), and what --budget asks for."""
-    found: dict[str, Score | int] = {}
+    found: dict[str, Score | float] = {}
     for name, recipe in RECIPES.items():
         try:
-            removal = plan_removal(pipe.unet.config, recipe.remove)
+            removal = plan_removal(teacher, recipe.remove)
         except InputError:
             continue  # a recipe for another kind of teacher
         if removal.removed not in [s.remove for s in found.values()]:
-            found[name] = score(removal, pipe.unet, probes, tokens)
+            found[name] = measure(removal)
     if config.budget is not None:
-        found[f"{100 * config.budget:g} %"] = math.ceil((1 - config.budget) * total[config.by])
+        found[f"{100 * config.budget:g} %"] = (1 - config.budget) * total[config.by]
     return found
 
 
@@ -147,25 +165,28 @@ def judge(config: Config, pipe: Pipeline, removal: Removal) -> float:
 
 def score_rows(scores: Sequence[Score], judged: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
     """A table, least damage first."""
-    rows = [("removed", "off the teacher", "parameters", "MACs", *(["all right"] if judged else []))]
+    timed = any(s.latency for s in scores)
+    more = [*(["time of a call"] if timed else []), *(["all right"] if judged else [])]
+    rows = [("removed", "off the teacher", "parameters", "MACs", *more)]
     for s in scores:
-        right = [f"{judged[s.remove]:.0%}"] if judged else []
-        rows.append((",".join(s.remove), f"{s.damage:.3g}", format_count(-s.parameters), format_count(-s.macs), *right))
+        more = [*([f"{-s.latency:+.0%}"] if timed else []), *([f"{judged[s.remove]:.0%}"] if judged else [])]
+        rows.append((",".join(s.remove), f"{s.damage:.3g}", format_count(-s.parameters), format_count(-s.macs), *more))
     return rows
 
 
-def list_rows(lists: Mapping[str, Score], total: Mapping[str, int]) -> list[tuple[str, ...]]:
+def list_rows(lists: Mapping[str, Score], total: Mapping[str, float]) -> list[tuple[str, ...]]:
     """A table of the students that whole lists leave."""
-    rows = [("student", "off the teacher", "parameters", "MACs")]
+    timed = any(s.latency for s in lists.values())
+    rows = [("student", "off the teacher", "parameters", "MACs", *(["time of a call"] if timed else []))]
     for name, s in lists.items():
         left = (format_count(total["parameters"] - s.parameters), format_count(total["macs"] - s.macs))
-        rows.append((name, f"{s.damage:.3g}", *left))
+        rows.append((name, f"{s.damage:.3g}", *left, *([f"{-s.latency:+.0%}"] if timed else [])))
     return rows
 
 
 def entry(s: Score) -> dict:
     """A score as it is written to the JSON file."""
-    return {"remove": s.remove, "damage": s.damage, "parameters": s.parameters, "macs": s.macs}
+    return {name: getattr(s, name) for name in ("remove", "damage", "parameters", "macs", "latency")}
 
 
 def draw_chart(scores: Sequence[Score], path: Path) -> None:

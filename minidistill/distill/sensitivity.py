@@ -37,6 +37,7 @@ class Score:
     parameters: int  # saved
     macs: int  # saved in one call
     weights: frozenset[str]  # of the teacher, that go
+    latency: float = 0.0  # saved in one call, as a share of the teacher's; 0 where nobody measured it
 
 
 def smallest_removals(teacher: UNetConfig) -> list[Removal]:
@@ -86,10 +87,11 @@ def score(removal: Removal, teacher: UNet, probes: Sequence[Probe], tokens: int 
 
 
 def choose(
-    teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str = "parameters", count: int = 8
+    teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str = "parameters", count: int = 8
 ) -> list[tuple[str, ...]]:
-    """Lists of removals that save at least `saving` parameters or MACs (`by`) with little damage: `count` at the most.
+    """At most `count` lists of removals that save at least `saving` with little damage.
 
+    by: what is saved, parameters, macs or latency; latencies add up only roughly.
     The first is the greedy one, the others differ from it by one removal, the least sums of damages first: which of
     them does the least damage as a whole, `score` tells. InputError: not so much can go.
     """
@@ -106,7 +108,7 @@ def choose(
     return [_entries(some) for some in [taken, *found][:count]]
 
 
-def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str) -> list[Score]:
+def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str) -> list[Score]:
     """Each round takes what does the least damage for what it saves and fits what was taken before.
 
     A removal takes the place of those it overlaps. What turns out not to be needed at the end stays in the student.
@@ -123,7 +125,7 @@ def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str) 
         options.sort(key=lambda option: option[0])
         taken = next((some for _, some in options if _plan(teacher, _entries(some))), [])
         if not taken:
-            raise InputError(f"no list of removals saves so many {by}: ask for a larger student")
+            raise InputError(f"no list of removals saves so much ({by}): ask for a larger student")
     for old in sorted(taken, key=lambda s: -s.damage):
         rest = [s for s in taken if s is not old]
         if _saved(rest, by) >= saving and _plan(teacher, _entries(rest)):
@@ -131,7 +133,7 @@ def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: int, by: str) 
     return taken
 
 
-def _saved(some: Iterable[Score], by: str) -> int:
+def _saved(some: Iterable[Score], by: str) -> float:
     return sum(getattr(s, by) for s in some)
 
 
