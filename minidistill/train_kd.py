@@ -222,7 +222,7 @@ def main(config: Config) -> None:
 
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
     judged = config.judged if config.data == "scenes" else 0
-    comparison = Comparison(run, pipe, student, batches, judged, config.guidance)
+    comparison = Comparison(run, pipe, student, batches, judged, config.guidance, precision.autocast)
     if start == 0:
         comparison.measure("student before", 0)
     with MetricsLog(run.metrics, config.steps, config.log_every, start, len(alpha_bar)) as log:

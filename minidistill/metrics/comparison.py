@@ -6,6 +6,7 @@ import copy
 import math
 import statistics
 import time
+from contextlib import AbstractContextManager
 
 import torch
 from PIL import Image
@@ -32,11 +33,21 @@ class Comparison:
     """What a distillation run shows of itself. Always the same captions and noise, so that pictures compare."""
 
     def __init__(
-        self, run: RunFolder, teacher: Pipeline, student: UNet, batches: Batches, judged: int, guidance: float
+        self,
+        run: RunFolder,
+        teacher: Pipeline,
+        student: UNet,
+        batches: Batches,
+        judged: int,
+        guidance: float,
+        autocast: AbstractContextManager,
     ) -> None:
-        """judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes."""
+        """judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes.
+
+        autocast: the precision that latents are sampled in, as they are in training; the VAE keeps its own.
+        """
         self.run, self.teacher, self.batches, self.judged = run, copy.copy(teacher), batches, judged
-        self.guidance = guidance
+        self.guidance, self.autocast = guidance, autocast
         self.student = copy.copy(teacher)
         self.student.unet = student
         self.width, self.height = batches.size
@@ -78,9 +89,11 @@ class Comparison:
         return format_table(rows)
 
     def _pictures(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
-        size = {"height": self.height, "width": self.width}
+        settings = {"steps": STEPS, "guidance": self.guidance, "seed": SEED, "height": self.height, "width": self.width}
         with on_device(self.batches.resting, pipe.device):
-            return pipe(captions, steps=STEPS, guidance=self.guidance, seed=SEED, batch_size=16, **size)
+            with self.autocast:
+                latents = pipe(captions, batch_size=16, output="latents", **settings)
+            return pipe.decode(latents)
 
     def _save(self, step: int, row: list[Image.Image]) -> None:
         self.teacher_row = self.teacher_row or self._pictures(self.teacher, self.captions)
