@@ -152,9 +152,9 @@ SEGMIND = {
     "seed": 647,
 }
 PRESETS = {
-    "quick": {"comment": "the defaults: half of the miniature, under 3 minutes on 2 CPU cores: 67 % right, teacher 96"},
+    "quick": {"comment": "the defaults: half of the miniature, some 3 minutes on 2 CPU cores: 69 % right, teacher 96"},
     "best": {
-        "comment": "the plain recipe, longer: 87 % right, teacher 89, of 200; no later idea was measured to beat it",
+        "comment": "the plain recipe, longer: 82 to 87 % right, teacher 89, of 200; no later idea beat it",
         "steps": 2000,
         "sample_every": 500,
         "checkpoint_every": 500,
