@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -165,23 +165,30 @@ def judge(config: Config, pipe: Pipeline, removal: Removal) -> float:
 
 def score_rows(scores: Sequence[Score], judged: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
     """A table, least damage first."""
-    timed = any(s.latency for s in scores)
-    more = [*(["time of a call"] if timed else []), *(["all right"] if judged else [])]
-    rows = [("removed", "off the teacher", "parameters", "MACs", *more)]
-    for s in scores:
-        more = [*([f"{-s.latency:+.0%}"] if timed else []), *([f"{judged[s.remove]:.0%}"] if judged else [])]
-        rows.append((",".join(s.remove), f"{s.damage:.3g}", format_count(-s.parameters), format_count(-s.macs), *more))
+    title, *times = time_cells(scores)
+    rows = [("removed", "off the teacher", "parameters", "MACs", *title, *(["all right"] if judged else []))]
+    for s, time in zip(scores, times, strict=True):
+        saved = (format_count(-s.parameters), format_count(-s.macs))
+        right = [f"{judged[s.remove]:.0%}"] if judged else []
+        rows.append((",".join(s.remove), f"{s.damage:.3g}", *saved, *time, *right))
     return rows
 
 
 def list_rows(lists: Mapping[str, Score], total: Mapping[str, float]) -> list[tuple[str, ...]]:
     """A table of the students that whole lists leave."""
-    timed = any(s.latency for s in lists.values())
-    rows = [("student", "off the teacher", "parameters", "MACs", *(["time of a call"] if timed else []))]
-    for name, s in lists.items():
+    title, *times = time_cells(lists.values())
+    rows = [("student", "off the teacher", "parameters", "MACs", *title)]
+    for (name, s), time in zip(lists.items(), times, strict=True):
         left = (format_count(total["parameters"] - s.parameters), format_count(total["macs"] - s.macs))
-        rows.append((name, f"{s.damage:.3g}", *left, *([f"{-s.latency:+.0%}"] if timed else [])))
+        rows.append((name, f"{s.damage:.3g}", *left, *time))
     return rows
+
+
+def time_cells(scores: Collection[Score]) -> list[tuple[str, ...]]:
+    """The column of times in a table, title first; empty cells where they were not measured."""
+    if not any(s.latency for s in scores):
+        return [()] * (len(scores) + 1)
+    return [("time of a call",), *((f"{-s.latency:+.0%}",) for s in scores)]
 
 
 def entry(s: Score) -> dict:
