@@ -30,7 +30,7 @@ from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
 TASK, OUTPUT = (1.0, 0.0, 0.0), (1.0, 1.0, 0.0)  # loss weights
-RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flags
+RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flags, but for steps and pictures
     "inner": {},
     "bk-base": {"recipe": "bk-base"},
     "bk-small": {"recipe": "bk-small"},
@@ -44,6 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flag
     "random-conditioning": {"random_conditioning": True},
     "image-free": {"image_free": 1024},
 }
+PICTURES = 4096  # to train on; without flags it is half of that, which long runs would see too often
 PROBES = 256  # noisy latents on which outputs are compared
 
 
@@ -104,7 +105,7 @@ def main(config: Config) -> None:
 def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
     """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}."""
     settings = train_kd.Config(
-        **RUNS[name],
+        **{"pictures": PICTURES, **RUNS[name]},
         seed=seed,
         steps=steps,
         judged=0,

@@ -238,6 +238,18 @@ def test_latency_is_measured_in_turns_and_lists_are_chosen_by_it(tiny_sd1, pictu
     assert "time of a call" in printed and f"{-lists['bk-tiny']['latency']:+.0%}" in printed
 
 
+def test_a_list_that_saves_less_time_than_asked_is_said_to(tiny_sd1, pictures, tmp_path, monkeypatch, capsys):
+    def by_depth(unet, probe, rounds):  # the last 15 resnets cost nothing to keep: single savings do not add up
+        return max(15, sum(name.endswith("conv1.weight") for name in unet.state_dict()))
+
+    monkeypatch.setattr(command, "milliseconds", by_depth)
+    words = ("--teacher", tiny_sd1, "--data", pictures, "--samples", 2, "--by", "latency", "--budget", 0.5)
+    assert run(*words, "--batch-size", 2, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "50 %: saving 50% of the time was asked for; the list found saves 32%" in printed
+    assert "bk-base: saving" not in printed
+
+
 def test_scenes_can_be_judged(tiny_sd1, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "smallest_removals", lambda config: [plan_removal(config, ("mid",))])
     monkeypatch.setattr("minidistill.pipeline.STEPS", 2)

@@ -54,7 +54,8 @@ def test_every_row_is_a_run_and_every_run_has_settings_of_train_kd():
 
 def test_the_preset_best_is_a_row_of_the_students():
     rows, steps = study.STUDIES["students"]
-    settings = {**study.RUNS["inner"], "steps": steps, "sample_every": 500, "checkpoint_every": 500}
+    settings = {**study.RUNS["inner"], "steps": steps, "pictures": study.PICTURES}
+    settings |= {"sample_every": 500, "checkpoint_every": 500}
     assert {name: value for name, value in train_kd.PRESETS["best"].items() if name != "comment"} == settings
     assert "inner" in rows
 
