@@ -45,7 +45,7 @@ class CacheConfig:
     store: str = option(
         "fp32", "on the disk; fp16 halves it, fp32 trains bit for bit as without", choices=("fp32", "fp16")
     )
-    batch_size: int = option(32, "pictures encoded at once; the last bits of latents may depend on it", minimum=1)
+    batch_size: int = option(8, "pictures encoded at once; the last bits of latents may depend on it", minimum=1)
     shard: int = option(1024, "examples in a file", minimum=1)
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("fp32", "of the VAE; several overflow in fp16", choices=PRECISIONS)

@@ -119,7 +119,7 @@ def assert_same(a: Batches, b: Batches, numbers=range(8)) -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_batches_from_the_cache_are_those_from_the_pictures_to_the_bit(model, pipe, data, flip):
-    out = make(model, data, flip=flip, shard=32, batch_size=32)  # batches of 32, as in memory
+    out = make(model, data, flip=flip, shard=32, batch_size=8)  # batches of 8, as in memory
     options = {"caption_dropout": 0.3, "flip": flip}
     expected = in_memory(ImageFolder(data, SIDE), pipe, **options)
     assert_same(from_disk(out, pipe, **options), expected)
@@ -199,7 +199,7 @@ def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, 
     write_rows(data, rows)
     for name in ("03.png", "04.png", "31.png"):
         (data / name).write_bytes((data / name).read_bytes()[:-1000])
-    out = make(model, data, shard=32, batch_size=32)
+    out = make(model, data, shard=32, batch_size=8)
     said = capsys.readouterr().out
     assert all(said.count(f"note: {name} (") == 1 for name in ("03.png", "04.png", "31.png"))
     latents = LatentCache(out)

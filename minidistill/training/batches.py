@@ -239,7 +239,7 @@ def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int
 
 
 def encode_samples(
-    samples: Iterable[Sample], vae: AutoencoderKL, flip: bool, batch_size: int = 32
+    samples: Iterable[Sample], vae: AutoencoderKL, flip: bool, batch_size: int = 8
 ) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
     """(samples, posterior means, deviations) of one batch after the other; (n, 1 or 2, C, h, w), as in Latents."""
     samples = iter(samples)
