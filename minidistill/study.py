@@ -30,7 +30,7 @@ from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
 TASK, OUTPUT = (1.0, 0.0, 0.0), (1.0, 1.0, 0.0)  # loss weights
-RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flags, but for steps and pictures
+RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flags, but for steps
     "inner": {},
     "bk-base": {"recipe": "bk-base"},
     "bk-small": {"recipe": "bk-small"},
@@ -44,7 +44,6 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flag
     "random-conditioning": {"random_conditioning": True},
     "image-free": {"image_free": 1024},
 }
-PICTURES = 4096  # to train on; without flags it is half of that, which long runs would see too often
 PROBES = 256  # noisy latents on which outputs are compared
 
 
@@ -57,7 +56,7 @@ class Study(NamedTuple):
 
 STUDIES = {  # inner is train_kd without flags: copied weights, all three losses
     "students": Study(("inner", "bk-base", "bk-small", "bk-tiny"), 2000),
-    "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "inner"), 320),
+    "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "inner"), 1000),
     "options": Study(("inner", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 320),
 }
 
@@ -66,7 +65,7 @@ STUDIES = {  # inner is train_kd without flags: copied weights, all three losses
 class Config:
     only: str | None = option(None, "one of the studies; none: all", choices=STUDIES)
     seeds: int = option(3, "runs of each kind", minimum=1)
-    steps: int | None = option(None, "optimizer steps of each run; none: students 2000, the others 320", minimum=1)
+    steps: int | None = option(None, "steps of each run; none: students 2000, ablation 1000, options 320", minimum=1)
     judged: int = option(200, "held-out captions that each model is judged on", minimum=1)
     precision: str = option("bf16", "of the forward passes", choices=PRECISIONS)
     device: str = option("cpu", "cpu, cuda or cuda:N")
@@ -105,7 +104,7 @@ def main(config: Config) -> None:
 def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
     """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}."""
     settings = train_kd.Config(
-        **{"pictures": PICTURES, **RUNS[name]},
+        **RUNS[name],
         seed=seed,
         steps=steps,
         judged=0,
