@@ -65,7 +65,11 @@ STUDIES = {  # inner is train_kd without flags: copied weights, all three losses
 class Config:
     only: str | None = option(None, "one of the studies; none: all", choices=STUDIES)
     seeds: int = option(3, "runs of each kind", minimum=1)
-    steps: int | None = option(None, "steps of each run; none: students 2000, ablation 1000, options 320", minimum=1)
+    steps: int | None = option(
+        None,
+        f"steps of each run; none: {', '.join(f'{title} {study.steps}' for title, study in STUDIES.items())}",
+        minimum=1,
+    )
     judged: int = option(200, "held-out captions that each model is judged on", minimum=1)
     precision: str = option("bf16", "of the forward passes", choices=PRECISIONS)
     device: str = option("cpu", "cpu, cuda or cuda:N")
