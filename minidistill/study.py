@@ -97,7 +97,7 @@ def main(config: Config) -> None:
     blocks = []
     for title, study in chosen.items():
         rows = table_rows({name: results[name, lengths[title]] for name in study.rows}, times)
-        blocks.append(f"{title}, {config.seeds} seeds, {lengths[title]} steps\n\n{to_markdown(rows)}")
+        blocks.append(f"{title}: runs of {lengths[title]} steps, {config.seeds} of each kind\n\n{to_markdown(rows)}")
     text = "\n\n".join(blocks)
     (out / "study.md").write_text(text + "\n")
     numbers = {f"{name}-{steps}": result for (name, steps), result in results.items()}

@@ -35,6 +35,7 @@ def runs(monkeypatch):
 
     monkeypatch.setattr(train_kd, "main", train)
     monkeypatch.setattr(study, "measured", measured)
+    monkeypatch.setattr(study, "make_probes", lambda *_: [None])  # nothing is measured, so they need not be drawn
     monkeypatch.setattr(study, "time_students", lambda sources, *_: {**dict.fromkeys(sources, 7.5), "teacher": 10.0})
     return seen
 
@@ -82,7 +83,7 @@ def test_tables_share_the_runs_that_are_the_same(runs, tmp_path):
     assert command("--seeds", 1, "--out", tmp_path) == 0
     assert sorted(p.name for p in tmp_path.glob("inner*")) == [f"inner-{n}-seed0" for n in (1000, 2000, 320)]
     assert len(runs) == 4 + 5 + 5
-    assert "students, 1 seeds, 2000 steps" in (tmp_path / "study.md").read_text()
+    assert "students: runs of 2000 steps, 1 of each kind" in (tmp_path / "study.md").read_text()
 
 
 def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
@@ -95,9 +96,13 @@ def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
 def test_a_real_study_of_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RUNS", {"bk-tiny": {"pictures": 32, "batch_size": 4}})
     monkeypatch.setattr(study, "STUDIES", {"students": study.Study(("bk-tiny",), 1)})
+    monkeypatch.setattr(study, "PROBES", 32)
     assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
     files = [tmp_path / "teacher.json", tmp_path / "bk-tiny-1-seed0/measured.json"]
     before = [file.stat().st_mtime_ns for file in files]
+    times = json.loads((tmp_path / "study.json").read_text())["ms_per_call"]
+    assert 0 < times["bk-tiny"] < times["teacher"]
+    monkeypatch.setattr(study, "time_students", lambda sources, *_: dict.fromkeys(sources, 1.0))  # once is enough
     assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
     assert [file.stat().st_mtime_ns for file in files] == before, "nobody is judged twice"
     assert command("--seeds", 1, "--judged", 2, "--out", tmp_path) == 0
@@ -105,5 +110,3 @@ def test_a_real_study_of_one_step(tmp_path, monkeypatch):
     assert load_pipeline(tmp_path / "bk-tiny-1-seed0/student").unet.config.mid_block_type is None
     teacher, student = (json.loads(file.read_text())["distance_to_teacher"] for file in files)
     assert teacher == 0 < student
-    times = json.loads((tmp_path / "study.json").read_text())["ms_per_call"]
-    assert 0 < times["bk-tiny"] < times["teacher"]
