@@ -438,6 +438,23 @@ def test_a_repository_of_one_file_or_of_one_part(server, monkeypatch):
     assert find_source("me/single") == single
 
 
+@pytest.mark.parametrize("source", ["me/lora", "me/lora/adapter_model.safetensors"])
+def test_a_lora_of_peft_comes_with_its_settings_which_hold_its_alpha(server, monkeypatch, source):
+    server.add("me/lora", ["README.md", "adapter_config.json", "adapter_model.safetensors"])
+    path = find_source(source)
+    assert path.name == "adapter_model.safetensors"
+    assert path.with_name("adapter_config.json").read_text() == "me/lora/adapter_config.json"
+    disconnect(monkeypatch)
+    assert find_source(source) == path
+
+
+def test_of_a_lora_whose_settings_the_cache_lacks_they_are_fetched(server):
+    server.add("me/lora", ["adapter_config.json", "adapter_model.safetensors"])
+    huggingface_hub.hf_hub_download("me/lora", "adapter_model.safetensors")
+    path = find_source("me/lora/adapter_model.safetensors")
+    assert path.with_name("adapter_config.json").is_file()
+
+
 def test_a_revision_is_kept_apart(server):
     add_pipeline(server, "me/sd15")
     add_pipeline(server, "me/sd15@fp16")

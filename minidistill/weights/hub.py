@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
@@ -123,9 +123,15 @@ def _note_move(repo: str) -> None:
 def _in_cache(place: Place, dtype: torch.dtype | None) -> Path | None:
     """What is meant, if the cache holds all of it. What a repository of single files means, only the Hub can tell."""
     if place.file:
-        return _cached_file(place, place.file)
+        is_peft = PurePosixPath(place.file).stem == "adapter_model"
+        return _cached_file(place, place.file) if not is_peft or _cached_file(place, _settings(place.file)) else None
     folder = _cached_folder(place)
     return folder if folder and not missing_files(folder, dtype) else None
+
+
+def _settings(weights: str) -> str:
+    """Where PEFT keeps the settings of a LoRA, its alpha among them: beside the weights."""
+    return PurePosixPath(weights).with_name("adapter_config.json").as_posix()
 
 
 def _cached_file(place: Place, name: str) -> Path | None:
@@ -141,7 +147,9 @@ def _cached_folder(place: Place) -> Path | None:
 
 def _second_best(place: Place) -> Path | None:
     """From the cache, where the Hub is no help: poorer weights than asked for, or the only single file."""
-    if place.file or _cached_folder(place):
+    if place.file:
+        return _cached_file(place, place.file)
+    if _cached_folder(place):
         return _in_cache(place, None)
     for suffix in SINGLE_FILES:
         try:
@@ -193,6 +201,7 @@ def _fetch(place: Place, dtype: torch.dtype) -> Path:
         there = some(name for name in names if name.endswith(WEIGHTS))
         raise InputError(f"no such file or folder: {place}; the weights in {place.root} on the Hub are {there}")
     files = [place.file] if place.file else choose_files(names, dtype, place.root)
+    files += {_settings(files[0])}.intersection(names).difference(files)
     try:
         folder = _snapshot(place, [glob.escape(name) for name in files])
     except HUB_ERRORS as error:
