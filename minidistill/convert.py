@@ -13,6 +13,7 @@ with config.json and weights, or a file. Nothing is rounded unless --dtype or --
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from minidistill.training.config import REQUIRED, option, run_command
 from minidistill.training.optim import PRECISIONS
 from minidistill.weights.files import existing_file, write_safetensors
 from minidistill.weights.folders import find_model, save_unet
-from minidistill.weights.header import UNET
+from minidistill.weights.header import UNET, prediction_entry
 from minidistill.weights.ldm import to_ldm_unet
 from minidistill.weights.lora_files import FORMS, rewrite_lora
 from minidistill.weights.sampling import sampling_metadata
-from minidistill.weights.single_file import write_single_file
+from minidistill.weights.single_file import marks, write_single_file
 from minidistill.weights.sources import (
     is_unet_alone,
     load_parts,
@@ -33,6 +34,7 @@ from minidistill.weights.sources import (
     merge_loras,
     sampling_of,
     save_parts,
+    schedule_of,
     with_scales,
 )
 
@@ -105,11 +107,21 @@ def convert_unet(config: Config, dest: Path, layout: str) -> None:
     unet = load_unet(config.source, "cpu", dtype, config.ema)
     merged = merge_loras({"unet": unet}, with_scales(config.lora, config.lora_scale))
     header = sampling_metadata(merged or sampling_of(config.source, dtype))
+    schedule = schedule_of(config.source, dtype)
     if layout == "folder":
+        if schedule and schedule.prediction_type != "epsilon":
+            print(
+                f"note: this U-Net predicts {schedule.prediction_type}, for which a folder of a U-Net alone has no "
+                "place: its user has to know",
+                file=sys.stderr,
+            )
         save_unet(dest, unet, header, part="")
         return
     tensors = to_ldm_unet(unet.state_dict(), unet.config)
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    if schedule:
+        tensors |= marks(unet.config, schedule)
+        header |= prediction_entry(schedule)
     write_safetensors(dest, tensors, {**header, UNET: json.dumps(unet.config.to_dict())})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pipeline import levels, load_oracle, refused
+from test_pipeline import change_json, levels, load_oracle, refused
 from test_sdxl import noise, oracle_of
 from tiny import PROMPTS
 
@@ -175,6 +175,48 @@ def test_a_lightning_unet_brings_its_settings(sources, files, tmp_path):
     expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2, guidance_scale=0, height=32, width=32).images
     assert np.abs(levels(pipe(PROMPTS, latents=noise())) - levels(expected)).max() <= 2
     assert "--unet" in refused(load_pipeline, name), "alone it makes no pictures"
+
+
+@pytest.fixture
+def velocity(sources, tmp_path):
+    """An SDXL that predicts v with zero terminal SNR: {"folder", "file", "file of others", "unet alone"}."""
+    folder = tmp_path / "v"
+    shutil.copytree(sources["sdxl"], folder)
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    change_json(folder / "scheduler/scheduler_config.json", **config)
+    assert run_convert(folder, tmp_path / "v.safetensors") == 0
+    tensors, header = load_file(tmp_path / "v.safetensors"), read_metadata(tmp_path / "v.safetensors")
+    others = {name: text for name, text in header.items() if "schedule" not in name and "prediction" not in name}
+    save_file(tensors, tmp_path / "others.safetensors", others)
+    unet = {name: t for name, t in tensors.items() if name.startswith("model.diffusion_model.") or not t.numel()}
+    alone = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in unet.items()}
+    save_file(alone, tmp_path / "alone.safetensors", {"minidistill.unet_config": header["minidistill.unet_config"]})
+    files = {"file": "v", "file of others": "others", "unet alone": "alone"}
+    return {"folder": folder, **{kind: tmp_path / f"{name}.safetensors" for kind, name in files.items()}}
+
+
+def test_an_sdxl_file_that_predicts_v_has_the_marks_of_other_programs(files, velocity, tmp_path):
+    marks = {"v_pred", "ztsnr"}
+    assert not marks & load_file(files["sdxl"]).keys()
+    for kind, source in velocity.items():
+        new = tmp_path / "new.safetensors"
+        assert run_convert(source, new) == 0
+        tensors = load_file(new)
+        assert marks <= tensors.keys() and not any(tensors[mark].numel() for mark in marks), kind
+        assert read_metadata(new)["modelspec.prediction_type"] == "v", kind
+        new.unlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "file of others", "unet alone"])
+def test_another_unet_brings_what_it_predicts(sources, velocity, tmp_path, kind):
+    pipe = load_pipeline(sources["sdxl"], unet=velocity[kind])
+    assert pipe.schedule == load_pipeline(velocity["folder"]).schedule
+    assert same(pipe(PROMPTS, **SETTINGS), load_pipeline(velocity["folder"])(PROMPTS, **SETTINGS))
+
+
+def test_a_folder_has_no_place_for_what_a_unet_alone_predicts_and_that_is_said(velocity, tmp_path, capsys):
+    assert run_convert(velocity["unet alone"], tmp_path / "new") == 0
+    assert "v_prediction" in capsys.readouterr().err
 
 
 def test_settings_survive_conversion(sources, tmp_path):

@@ -45,8 +45,12 @@ def write_configs(
             for t in tokenizers
         ]
     header = {key: json.dumps(value, ensure_ascii=False) for key, value in content.items()}
-    header[PREDICTION] = {"v_prediction": "v"}.get(schedule.prediction_type, schedule.prediction_type)
-    return header
+    return {**header, **prediction_entry(schedule)}
+
+
+def prediction_entry(schedule: ScheduleConfig) -> dict[str, str]:
+    """The header's entry on what a U-Net predicts, in the words of others."""
+    return {PREDICTION: {"v_prediction": "v"}.get(schedule.prediction_type, schedule.prediction_type)}
 
 
 def read_config(metadata: Mapping[str, str], key: str, build: Callable[[Any], Config]) -> Config | None:

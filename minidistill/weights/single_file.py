@@ -28,6 +28,7 @@ from minidistill.weights import ldm
 from minidistill.weights.files import read_metadata, read_tensors, write_safetensors
 from minidistill.weights.header import (
     HEADER_KEYS,
+    PREDICTION,
     SCHEDULE,
     TEXT,
     TOKENIZERS,
@@ -89,9 +90,10 @@ OTHER_KINDS = (
 class SingleFile:
     """What a file holds: configs, and tensors in our models' names, still in the mapped file.
 
-    vae and schedule are None and text_encoders is empty where the file has none (a U-Net alone). A text encoder
-    has a projection if `text_projection.weight` is among its tensors. tokenizers is empty where the vocabulary is
-    CLIP's own, which is in no single file. metadata: the header's text, without what was read into the configs.
+    vae is None and text_encoders is empty where the file has none (a U-Net alone); of such a file schedule is None
+    unless it says, or shows, what it predicts. A text encoder has a projection if `text_projection.weight` is among its
+    tensors. tokenizers is empty where the vocabulary is CLIP's own, which is in no single file. metadata: the header's
+    text, without what was read into the configs.
     """
 
     family: str  # "sd1", "sd2" or "sdxl"
@@ -132,7 +134,7 @@ def _read(path: str | Path) -> tuple[Tensors, dict[str, str]]:
 def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFile:
     _refuse_other_kinds(tensors)
     if not any(name.startswith("model.diffusion_model.") for name in tensors):  # a U-Net alone
-        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+        tensors = {n if n in MARKS else f"model.diffusion_model.{n}": tensor for n, tensor in tensors.items()}
     parts = _split(tensors)
     unet = _read_unet(parts, metadata, ema)
     encoders = _read_text_encoders(parts, metadata)
@@ -140,7 +142,7 @@ def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFi
     if len(encoders) not in (0, len(TEXT_PREFIXES[family])):
         raise InputError(f"it holds {len(encoders)} text encoders, {family} has {len(TEXT_PREFIXES[family])}")
     schedule = read_config(metadata, SCHEDULE, ScheduleConfig.from_dict)
-    if schedule is None and encoders:
+    if schedule is None and (encoders or family == "sd2" or PREDICTION in metadata or "v_pred" in tensors):
         # All families share one schedule; they differ in what the network predicts.
         prediction = infer_prediction(*unet, tensors, metadata)
         schedule = ScheduleConfig(prediction_type=prediction, rescale_betas_zero_snr="ztsnr" in tensors)
@@ -306,8 +308,16 @@ def write_single_file(
         weights = _weights(encoder)
         parts[prefix] = ldm.to_open_clip(weights, encoder.config) if prefix.endswith("model.") else weights
     tensors = {prefix + name: _cast(tensor, dtype) for prefix, part in parts.items() for name, tensor in part.items()}
+    tensors |= marks(unet.config, schedule)
     own = write_configs(unet, vae, text_encoders, schedule, tokenizers)
     write_safetensors(path, tensors, {**(metadata or {}), **own})
+
+
+def marks(unet: UNetConfig, schedule: ScheduleConfig) -> Tensors:
+    """The empty tensors by which other programs (ComfyUI) know an SDXL that predicts v; {} for all other models."""
+    if _family(unet, None) != "sdxl" or schedule.prediction_type != "v_prediction":
+        return {}
+    return {name: torch.empty(0) for name in ("v_pred", *(["ztsnr"] if schedule.rescale_betas_zero_snr else []))}
 
 
 def _weights(model: nn.Module) -> Tensors:

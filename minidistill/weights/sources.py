@@ -77,6 +77,11 @@ def load_parts(
         parts = _from_file(base, device, dtype, vae_dtype, unet, vae, ema)
     else:
         parts = _from_folder(base, device, dtype, vae_dtype, unet, vae, ema)
+    if unet and (own := schedule_of(unet, dtype)):
+        schedule = replace(
+            parts.schedule, prediction_type=own.prediction_type, rescale_betas_zero_snr=own.rescale_betas_zero_snr
+        )
+        parts = parts._replace(schedule=schedule)
     sampling = merge_loras(named_networks(parts.unet, parts.text_encoders), loras) or parts.sampling
     return parts._replace(schedule=_as_distilled(parts.schedule, sampling), sampling=sampling)
 
@@ -136,7 +141,7 @@ def _from_file(
     ema: bool,
 ) -> Parts:
     file = read_single_file(base, ema and not unet)
-    if file.schedule is None or file.vae is None or not file.text_encoders:
+    if file.vae is None or not file.text_encoders:
         lacks = "text encoder" if file.vae else "VAE and text encoder"
         raise InputError(f"{base} has no {lacks}: give it as --unet, and as --model what it is made for")
     encoders = []
@@ -211,6 +216,14 @@ def sampling_of(source: str | Path, dtype: DType = None) -> Sampling | None:
     if path.is_dir():
         path = folders.unet_file(path, dtype, _place_of("unet", path))
     return _find_sampling(path)
+
+
+def schedule_of(unet: str | Path, dtype: DType = None) -> ScheduleConfig | None:
+    """The noise schedule that the U-Net of a SOURCE was trained with; None where it does not say."""
+    path = folders.find_model(unet, dtype)
+    if path.is_file():
+        return read_single_file(path).schedule
+    return folders.load_schedule(path) if (path / "scheduler").is_dir() else None
 
 
 def _clip_tokenizers(path: Path, family: str) -> list[CLIPTokenizer]:
