@@ -6,9 +6,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from minidistill.data.scenes import Scenes
 from minidistill.errors import InputError
+from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.vae import SDXL_VAE
+from minidistill.pipeline import load_pipeline, to_pixels
+from minidistill.training.batches import Batches
 from minidistill.weights.files import load_into
 from minidistill.weights.vae_file import read_vae_file
 
@@ -55,6 +59,17 @@ def test_latents_and_pictures_are_diffusers(config):
     latents = random(2, channels, 4, 6, scale=4.0)  # beyond +-3, where they are squeezed
     assert (model.to_latents(images) - theirs.encode(images).latents).abs().max() < 1e-5
     assert (model.from_latents(latents) - theirs.decode(latents).sample).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_model_with_one_is_trained_on_its_latents_and_measured(tmp_path):
+    oracle().save_pretrained(tmp_path / "taesd")
+    pipe, data = load_pipeline("miniature", vae=tmp_path / "taesd"), Scenes("train", length=2)
+    for cache in (True, False):
+        x0 = Batches(data, pipe, batch_size=2, seed=0, cache=cache)[0][0]
+        expected = pipe.vae.to_latents(to_pixels([picture for picture, _ in data]))
+        assert min((x0 - torch.stack(some)).abs().max() for some in (tuple(expected), tuple(expected.flip(0)))) < 1e-5
+    assert evaluate_vae(pipe.vae, 16)["psnr"] > 0
 
 
 def test_it_has_the_official_number_of_tensors_and_parameters():

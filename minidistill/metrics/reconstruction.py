@@ -6,19 +6,20 @@ import torch
 
 from minidistill.data.scenes import Scenes
 from minidistill.metrics.scene_judge import judge
+from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.vae import AutoencoderKL
 from minidistill.training.batches import to_pixels
 
 
 @torch.no_grad()
-def evaluate_vae(vae: AutoencoderKL, count: int) -> dict[str, float]:
+def evaluate_vae(vae: AutoencoderKL | AutoencoderTiny, count: int) -> dict[str, float]:
     """On held-out scenes: PSNR in dB, on all and on plain grounds, and the share the judge calls all right."""
     data = Scenes("test", length=count)
     psnr, right = [], []
     for start in range(0, count, 50):
         pictures, captions = zip(*(data[i] for i in range(start, min(start + 50, count))), strict=True)
         x = to_pixels(pictures).to(next(vae.parameters()).device)
-        y = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+        y = vae.from_latents(vae.to_latents(x)).clamp(-1, 1)
         psnr += (-10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()).tolist()
         pixels = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         right += [judge(p, caption).all_right for p, caption in zip(pixels, captions, strict=True)]

@@ -135,16 +135,21 @@ class Decoder(nn.Module):
 
 
 class AutoencoderTiny(nn.Module):
-    """Images <-> latents, in place of the large autoencoder.
-
-    There is no `encode` with a mean and a log-variance: the encoder gives the latents themselves.
-    """
+    """Images <-> latents, in place of the large autoencoder."""
 
     def __init__(self, config: TinyConfig | None = None):
         super().__init__()
         self.config = config or TinyConfig()
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> unscaled latents (B, latent_channels, h, w), and -inf in the same shape.
+
+        The large autoencoder gives mean and log-variance of a distribution. Here the latents are all there is of it.
+        """
+        latents = self.encoder(images)
+        return latents, torch.full_like(latents, -torch.inf)
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images in [-1, 1] -> the scaled latents a U-Net is trained on, (B, latent_channels, h, w).

@@ -21,9 +21,12 @@ from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.data.scenes import Scenes
 from minidistill.errors import InputError
+from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.vae import AutoencoderKL, posterior_std
 from minidistill.pipeline import Origin, Pipeline, TextStates, to_pixels
 from minidistill.training.seeds import generator_for
+
+VAE = AutoencoderKL | AutoencoderTiny
 
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
 
@@ -210,7 +213,7 @@ def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, .
     return (data.caption(i),) if isinstance(data, Scenes) else (data[i][1],)
 
 
-def encode_all(data: Captioned, vae: AutoencoderKL, flip: bool = False) -> Latents:
+def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
     means, stds, captions, origins = [], [], [], []
     with tqdm(total=len(data), desc="encoding pictures", unit="", disable=None, leave=False) as bar:
@@ -239,7 +242,7 @@ def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int
 
 
 def encode_samples(
-    samples: Iterable[Sample], vae: AutoencoderKL, flip: bool, batch_size: int = 8
+    samples: Iterable[Sample], vae: VAE, flip: bool, batch_size: int = 8
 ) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
     """(samples, posterior means, deviations) of one batch after the other; (n, 1 or 2, C, h, w), as in Latents."""
     samples = iter(samples)
@@ -261,7 +264,7 @@ def _sample(data: Captioned, i: int) -> Sample:
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, samples: Sequence[Sample], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
+def _encode(vae: VAE, samples: Sequence[Sample], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """Posterior mean and deviation (B, C, h, w), unscaled, float32 on the CPU."""
     pictures = [ImageOps.mirror(s.picture) if flip else s.picture for s, flip in zip(samples, flipped, strict=True)]
     weight = next(vae.parameters())
