@@ -25,7 +25,8 @@ class HubServer:
 
     Attributes:
         requests: "METHOD /path" of each request so far, in order.
-        trouble: repository id -> "gated", "private", "denied" (whatever the token), "down" or "login page".
+        trouble: repository id -> "gated", "private", "denied" (whatever the token), "read only" (likewise), "down" or
+            "login page".
     """
 
     def __init__(self, root: str | Path):
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _on_repository(self, hub: HubServer, repo: str, what: str, rest: list[str]) -> None:
         trouble, known = hub.trouble.get(repo), self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        revision = rest[0] if rest else "main"
+        revision = rest[0] if rest and what != "auth-check" else "main"
         folder = hub.folder(repo, revision)
         if trouble == "login page":
             self._send(200, b"<html>Welcome to our hotel</html>", {"Content-Type": "text/html"})
@@ -142,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif folder is None:
             self._error(404, "RevisionNotFound")
         else:
-            getattr(self, f"_{what}", self._unknown)(repo, folder, "/".join(rest[1:]))
+            getattr(self, f"_{what.replace('-', '_')}", self._unknown)(repo, folder, "/".join(rest[1:]))
 
     # reading
 
@@ -171,6 +172,13 @@ class _Handler(BaseHTTPRequestHandler):
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self._send(206 if start else 200, content[int(start or 0) :], headers)
+
+    def _auth_check(self, repo: str, *_) -> None:
+        allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if allowed and self.server.hub.trouble.get(repo) != "read only":
+            self._json({})
+        else:
+            self._error(403 if allowed else 401)
 
     def _unknown(self, *_) -> None:
         self._error(404, "NotFound")

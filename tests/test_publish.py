@@ -5,6 +5,10 @@ The Hub is the stand-in of `hub_server.py`; huggingface_hub's own ModelCard read
 
 import dataclasses
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -220,6 +224,42 @@ def test_every_refusal_of_the_hub_is_one_line_with_the_way_out_and_without_the_t
     monkeypatch.setattr("time.sleep", lambda _: None)  # it tries again a few times
     assert "(HTTP 503): try again later" in refused(push, folder, "you/x")
     assert "no folder" in refused(push, folder / "none", "me/x")
+
+
+def test_that_a_repository_may_not_be_written_is_known_before_a_training(server, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.add("you/x", ["README.md"])
+    server.trouble["you/x"] = "read only"
+    assert "let your token write to you/x (HTTP 403)" in refused(open_repo, "you/x")
+
+
+def test_the_line_for_sending_it_by_hand_is_one_that_hf_takes(server, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.trouble["me/x"] = "down"
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    (folder / "a b.txt").write_text("a name to be quoted")
+    message = refused(lambda: push(folder, "me/x", files=["README.md", "a b.txt"]))
+    server.trouble.clear()
+    program = Path(sys.executable).with_name("hf")
+    words = shlex.split(message.partition("by hand: hf ")[2])
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+    subprocess.run([program, *words], env=environment, check=True, timeout=120)
+    assert sorted(files_of(server.folder("me/x", "main"))) == ["README.md", "a b.txt"]
+
+
+def test_a_large_file_that_does_not_arrive_is_told_as_any_other_trouble(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def upload(*_, **__):
+        try:
+            raise ConnectionError("gone")
+        except ConnectionError as error:
+            raise RuntimeError("Error while uploading 'x' to the Hub.") from error
+
+    for name, call in (("create_repo", lambda *_, **__: None), ("auth_check", lambda *_, **__: None)):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, call)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    assert "no connection to the Hub" in refused(push, folder, "me/x")
 
 
 def test_without_a_connection_nothing_can_be_uploaded(server, folder, monkeypatch):

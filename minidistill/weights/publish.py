@@ -8,6 +8,8 @@ The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` keeps. It is i
 
 from __future__ import annotations
 
+import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,16 +29,8 @@ def open_repo(repo: str, private: bool = False) -> None:
     Raises:
         InputError: it is no such name, there is no token or none with the right to do this, or no connection.
     """
-    try:
-        validate_repo_id(repo)
-        is_name = repo.count("/") == 1
-    except HFValidationError:
-        is_name = False
-    if not is_name:
-        raise InputError(f"'{repo}' cannot be a repository on the Hub: write owner/name, as in me/bk-tiny")
-    if not huggingface_hub.get_token():
-        raise InputError(f"to upload to {repo} a token of the Hub that may write is needed: {LOG_IN}")
-    _ask(repo, lambda api: api.create_repo(repo, private=private, exist_ok=True))
+    _check(repo)
+    _ask(repo, lambda api: _make(api, repo, private))
 
 
 def push(folder: str | Path, repo: str, private: bool = False, files: list[str] | None = None) -> str:
@@ -53,11 +47,38 @@ def push(folder: str | Path, repo: str, private: bool = False, files: list[str] 
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"nothing to upload to {repo}: there is no folder {folder}")
-    open_repo(repo, private)
-    what = {"folder_path": folder, "allow_patterns": files, "commit_message": "Upload from minidistill"}
-    by_hand = f"; {folder} is whole, to send it by hand: hf upload {repo} {folder} {' '.join(files or ())}".rstrip()
-    _ask(repo, lambda api: api.upload_folder(repo_id=repo, **what), by_hand)
+    _check(repo)
+
+    def upload(api: huggingface_hub.HfApi) -> None:
+        _make(api, repo, private)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="Upload from minidistill"
+        )
+
+    command = ["hf", "upload", repo, str(folder), *(word for name in files or () for word in ("--include", name))]
+    _ask(repo, upload, f"; {folder} is whole, to send it by hand: {shlex.join(command)}")
     return f"{constants.ENDPOINT}/{repo}"
+
+
+def _check(repo: str) -> None:
+    """InputError: nothing can be uploaded there, which is known without asking the Hub."""
+    try:
+        validate_repo_id(repo)
+        is_name = repo.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        raise InputError(f"'{repo}' cannot be a repository on the Hub: write owner/name, as in me/bk-tiny")
+    if not huggingface_hub.get_token():
+        raise InputError(f"to upload to {repo} a token of the Hub that may write is needed: {LOG_IN}")
+
+
+def _make(api: huggingface_hub.HfApi, repo: str, private: bool) -> None:
+    """Make the repository if there is none; of one that is there ask whether it may be written, as making does not."""
+    api.create_repo(repo, private=private, exist_ok=True)
+    may = getattr(api, "auth_check", None)
+    if may and "write" in inspect.signature(may).parameters:  # older versions cannot ask
+        may(repo, write=True)
 
 
 def _ask(repo: str, call: Callable[[huggingface_hub.HfApi], object], after: str = "") -> None:
@@ -66,6 +87,10 @@ def _ask(repo: str, call: Callable[[huggingface_hub.HfApi], object], after: str 
         call(huggingface_hub.HfApi())
     except HUB_ERRORS as error:
         raise InputError(_refusal(repo, error) + after) from error
+    except RuntimeError as error:  # what huggingface_hub makes of any error in the upload of a large file
+        if not isinstance(error.__cause__, HUB_ERRORS):
+            raise
+        raise InputError(_refusal(repo, error.__cause__) + after) from error
 
 
 def _refusal(repo: str, error: Exception) -> str:
