@@ -67,6 +67,10 @@ def main(config: Config) -> None:
     if layout != "folder" and dest.suffix != ".safetensors":
         what = "a single file" if layout == "single-file" else "a LoRA"
         raise InputError(f"{dest}: {what} is written as .safetensors: end its name so, or leave out --layout")
+    if layout != config.layout and dest.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        raise InputError(
+            f"{dest}: a single file is written as .safetensors; for a folder of that name: --layout folder"
+        )
     if dest.is_file() or (dest.is_dir() and (layout != "folder" or any(dest.iterdir()))):
         raise InputError(f"{dest} exists: give the name of a new {'folder' if layout == 'folder' else 'file'}")
     if layout in FORMS:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.utils import tqdm
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from minidistill.data.folders import to_rgb
 from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
 from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, Pipeline, load_pipeline
@@ -69,6 +70,7 @@ def generate(config: GenerateConfig) -> None:
     out = Path(config.out)
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
+    check_flags(config)
     device = get_device(config.device)
     dtype = get_dtype(config.precision, device)
     vae_dtype = get_dtype(config.vae_precision, device, "--vae-precision")
@@ -80,6 +82,9 @@ def generate(config: GenerateConfig) -> None:
     )
     for text in (config.prompt, config.negative_prompt or ""):
         warn_if_cut(pipe, text)
+    own = pipe.sampling.guidance if pipe.sampling else GUIDANCE
+    if config.negative_prompt and (own if config.guidance is None else config.guidance) <= 1:
+        print("note: guidance is off, so the negative prompt changes nothing", file=sys.stderr)
     count = config.count if noise is None else len(noise)
     # The output is opened first: that it cannot be written is better found out before the work.
     with atomic_path(out) as temporary, progress(pipe, config, count) as bar:
@@ -104,6 +109,16 @@ def generate(config: GenerateConfig) -> None:
     print(out)
 
 
+def check_flags(config: GenerateConfig) -> None:
+    """Refuse flags that would change nothing, for want of another."""
+    usual = GenerateConfig()
+    for name, other in (("strength", "image"), ("lora_scale", "lora")):
+        if getattr(config, name) != getattr(usual, name) and not getattr(config, other):
+            raise InputError(f"--{name.replace('_', '-')} is for --{other}, which is not given")
+    if config.latents and config.count != usual.count:
+        raise InputError(f"--count {config.count}: there are as many pictures as --latents {config.latents} holds")
+
+
 def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
     """A bar over all steps of all batches; disable=None: on a terminal only, silence in a log file."""
     own = pipe.sampling or Sampling(STEPS)
@@ -114,11 +129,11 @@ def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
 
 
 def read_image(path: str) -> Image.Image:
-    """An RGB picture. InputError: there is none, or it cannot be read."""
+    """An RGB picture, upright and on white, as training reads it. InputError: there is none, or it cannot be read."""
     try:
         with Image.open(existing_file(path)) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+            return to_rgb(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what decoders raise
         raise InputError(f"cannot read the image {path}: {error}") from error
 
 

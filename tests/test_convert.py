@@ -70,6 +70,11 @@ def refused(capsys, *words) -> str:
     return captured.err
 
 
+def test_a_name_of_a_file_that_is_not_written_makes_no_folder(tmp_path, capsys):
+    assert ".safetensors" in refused(capsys, "miniature", tmp_path / "student.ckpt")
+    assert not (tmp_path / "student.ckpt").exists()
+
+
 # laid over a whole model
 
 

@@ -16,6 +16,7 @@ from test_pipeline import levels, noise, run_generate
 from test_sources import altered
 
 from minidistill import generate
+from minidistill.errors import InputError
 from minidistill.pipeline import load_pipeline
 
 PROMPT = "a red circle"
@@ -97,6 +98,36 @@ def test_a_picture_is_the_start_of_several(run, sources, tmp_path):
     assert (usual == row(pipe(PROMPT, image=photo, strength=0.8, steps=5))).all()
 
 
+@pytest.mark.parametrize("words", [("--strength", "0.5"), ("--lora-scale", "2"), ("--latents", "x", "--count", "2")])
+def test_flags_that_would_change_nothing_are_refused(words, tmp_path, capsys):
+    assert run_generate("--out", str(tmp_path / "x.png"), *words) == 2
+    assert words[-2] in capsys.readouterr().err
+
+
+def test_a_negative_prompt_without_guidance_is_noted(run, capsys):
+    run("--negative-prompt", "blue")
+    assert "note: guidance" not in capsys.readouterr().err
+    run("--negative-prompt", "blue", "--guidance", "1")
+    assert "note: guidance is off" in capsys.readouterr().err
+
+
+def test_a_picture_to_start_from_is_turned_upright_and_put_on_white(tmp_path):
+    photo = Image.new("RGB", (6, 4), (10, 20, 30))
+    exif = photo.getexif()
+    exif[274] = 6  # turned by a quarter
+    photo.save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert generate.read_image(tmp_path / "turned.png").size == (4, 6)
+    assert generate.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match="bomb"):
+        generate.read_image(tmp_path / "bomb.png")
+
+
 def test_low_memory_frees_and_tiles_and_gives_the_same_pictures(run, monkeypatch):
     usual, pipe = run("--count", "2")
     assert len(pipe.text_encoders) == 1
@@ -152,7 +183,7 @@ def test_the_callback_sees_every_step_of_every_batch(sources):
     ("words", "reason"),
     [
         (["--lora", "a,b", "--lora-scale", "1,2,3"], "3 scales for 2 LoRAs"),
-        (["--lora-scale", "1,2"], "2 scales for 0 LoRAs"),
+        (["--lora-scale", "1,2"], "--lora-scale is for --lora"),
         (["--lora-scale", "much"], "--lora-scale takes a finite number"),
         (["--lora", "none.safetensors"], "none.safetensors"),
         (["--ema"], "only single files may hold both"),

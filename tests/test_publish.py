@@ -117,6 +117,32 @@ def test_cards_of_what_was_trained_further_name_their_relation_to_the_base(
         assert "--model segmind/tiny-sd --lora me/x/lora.safetensors" in card.text
 
 
+@pytest.mark.parametrize(
+    ("source", "loads"),
+    [
+        ("me/x@half", 'DiffusionPipeline.from_pretrained("me/x", revision="half")'),
+        (
+            "me/x/a.safetensors",
+            'StableDiffusionPipeline.from_single_file("https://huggingface.co/me/x/blob/main/a.safetensors")',
+        ),
+        (
+            "me/x@v2/b/a.ckpt",
+            'StableDiffusionPipeline.from_single_file("https://huggingface.co/me/x/blob/v2/b/a.ckpt")',
+        ),
+        ("/gone/a.safetensors", 'StableDiffusionPipeline.from_single_file("path/to/a.safetensors")'),
+        ("miniature", 'DiffusionPipeline.from_pretrained("path/to/minidistill/miniature")'),
+    ],
+)
+def test_a_loras_card_loads_the_very_base_it_was_trained_for(tmp_path, strip, source, loads):
+    write_card(
+        tmp_path / "x", "lora", tuned_settings(model=source, **LORA), {"after": {"loss": 0.25}}, strip, "me/lora"
+    )
+    text = card_of(tmp_path / "x").text
+    assert f"\npipe = {loads}\n" in text
+    base = "path/to/a.safetensors" if source.startswith("/") else source
+    assert f"generate --model {base} --lora me/lora/lora.safetensors " in text
+
+
 def test_of_paths_on_this_machine_only_the_last_name_is_told(tmp_path, strip):
     for name in ("model", "pictures"):
         (tmp_path / "private" / name).mkdir(parents=True)

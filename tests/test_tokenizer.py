@@ -283,7 +283,7 @@ def test_training_does_not_depend_on_the_order_of_the_captions():
 
 def test_words_never_seen_still_have_ids():
     tokenizer = train_bpe(["a red circle"], 520)
-    for text in ("xylophone", "Ελληνικά", "\x00\x7f", "😀"):
+    for text in ("xylophone", "Ελληνικά", "\x00\x7f", "😀", "half \ud83d"):
         ids = tokenizer.encode(text)
         assert ids
         assert tokenizer.eos not in ids  # the unknown token, which no text may need

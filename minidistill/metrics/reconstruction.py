@@ -13,7 +13,7 @@ from minidistill.training.batches import to_pixels
 
 @torch.no_grad()
 def evaluate_vae(vae: AutoencoderKL | AutoencoderTiny, count: int) -> dict[str, float]:
-    """On held-out scenes: PSNR in dB, on all and on plain grounds, and the share the judge calls all right."""
+    """On held-out scenes: PSNR in dB, on all and on plain grounds (if any are), and the share judged all right."""
     data = Scenes("test", length=count)
     psnr, right = [], []
     for start in range(0, count, 50):
@@ -24,8 +24,5 @@ def evaluate_vae(vae: AutoencoderKL | AutoencoderTiny, count: int) -> dict[str, 
         pixels = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         right += [judge(p, caption).all_right for p, caption in zip(pixels, captions, strict=True)]
     plain = [psnr[i] for i in range(count) if data.scene(i).full.texture == "plain"]
-    return {
-        "psnr": sum(psnr) / len(psnr),
-        "psnr_plain": sum(plain) / len(plain),
-        "judged_right": sum(right) / len(right),
-    }
+    result = {"psnr": sum(psnr) / len(psnr), "judged_right": sum(right) / len(right)}
+    return {**result, "psnr_plain": sum(plain) / len(plain)} if plain else result

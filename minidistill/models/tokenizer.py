@@ -116,6 +116,7 @@ class CLIPTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of the text alone: whatever its length, no begin, end or padding. `len()` of it against
         `max_length - 2` says whether a prompt will be cut."""
+        text = text.encode("utf-8", "replace").decode()  # half a character, as of a cut emoji, is read as "?"
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def __call__(self, texts: str | list[str]) -> Tensor:

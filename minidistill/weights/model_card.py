@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minidistill.weights.choice import SINGLE_FILES
 from minidistill.weights.files import atomic_path
 from minidistill.weights.hub import MOVED, PLACE
 
@@ -261,14 +262,21 @@ def _show(name: str, value: Any) -> str:
 
 def _in_diffusers(kind: str, source: str, repo: str | None) -> str:
     here = repo or "path/to/this/folder"
-    load = [f'pipe = DiffusionPipeline.from_pretrained("{here}")']
+    kinds, load = "DiffusionPipeline", [f'pipe = DiffusionPipeline.from_pretrained("{here}")']
     if kind == "lora":
-        load = [
-            f'pipe = DiffusionPipeline.from_pretrained("{_loadable(source)}")',
-            f'pipe.load_lora_weights("{here}", weight_name="lora.safetensors")',
-        ]
-    first, last = "from diffusers import DiffusionPipeline\n", 'pipe("what it shows").images[0].save("picture.png")'
-    return "\n".join([first, *load, last])
+        base, match = _loadable(source), PLACE.fullmatch(source) if hub_id(source) else None
+        revision = match and match["revision"]
+        load = [f'pipe = DiffusionPipeline.from_pretrained("{hub_id(source) or base}")']
+        if base.endswith(SINGLE_FILES):
+            kinds = "StableDiffusionPipeline  # of an SDXL: StableDiffusionXLPipeline"
+            if match:
+                base = f"https://huggingface.co/{hub_id(source)}/blob/{revision or 'main'}/{match['file']}"
+            load = [f'pipe = StableDiffusionPipeline.from_single_file("{base}")']
+        elif revision:
+            load = [f'pipe = DiffusionPipeline.from_pretrained("{hub_id(source)}", revision="{revision}")']
+        load.append(f'pipe.load_lora_weights("{here}", weight_name="lora.safetensors")')
+    last = 'pipe("what it shows").images[0].save("picture.png")'
+    return "\n".join([f"from diffusers import {kinds}\n", *load, last])
 
 
 def _as_command(kind: str, source: str, repo: str | None) -> str:
@@ -281,6 +289,7 @@ def _as_command(kind: str, source: str, repo: str | None) -> str:
 
 
 def _loadable(source: str) -> str:
-    return (
-        "path/to/minidistill/miniature" if source == "miniature" else hub_id(source) or f"path/to/{public_name(source)}"
-    )
+    """A SOURCE as others can give it."""
+    if source == "miniature":
+        return "path/to/minidistill/miniature"
+    return source if hub_id(source) else f"path/to/{public_name(source)}"
