@@ -6,8 +6,8 @@ python -m minidistill.convert path/to/sdxl lightning --lora sdxl_lightning_4step
 python -m minidistill.convert sdxl_lightning_4step_unet.safetensors lightning_unet
 python -m minidistill.convert lora.safetensors lora_peft.safetensors --layout peft
 
-Folders open in diffusers, single files (LDM's layout) in ComfyUI and AUTOMATIC1111. A U-Net alone stays one: a folder
-with config.json and weights, or a file. Nothing is rounded unless --dtype or --lora asks for it.
+Folders open in diffusers, single files (LDM's layout) in ComfyUI and, but for students, AUTOMATIC1111. A U-Net alone
+stays one: a folder with config.json and weights, or a file. Nothing is rounded unless --dtype or --lora asks for it.
 """
 
 from __future__ import annotations
