@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minidistill.data import cache
 from minidistill.data.cache import CacheKey, LatentCache
-from minidistill.data.folders import ImageFolder, Sample, scan_and_save
+from minidistill.data.folders import ImageFolder, Sample, scan
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
 from minidistill.training.batches import encode_samples
@@ -57,7 +57,7 @@ class CacheConfig:
 def main(config: CacheConfig) -> None:
     """Scan, or make, finish or extend a cache."""
     if config.scan_only:
-        print(scan_and_save(config.data, config.resolution).summary())
+        print(scan(config.data, config.resolution).summary())
         return
     check_settings(config)
     device = get_device(config.device)
@@ -83,7 +83,7 @@ def main(config: CacheConfig) -> None:
         write_latents(out, key, folder, pipe, done, config.batch_size)
     index = cache.read_index(out)
     if not index["complete"]:
-        cache.write_index(out, key, config.model, index["data"], len(folder), complete=True)
+        cache.write_index(out, {**index, "model": config.model, "complete": True})
     if config.text_states:
         write_text_states(out, pipe, device, config.batch_size)
     print(LatentCache(out).summary())
@@ -102,7 +102,9 @@ def begin(out: Path, key: CacheKey, config: CacheConfig, folder: ImageFolder) ->
     if not (out / cache.INDEX_NAME).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} exists and is not a cache: take another --out")
-        cache.write_index(out, key, config.model, os.path.abspath(config.data), len(folder))
+        asked = {name: getattr(config, name) for name in ("batch_size", "device", "text_states")}
+        where = {"model": config.model, "data": os.path.abspath(config.data), "asked": asked}
+        cache.write_index(out, {"key": key, **where, "count": len(folder), "complete": False, "text": None})
         return 0
     there = LatentCache(out, unfinished=True)
     old, new = asdict(there.key), asdict(key)
@@ -153,7 +155,7 @@ def write_text_states(out: Path, pipe: Pipeline, device: torch.device, batch_siz
             cache.write_text_shard(out, number, chosen, TextStates.join(parts), there.key.store)
     # The index last: what it does not name is not there.
     marker = {"digest": digest, "count": len(captions)}
-    cache.write_index(out, there.key, there.index["model"], there.data_path, len(there), complete=True, text=marker)
+    cache.write_index(out, {**there.index, "text": marker})
 
 
 def read_ahead(read: Callable[[int], Sample], numbers: Iterable[int], ahead: int) -> Iterator[Sample]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -208,6 +209,31 @@ def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, 
     assert_same(from_disk(out, pipe), in_memory(ImageFolder(data, SIDE), pipe))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are always Unicode")
+def test_names_and_captions_that_are_not_unicode_are_cached_and_known_again(model, data):
+    name = os.fsdecode(b"caf\xe9.png")
+    (data / "10.png").rename(data / name)
+    (data / name).with_suffix(".txt").write_text("a café", encoding="utf-8")
+    (data / "metadata.jsonl").write_text(r'{"file_name": "00.png", "text": "cat \ud83d"}')
+    latents = LatentCache(make(model, data, text_states=True))
+    assert [*zip(latents.names, map(latents.captions, range(2)), strict=True)] == [
+        ("00.png", ("cat ?",)),
+        (r"caf\udce9.png", ("a café",)),
+    ]
+    latents.text_states(["cat ?", "a café"])
+
+
+def test_a_fingerprint_tells_pictures_captions_and_settings(model, data):
+    out = make(model, data)
+    before = LatentCache(out).fingerprint()
+    assert before.startswith("11 pictures, ") and LatentCache(out).fingerprint() == before
+    assert LatentCache(make(model, data, data.parent / "half", store="fp16")).fingerprint() != before
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    write_rows(data, [*rows[:4], {**rows[4], "text": "another"}, *rows[5:]])
+    after = LatentCache(make(model, data, data.parent / "again")).fingerprint()
+    assert after.startswith("11 pictures, ") and after != before
+
+
 # what is refused
 
 
@@ -232,6 +258,16 @@ def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data
     assert len(LatentCache(out)) == 11
     data.rename(data.parent / "elsewhere")
     assert len(LatentCache(out)) == 11
+
+
+def test_the_loss_of_a_picture_that_stood_in_for_a_broken_one_is_said(model, data):
+    (data / "03.png").write_bytes(b"no")
+    out = make(model, data)
+    rows = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join(rows[:4]))
+    for row in range(4, 11):
+        (data / f"{row:02}.png").unlink()
+    assert "it holds 4 examples, then 11" in refusal(lambda: LatentCache(out))
 
 
 def test_other_networks_and_settings_are_refused(model, pipe, data):
@@ -320,6 +356,24 @@ def test_a_cache_whose_making_was_killed_is_refused_then_finished_with_the_same_
     assert "going on after 4 of 11 examples" in capsys.readouterr().out
     assert first.stat().st_mtime_ns == 1
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in straight.iterdir()}
+
+
+def test_the_command_that_a_refusal_names_finishes_the_cache(model, data):
+    data = data.rename(data.parent / "my data")
+    options = {"flip": True, "store": "fp16", "precision": "bf16", "text_states": True, "shard": 3, "batch_size": 3}
+    out, straight = (make(model, data, data.parent / name, **options) for name in ("a cache", "straight"))
+    for file in (module.shard_path(out, 3), *out.glob("text-*")):
+        file.unlink()
+    index = json.loads((out / "cache.json").read_text())
+    (out / "cache.json").write_text(json.dumps({**index, "complete": False, "text": None}))
+    said = refusal(lambda: open_data(out, SIDE)).partition("go on with: ")[2]
+    prog, words = shlex.split(said)[:3], shlex.split(said)[3:]
+    assert prog == ["python", "-m", "minidistill.cache"]
+    with pytest.raises(SystemExit) as done:
+        run_command(command.main, CacheConfig, prog="cache", argv=words)
+    assert done.value.code == 0
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in straight.iterdir()}
+    assert "--resolution 64 --flip --store fp16" in refusal(lambda: open_data(out, 64))
 
 
 def test_the_command_scans_and_refuses_in_one_line(data, capsys):

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from minidistill.data import folders, listing
-from minidistill.data.folders import ImageFolder, load_rgb, scan, scan_and_save, to_rgb, to_square
+from minidistill.data.folders import ImageFolder, scan, to_rgb, to_square
 from minidistill.errors import InputError
 
 
@@ -117,6 +119,20 @@ def test_linked_folders_are_followed(tmp_path):
     assert scan(tmp_path / "data").captions == ["a"]
 
 
+def test_the_suffix_of_a_caption_file_may_be_in_capitals(tmp_path):
+    for name in ("a.jpg", "sub/B.PNG"):
+        save(tmp_path / name)
+    (tmp_path / "a.TXT").write_text("an a")
+    (tmp_path / "sub/B.Caption").write_text("a b")
+    assert scan(tmp_path).captions == ["an a", "a b"]
+
+
+def test_half_a_surrogate_pair_in_a_caption_becomes_a_question_mark(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(r'{"file_name": "a.png", "text": ["cat \ud83d", "\ud83d\ude00"]}')
+    assert ImageFolder(tmp_path, 8).captions(0) == ("cat ?", "\N{GRINNING FACE}")
+
+
 # what is left out, and said
 
 
@@ -137,7 +153,7 @@ def test_truncated_and_fake_images_are_skipped_counted_and_named(tmp_path):
     truncate(tmp_path / "03.jpg")
     Image.open(tmp_path / "03.jpg").close()  # it opens well: only decoding tells
     (tmp_path / "07.jpg").write_bytes(b"<html>404</html>")
-    report = scan_and_save(tmp_path)
+    report = scan(tmp_path)
     folder = ImageFolder(tmp_path, 16)
     assert folder.report.unreadable == report.unreadable
     assert len(folder) == 18 and len(report.captions) == 18
@@ -164,6 +180,30 @@ def test_more_than_a_tenth_unreadable_is_refused(tmp_path):
         truncate(tmp_path / f"{i:02}.jpg")
     message = refusal(lambda: scan(tmp_path))
     assert "3 of 20 images cannot be read" in message and "01.jpg" in message and "09.jpg" in message
+
+
+def test_a_link_to_nothing_is_unreadable_until_it_leads_to_an_image(tmp_path):
+    twenty(tmp_path)
+    (tmp_path / "zz.png").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "zz.txt").write_text("zz")
+    assert ImageFolder(tmp_path, 8).sample(20).number == 0
+    assert scan(tmp_path).unreadable == ["zz.png (No such file or directory)"]
+    assert len(ImageFolder(tmp_path, 8)) == 20
+    shutil.copyfile(tmp_path / "00.jpg", tmp_path / "elsewhere")
+    assert len(ImageFolder(tmp_path, 8)) == 21
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are always Unicode")
+def test_a_file_name_that_is_not_utf8_is_named_in_ascii_and_left_out_after_a_scan(tmp_path):
+    twenty(tmp_path)
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copyfile(tmp_path / "00.jpg", tmp_path / name)
+    (tmp_path / name).with_suffix(".txt").write_text("a café", encoding="utf-8")
+    folder = ImageFolder(tmp_path, 8)
+    assert folder.name(20) == r"caf\udce9.png" and folder[20][1] == "a café"
+    truncate(tmp_path / name)
+    assert [text.split()[0] for text in scan(tmp_path).unreadable] == [r"caf\udce9.png"]
+    assert len(ImageFolder(tmp_path, 8)) == 20
 
 
 def test_rows_of_absent_files_and_without_caption_are_named(tmp_path):
@@ -248,6 +288,11 @@ def test_a_path_prefixed_twice_is_explained(tmp_path):
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', "line 1: text must be a string"),
         ("metadata.jsonl", b'{"file_name": 7, "text": "a"}', "line 1: file_name must be the name"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "\xff"}', "is not UTF-8"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png", "text": "a"}\n{"id": ' + b"1" * 5000 + b"}",
+            "line 2 is not one JSON object: Exceeds the limit",
+        ),
         ("metadata.csv", b"image,text\na.png,a\n", "line 2 has no 'file_name' but 'image', 'text'"),
         ("metadata.csv", b"file_name,text\n,a\n", "line 2: file_name must be the name"),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8"),
@@ -258,6 +303,20 @@ def test_metadata_that_cannot_be_understood_is_refused_with_its_line(tmp_path, n
     (tmp_path / name).write_bytes(content)
     message = refusal(lambda: scan(tmp_path))
     assert said in message and name in message
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt"])
+def test_texts_that_cannot_be_opened_are_refused_by_name(tmp_path, monkeypatch, name):
+    save(tmp_path / "a.png")
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    assert f"cannot read {tmp_path / name}: No such file or directory; repair" in refusal(lambda: scan(tmp_path))
+
+    def forbidden(file, *_, **__):
+        raise PermissionError(13, "Permission denied", file)
+
+    monkeypatch.setattr("io.open", forbidden)
+    monkeypatch.setattr("builtins.open", forbidden)
+    assert f"cannot read {tmp_path / name}: Permission denied; repair" in refusal(lambda: scan(tmp_path))
 
 
 def test_two_metadata_files_in_one_folder_are_refused(tmp_path):
@@ -274,16 +333,12 @@ def test_items_are_rgb_squares_and_always_the_same(tmp_path):
     twenty(tmp_path)
     save(tmp_path / "wide.png", 5, (90, 31))
     (tmp_path / "wide.txt").write_text("wide")
-    for center_crop in (True, False):
-        folder = ImageFolder(tmp_path, 20, center_crop=center_crop)
-        again = ImageFolder(tmp_path, 20, center_crop=center_crop)
-        for i in (20, 0, 20):
-            image, _ = folder[i]
-            assert image.mode == "RGB" and image.size == (20, 20)
-            assert np.array_equal(image, again[i][0])
-        assert np.array_equal(folder[-1][0], folder[20][0])
-    centre = ImageFolder(tmp_path, 20)[20][0]
-    assert not np.array_equal(centre, folder[20][0])
+    folder, again = ImageFolder(tmp_path, 20), ImageFolder(tmp_path, 20)
+    for i in (20, 0, 20):
+        image, _ = folder[i]
+        assert image.mode == "RGB" and image.size == (20, 20)
+        assert np.array_equal(image, again[i][0])
+    assert np.array_equal(folder[-1][0], folder[20][0])
     with pytest.raises(IndexError):
         folder[21]
 
@@ -324,7 +379,7 @@ def test_a_scan_lists_what_is_wrong_and_a_repaired_file_is_used_again(tmp_path):
     save(tmp_path / "bare.png")
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write(json.dumps(rows("gone.png")[0]) + "\n")
-    scan_and_save(tmp_path, 65)
+    scan(tmp_path, 65)
     report = json.loads((tmp_path / listing.SCAN_NAME).read_text())
     assert report["images"] == report["examples"] == 20
     assert list(report["unreadable"]) == ["03.jpg"] and "truncated" in report["unreadable"]["03.jpg"]["reason"]
@@ -340,7 +395,7 @@ def test_a_refused_scan_leaves_its_list_and_the_folder_stays_refused(tmp_path):
     twenty(tmp_path)
     for i in (1, 5, 9):
         truncate(tmp_path / f"{i:02}.jpg")
-    assert "3 of 20" in refusal(lambda: scan_and_save(tmp_path))
+    assert "3 of 20" in refusal(lambda: scan(tmp_path))
     assert len(json.loads((tmp_path / listing.SCAN_NAME).read_text())["unreadable"]) == 3
     assert "3 of 20" in refusal(lambda: ImageFolder(tmp_path, 8))
     (tmp_path / listing.SCAN_NAME).write_text("{}")
@@ -358,6 +413,24 @@ def test_a_relative_path_names_the_same_files(tmp_path, monkeypatch):
         assert not folder.report.uncaptioned
 
 
+def test_a_fingerprint_tells_what_a_folder_holds_and_not_where_it_is(tmp_path, monkeypatch):
+    twenty(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    before = ImageFolder(tmp_path / "a", 8).fingerprint()
+    assert before.startswith("20 pictures, ") and len(before) == len("20 pictures, 3f2a91c0")
+    monkeypatch.setattr(folders, "_read_bytes", None)
+    assert ImageFolder(tmp_path / "b", 8).fingerprint() == before
+    monkeypatch.chdir(tmp_path / "b")
+    assert ImageFolder(".", 8).fingerprint() == before
+    save(tmp_path / "b/more.png")
+    (tmp_path / "b/more.txt").write_text("more")
+    assert ImageFolder(tmp_path / "b", 8).fingerprint().startswith("21 pictures, ")
+    text = (tmp_path / "a/metadata.jsonl").read_text()
+    (tmp_path / "a/metadata.jsonl").write_text(text.replace("caption of 07", "another of 07"))
+    after = ImageFolder(tmp_path / "a", 8).fingerprint()
+    assert after.startswith("20 pictures, ") and after != before
+
+
 def test_original_size_and_crop_are_known(tmp_path):
     save(tmp_path / "wide.png", size=(120, 60))
     save(tmp_path / "tall.png", size=(50, 80))
@@ -371,7 +444,6 @@ def test_to_square_is_resize_then_centre_crop():
     image = picture(size=(120, 60))
     usual = image.resize((64, 32), Image.Resampling.LANCZOS).crop((16, 0, 48, 32))
     assert np.abs(np.asarray(usual, float) - np.asarray(to_square(image, 32), float)).max() <= 2
-    assert np.abs(np.asarray(usual, float) - np.asarray(to_square(image, 32, (0, 0)), float)).mean() > 20
     exact = picture(size=(64, 32))
     assert np.array_equal(to_square(exact, 32), exact.crop((16, 0, 48, 32)))
 
@@ -382,7 +454,7 @@ def test_exif_orientation_is_applied(tmp_path):
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, :20] = 255  # the left half is white: upright it is the upper one
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = load_rgb(tmp_path / "a.jpg")
+    upright = to_rgb(Image.open(tmp_path / "a.jpg"))
     assert upright.size == (20, 40)
     assert np.asarray(upright)[:15].min() > 240 and np.asarray(upright)[25:].max() < 15
 
@@ -398,7 +470,7 @@ def test_transparency_becomes_white(tmp_path, mode):
         image.save(tmp_path / "a.png", transparency=0)
     else:
         image.convert(mode).save(tmp_path / "a.png")
-    pixels = np.asarray(load_rgb(tmp_path / "a.png"))
+    pixels = np.asarray(to_rgb(Image.open(tmp_path / "a.png")))
     assert (pixels[:, :4] == 255).all() and (pixels[:, 4:] == 200).all()
 
 
@@ -410,7 +482,7 @@ def test_half_transparent_pixels_are_mixed_with_white():
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path, suffix):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
-    pixels = np.asarray(load_rgb(tmp_path / f"a.{suffix}"))
+    pixels = np.asarray(to_rgb(Image.open(tmp_path / f"a.{suffix}")))
     assert np.array_equal(pixels[..., 0].ravel(), np.arange(256)) and (pixels[..., 0] == pixels[..., 2]).all()
 
 
@@ -426,7 +498,7 @@ def test_plain_palette_grey_bilevel_and_cmyk_images_become_rgb(tmp_path):
         ("l.png", (77,) * 3),
         ("one.png", (255,) * 3),
     ):
-        image = load_rgb(tmp_path / name)
+        image = to_rgb(Image.open(tmp_path / name))
         assert image.mode == "RGB" and image.getpixel((4, 4)) == pytest.approx(colour, abs=3), name
 
 

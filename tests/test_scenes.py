@@ -53,6 +53,11 @@ def test_a_picture_is_the_same_whenever_it_is_drawn():
     assert Scenes("test")[123][0].tobytes() != picture.tobytes()
 
 
+def test_a_fingerprint_tells_the_count_and_the_split():
+    prints = [Scenes(*which).fingerprint() for which in (("train", 20), ("train", 20), ("train", 21), ("test", 20))]
+    assert prints[0] == prints[1] == "20 pictures, split train" and len(set(prints)) == 3
+
+
 def test_pictures_are_those_the_miniature_was_trained_on():
     """A change of the drawing is a change of the data set."""
     assert [Scenes().caption(i) for i in range(3)] == CAPTIONS

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidistill.data.folders import ImageFolder, scan, scan_and_save
+from minidistill.data.folders import ImageFolder, scan
 from minidistill.data.shards import list_tar, read_member
 from minidistill.errors import InputError
 
@@ -126,9 +126,29 @@ def test_of_a_truncated_tar_the_whole_members_are_used_and_it_is_named(tmp_path,
     (tmp_path / "00000.tar").write_bytes(whole[:length])
     folder = ImageFolder(tmp_path, 8)
     assert len(folder) == (8 if cut == "before the end mark" else 7)
-    said = "1 damaged tars, of which the whole images are used: 00000.tar (it is cut short)"
+    said = "1 damaged tars, of which the whole images are used: 00000.tar (it is cut short or damaged)"
     assert said in folder.summary()
     assert all(folder.sample(i).number == i for i in range(len(folder)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [2**80, 2**62, 2**50, -512, -1024])
+def test_of_a_tar_with_an_absurd_size_in_a_header_the_members_before_it_are_used(tmp_path, size, kind):
+    write_shard(tmp_path / "a.tar", 2)
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        header = tarfile.TarInfo.frombuf(content[(at := tar.getmember("000000001.jpg").offset) : at + 512], "utf-8", "")
+    header.size, header.type = size, kind
+    content[at : at + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(content)
+    folder = ImageFolder(tmp_path, 8)
+    assert [caption for _, caption in folder] == ["caption 0"]
+    assert folder.report.damaged == ["a.tar (it is cut short or damaged)"]
+
+
+def test_half_a_surrogate_pair_in_a_caption_becomes_a_question_mark(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": image(), "a.json": r'{"caption": "cat \ud83d"}'})
+    assert list_tar(str(tmp_path / "a.tar")).captions == ["cat ?"]
 
 
 def test_what_is_no_plain_tar_is_named(tmp_path):
@@ -148,7 +168,7 @@ def test_a_scan_finds_broken_images_in_tars_until_the_tar_is_replaced(tmp_path):
         members |= {f"{i}.png": image(i), f"{i}.txt": str(i)}
     write_tar(tmp_path / "a.tar", members | {"5.png": image(5)[:-50]})
     assert ImageFolder(tmp_path, 8).sample(5).number == 6
-    assert scan_and_save(tmp_path).unreadable[0].startswith("a.tar/5.png (")
+    assert scan(tmp_path).unreadable[0].startswith("a.tar/5.png (")
     assert [caption for _, caption in ImageFolder(tmp_path, 8)] == [str(i) for i in range(12) if i != 5]
     write_tar(tmp_path / "a.tar", members)
     assert len(ImageFolder(tmp_path, 8)) == 12

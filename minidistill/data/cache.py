@@ -1,6 +1,7 @@
 """A folder of pictures as the VAE sees them, with their captions: what training reads in place of images.
 
-    cache.json                   what decided the content (CacheKey), how many examples, whether it is finished
+    cache.json                   what decided the content (CacheKey), how many examples, whether it is finished, and
+                                 what else was asked for, so that messages can say what to type
     latents-00000.safetensors    `key.shard` examples each:
         mean, std                (n, 1 or 2, C, h, w): the posterior of the picture and, with flip, of its mirror image
         original, crop           (n, 2): height and width it had; rows above, columns left of the square (Sample)
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
+from minidistill.data.listing import fingerprint
 from minidistill.errors import InputError
 from minidistill.pipeline import Origin, Pipeline, TextStates
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
@@ -64,7 +67,8 @@ class LatentCache:
         if resolution not in (None, self.key.resolution):
             raise InputError(
                 f"{self.path} holds latents of {self.key.resolution}-pixel pictures and the training asks for "
-                f"{resolution}: give --resolution {self.key.resolution}, or make a cache: {self._command(resolution)}"
+                f"{resolution}: give --resolution {self.key.resolution}, or make a cache: "
+                f"{self._command(out='ANOTHER', resolution=resolution)}"
             )
         total = -(-self.index["count"] // self.key.shard)
         files = [shard_path(self.path, n) for n in range(total)]
@@ -126,13 +130,13 @@ class LatentCache:
 
     def check(self, pipe: Pipeline, flip: bool = False) -> None:
         """InputError unless the cache was made with this VAE, these text encoders, and flips if they are asked for."""
-        hint = f"make the cache again: {self._command(out='ANOTHER')}"
+        again = f"make the cache again: {self._command(out='ANOTHER', flip=self.key.flip or flip)}"
         if vae_digest(pipe.vae) != self.key.vae:
-            raise InputError(f"{self.path} was made with another VAE than this model's: {hint}")
+            raise InputError(f"{self.path} was made with another VAE than this model's: {again}")
         if self.has_text and text_digest(pipe) != self.index["text"]["digest"]:
-            raise InputError(f"{self.path} holds text states of other text encoders than this model's: {hint}")
+            raise InputError(f"{self.path} holds text states of other text encoders than this model's: {again}")
         if flip and not self.key.flip:
-            raise InputError(f"{self.path} holds no mirror images: turn flips off, or {hint} --flip")
+            raise InputError(f"{self.path} holds no mirror images: turn flips off, or {again}")
 
     def refuse_stale(self, folder: ImageFolder) -> None:
         """InputError that names the first example in which a data folder is not the one that was cached.
@@ -156,7 +160,8 @@ class LatentCache:
         if folder.name(i) != name:
             return f"{name} has gone or moved, {folder.name(i)} is in its place"
         shard, row = self._place(i)
-        if folder.captions(int(shard["shown"][row])) != self.captions(i):
+        shown = int(shard["shown"][row])
+        if shown < len(folder) and folder.captions(shown) != self.captions(i):
             return f"another caption for {name}"
         if list(folder.stat(i)) != shard["stat"][row].tolist() and _digest(folder, i) != bytes(shard["digest"][row]):
             return f"{name} has changed"
@@ -173,13 +178,21 @@ class LatentCache:
                 self._rows[caption] = (number, row)
             self._states.append(shard)
 
-    def _command(self, resolution: int | None = None, out: str | None = None) -> str:
-        flip = " --flip" if self.key.flip else ""
-        return (
-            f"python -m minidistill.cache --model {self.index['model']} --data {self.data_path} "
-            f"--out {out or ('ANOTHER' if resolution else self.path)} "
-            f"--resolution {resolution or self.key.resolution}{flip}"
-        )
+    def _command(self, **changed: object) -> str:
+        """What to type to go on with this cache, or to make one that differs in some flags."""
+        where = {"model": self.index["model"], "data": self.data_path, "out": self.path}
+        asked = self.index.get("asked", {})
+        if self.index["text"]:
+            asked = {**asked, "text_states": True}
+        words = []
+        for name, value in {**where, **asdict(self.key), **asked, **changed}.items():
+            if value and name not in ("crop", "vae"):  # which are no flags
+                words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+        return shlex.join(["python", "-m", "minidistill.cache", *words])
+
+    def fingerprint(self) -> str:
+        """Which files, captions and settings these are of, in a few words."""
+        return fingerprint(len(self), (asdict(self.key), *zip(self.names, self._captions, strict=True)))
 
     def summary(self) -> str:
         """What there is, in one sentence for people."""
@@ -219,12 +232,13 @@ def read_index(path: Path) -> dict:
     return {**content, "key": CacheKey(**content["key"])}
 
 
-def write_index(
-    path: Path, key: CacheKey, model: str, data: str, count: int, complete: bool = False, text: Mapping | None = None
-) -> None:
-    """Write cache.json. model and data are where it was made from; text: {"digest", "count"} of finished states."""
-    content = {"format": FORMAT, "key": asdict(key), "model": model, "data": data, "count": count}
-    write_json(path / INDEX_NAME, {**content, "complete": complete, "text": text})
+def write_index(path: Path, index: Mapping) -> None:
+    """Write cache.json, as `read_index` gives it.
+
+    key; model, data: where it was made from; asked: {flag: value} beside these; count; complete; text: None or
+    {"digest", "count"} of finished states.
+    """
+    write_json(path / INDEX_NAME, {"format": FORMAT, **index, "key": asdict(index["key"])})
 
 
 def write_shard(

@@ -7,7 +7,6 @@ files in the folder, by which they are left out from then on.
 
 import io
 import os
-import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -18,7 +17,7 @@ import numpy as np
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from minidistill.data.listing import SCAN_NAME, FolderReport, find_examples, refuse_too_many, relative
+from minidistill.data.listing import SCAN_NAME, FolderReport, find_examples, fingerprint, refuse_too_many, relative
 from minidistill.data.shards import read_member
 from minidistill.errors import InputError
 from minidistill.weights.files import read_json, write_json
@@ -40,16 +39,15 @@ class Sample(NamedTuple):
 class ImageFolder:
     """The captioned images of a folder as (RGB PIL image resolution x resolution, caption).
 
-    The largest square of each image is resized with Lanczos: the central one, or without `center_crop` one at a random
-    place that depends on the index alone. An index always gives the same pixels. Instead of a file that cannot be read
-    one gets the next that can. `report` is what was found. InputError: as `find_examples`, or when more than 10 % of
-    the images turn out to be unreadable.
+    The largest square in the middle of each image is resized with Lanczos. Instead of a file that cannot be read one
+    gets the next that can. `report` is what was found. InputError: as `find_examples`, or when more than 10 % of the
+    images turn out to be unreadable.
     """
 
-    def __init__(self, path: str | Path, resolution: int, center_crop: bool = True) -> None:
+    def __init__(self, path: str | Path, resolution: int) -> None:
         if resolution < 1:
             raise InputError(f"resolution must be at least 1 pixel, got {resolution}")
-        self.resolution, self.center_crop = resolution, center_crop
+        self.resolution = resolution
         self.report = find_examples(path)
         _leave_out_scanned(self.report)
         self._broken: dict[int, str] = {}
@@ -77,6 +75,10 @@ class ImageFolder:
         """What was found, in one paragraph for people."""
         return self.report.summary()
 
+    def fingerprint(self) -> str:
+        """Which files and captions these are, in a few words; nothing is read."""
+        return fingerprint(len(self), ((self.name(i), self.captions(i)) for i in range(len(self))))
+
     def name(self, i: int) -> str:
         """Example i's file, relative to the folder."""
         return self.report.name(i)
@@ -91,25 +93,18 @@ class ImageFolder:
         return _read_bytes(self.report, i)
 
     def stat(self, i: int) -> tuple[int, int]:
-        """(bytes, time of the last change in ns) of example i's file; the time is that of its tar. (-1, -1): gone."""
-        tar, _, size = self.report.places[i, :3].tolist()
-        try:
-            status = os.stat(self.report.files[i] if tar < 0 else self.report.tars[tar])
-        except OSError:
-            return -1, -1
-        return (status.st_size if tar < 0 else size), status.st_mtime_ns
+        """(bytes, time of the last change in ns) of example i's file; the time is that of its tar. -1: gone."""
+        tar, _, member = self.report.places[i, :3].tolist()
+        size, time = _changed(self.report, i)
+        return (size if tar < 0 else member), time
 
     def _read(self, i: int) -> Sample:
         image = _decode(self.read_bytes(i))
-        place = (0.5, 0.5) if self.center_crop else _random_place(i)
         side = min(image.size)
-        left, top = (
-            round((length - side) * fraction * self.resolution / side)
-            for length, fraction in zip(image.size, place, strict=True)
-        )
+        left, top = (round((length - side) / 2 * self.resolution / side) for length in image.size)
         height, width = self.report.places[i, 3:].tolist()
         original = (height, width) if height > 0 else (image.height, image.width)
-        square = to_square(image, self.resolution, place)
+        square = to_square(image, self.resolution)
         return Sample(square, self.captions(i), self.name(i), i, original, (top, left))
 
     def _note_broken(self, i: int, reason: str) -> None:
@@ -128,16 +123,10 @@ class ImageFolder:
 def scan(path: str | Path, resolution: int | None = None) -> FolderReport:
     """Find the captioned images under `path` and decode each once, with a progress bar on terminals.
 
-    `resolution` only makes the report name the images with a shorter side. InputError: as `find_examples`, or more than
-    10 % of the images unreadable.
+    What it found is written into the folder, where `ImageFolder` sees which files to leave out. `resolution` only makes
+    the report name the images with a shorter side. InputError: as `find_examples`, or more than 10 % of the images
+    unreadable.
     """
-    report = find_examples(path)
-    report.leave_out(_try_all(report, resolution))
-    return report
-
-
-def scan_and_save(path: str | Path, resolution: int | None = None) -> FolderReport:
-    """`scan`, and write what it found into the folder, where `ImageFolder` sees which files to leave out."""
     report = find_examples(path)
     broken = _try_all(report, resolution)
     where = {file: i for i, file in enumerate(report.files) if file in broken}
@@ -166,11 +155,10 @@ def _leave_out_scanned(report: FolderReport) -> None:
     known = read_json(file).get("unreadable")
     if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
         raise InputError(f"{file} is not a scan report: delete it")
-    full = {os.path.normpath(os.path.join(report.path, name)): entry for name, entry in known.items()}
-    found = {os.path.normpath(file): i for i, file in enumerate(report.files)} if full else {}
+    found = {report.name(i): i for i in range(len(report.files))} if known else {}
     broken = {}
-    for path, entry in full.items():
-        i = found.get(path)
+    for name, entry in known.items():
+        i = found.get(name)
         if i is not None and entry.get("changed") == _changed(report, i):
             broken[report.files[i]] = str(entry.get("reason"))
     if broken:
@@ -178,9 +166,12 @@ def _leave_out_scanned(report: FolderReport) -> None:
 
 
 def _changed(report: FolderReport, i: int) -> list[int]:
-    """Size and time of the last change of the file that example i is in."""
+    """Size and time of the last change of the file that example i is in; -1 where it is gone, or a link to nothing."""
     tar = int(report.places[i, 0])
-    status = os.stat(report.files[i] if tar < 0 else report.tars[tar])
+    try:
+        status = os.stat(report.files[i] if tar < 0 else report.tars[tar])
+    except OSError:
+        return [-1, -1]
     return [status.st_size, status.st_mtime_ns]
 
 
@@ -230,22 +221,12 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _random_place(i: int) -> tuple[float, float]:
-    numbers = random.Random(i)
-    return numbers.random(), numbers.random()
-
-
-def load_rgb(file: str | Path) -> Image.Image:
-    """Decode an image file completely, upright (EXIF) and as 8-bit RGB; of an animation the first frame.
-
-    Raises whatever the decoder raises on broken files, and ValueError for pixels without an agreed range.
-    """
-    with Image.open(file) as image:
-        return to_rgb(image)
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB: turned upright, transparency flattened on white, 16-bit grey scaled to 8 bits."""
+    """Any PIL image as RGB: turned upright, transparency flattened on white, 16-bit grey scaled to 8 bits.
+
+    Of an animation, the first frame. Raises whatever the decoder raises on broken files, and ValueError for pixels
+    without an agreed range.
+    """
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -262,12 +243,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_square(image: Image.Image, resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """The largest square at `place` (fractions of the room left of and above it), resized with Lanczos.
+def to_square(image: Image.Image, resolution: int) -> Image.Image:
+    """The largest square in the middle, resized with Lanczos.
 
     The same as resizing the short side and then cropping, without the huge picture that a strip would become.
     """
     side = min(image.size)
-    left, top = ((length - side) * fraction for length, fraction in zip(image.size, place, strict=True))
+    left, top = ((length - side) / 2 for length in image.size)
     box = (left, top, left + side, top + side)
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)

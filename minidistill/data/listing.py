@@ -14,16 +14,17 @@ text file.
 
 import csv
 import difflib
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub.utils import tqdm
 
-from minidistill.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, list_tar
+from minidistill.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, clean_caption, list_tar
 from minidistill.errors import InputError
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -116,10 +117,22 @@ def some(names: list[str], most: int = 5) -> str:
 
 
 def relative(file: str, root: str | Path) -> str:
-    """A file's name as people and scan reports have it; with forward slashes everywhere."""
-    prefix = os.path.join(root, "")
-    name = file[len(prefix) :] if file.startswith(prefix) else os.path.relpath(file, root)  # which is slow
-    return name.replace(os.sep, "/")
+    """A file's name as people, scan reports and caches have it: forward slashes, and bytes that are no UTF-8 escaped.
+
+    Such a name can be printed and written down; the file itself is opened by its path.
+    """
+    prefix = os.path.join(root, "").removeprefix(os.path.join(".", ""))  # as `_walk` has it
+    inside = file.startswith(prefix) if prefix else not os.path.isabs(file)
+    name = file[len(prefix) :] if inside else os.path.relpath(file, root)  # which is slow
+    return name.replace(os.sep, "/").encode("utf-8", "backslashreplace").decode()
+
+
+def fingerprint(count: int, content: Iterable[object]) -> str:
+    """A data set in a few words, "20 pictures, 3f2a91c0": the hexadecimals are of the SHA-256 of `content`, as JSON."""
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(json.dumps(part).encode())
+    return f"{count} pictures, {digest.hexdigest()[:8]}"
 
 
 def refuse_too_many(path: str, unreadable: list[str], count: int, total: int) -> None:
@@ -128,9 +141,12 @@ def refuse_too_many(path: str, unreadable: list[str], count: int, total: int) ->
         raise InputError(f"{path}: {count} of {total} images cannot be read: repair or remove {some(unreadable)}")
 
 
-def _walk(root: Path) -> tuple[list[str], list[str], set[str], list[str], list[str]]:
-    """(images, metadata files, caption files, tars, files named almost like metadata), sorted, none hidden."""
-    images, metadata, texts, tars, lookalikes = [], [], set(), [], []
+def _walk(root: Path) -> tuple[list[str], list[str], dict[str, str], list[str], list[str]]:
+    """(images, metadata files, caption files, tars, files named almost like metadata), sorted, none hidden.
+
+    Caption files by their name with the suffix in lower case, which is how they are looked for.
+    """
+    images, metadata, texts, tars, lookalikes = [], [], {}, [], []
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         visited.add(os.path.realpath(folder))
@@ -142,7 +158,8 @@ def _walk(root: Path) -> tuple[list[str], list[str], set[str], list[str], list[s
         )
         for name in sorted(name for name in names if not name.startswith(".")):
             file = prefix + name
-            suffix = os.path.splitext(name)[1].lower()
+            stem, suffix = os.path.splitext(file)
+            suffix = suffix.lower()
             if name in METADATA_NAMES:
                 metadata.append(file)
             elif suffix in IMAGE_SUFFIXES:
@@ -152,7 +169,7 @@ def _walk(root: Path) -> tuple[list[str], list[str], set[str], list[str], list[s
             elif _is_lookalike(name):
                 lookalikes.append(file)
             elif suffix in CAPTION_SUFFIXES:
-                texts.add(file)
+                texts[stem + suffix] = file
     return images, metadata, texts, tars, lookalikes
 
 
@@ -207,8 +224,8 @@ def _take_tars(report: FolderReport) -> None:
 
 def _rows(source: str) -> Iterator[tuple[str, Caption]]:
     """(file_name, caption) of each row of a metadata file; the caption is "" where the row has none."""
-    with open(source, encoding="utf-8-sig", newline="") as lines:  # spreadsheets put a byte-order mark in front
-        try:
+    try:
+        with open(source, encoding="utf-8-sig", newline="") as lines:  # spreadsheets put a byte-order mark in front
             if source.endswith(".csv"):
                 reader = csv.DictReader(lines)
                 for row in reader:
@@ -217,12 +234,14 @@ def _rows(source: str) -> Iterator[tuple[str, Caption]]:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield _row(json.loads(line), f"{source} line {number}")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{source} is not UTF-8 text: save it as UTF-8") from error
-        except csv.Error as error:
-            raise InputError(f"{source} line {reader.line_num} is not CSV: {error}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{source} line {number} is not one JSON object: {error}") from error
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not UTF-8 text: save it as UTF-8") from error
+    except csv.Error as error:
+        raise InputError(f"{source} line {reader.line_num} is not CSV: {error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON; a number with too many digits for Python
+        raise InputError(f"{source} line {number} is not one JSON object: {error}") from error
 
 
 def _row(row: object, where: str) -> tuple[str, Caption]:
@@ -237,20 +256,25 @@ def _row(row: object, where: str) -> tuple[str, Caption]:
     several = caption if isinstance(caption, list) else [caption or ""]
     if not all(isinstance(text, str) for text in several):
         raise InputError(f"{where}: text must be a string or a list of strings, got {caption!r}")
-    texts = tuple(text.strip() for text in several if text.strip())
+    texts = tuple(filter(None, map(clean_caption, several)))
     return file_name, texts if len(texts) > 1 else "".join(texts)
 
 
-def _caption_beside(image: str, texts: set[str]) -> str:
+def _caption_beside(image: str, texts: dict[str, str]) -> str:
     """The caption in x.txt or x.caption beside x.jpg, "" if there is none."""
     for suffix in CAPTION_SUFFIXES:
-        file = os.path.splitext(image)[0] + suffix
-        if file in texts:
+        if file := texts.get(os.path.splitext(image)[0] + suffix):
             try:
-                return Path(file).read_text(encoding="utf-8-sig").strip()
+                return clean_caption(Path(file).read_text(encoding="utf-8-sig"))
+            except OSError as error:
+                raise _unreadable(file, error) from error
             except UnicodeDecodeError as error:
                 raise InputError(f"{file} is not UTF-8 text: save it as UTF-8") from error
     return ""
+
+
+def _unreadable(file: str, error: OSError) -> InputError:
+    return InputError(f"cannot read {file}: {error.strerror}; repair or remove it")
 
 
 def _why_nothing(report: FolderReport, any_images: bool) -> str:

@@ -121,6 +121,10 @@ class Scenes:
         scene = self.scene(index)
         return Image.fromarray(render(scene)), describe(scene.stated)
 
+    def fingerprint(self) -> str:
+        """Which pictures these are, in a few words."""
+        return f"{self.length} pictures, split {self.split}"
+
     def scene(self, index: int) -> Scene:
         """The scene behind an entry."""
         if not 0 <= index < self.length:

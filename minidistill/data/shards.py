@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 CAPTION_SUFFIXES = (".txt", ".caption")
 BLOCK = 512  # bytes; headers and contents start at multiples of it
 END = bytes(BLOCK)  # what a whole archive ends with
+DAMAGED = "it is cut short or damaged"
 
 
 @dataclass
@@ -48,6 +49,14 @@ def read_member(path: str, offset: int, size: int) -> bytes:
         return _read(file, offset, size)
 
 
+def clean_caption(text: str) -> str:
+    """A caption as it is used: no space around it, and "?" for half a surrogate pair.
+
+    JSON can spell one ("\\ud83d"), of an emoji that was cut in two; nothing can encode it.
+    """
+    return text.strip().encode("utf-8", "replace").decode()
+
+
 def _members(path: str) -> tuple[dict[str, tuple[int, int]], str]:
     """(name, its suffix in lower case -> (offset, bytes) of each whole member; what is wrong with the archive)."""
     members, end, problem = {}, 0, ""
@@ -56,13 +65,15 @@ def _members(path: str) -> tuple[dict[str, tuple[int, int]], str]:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # else it keeps 1 kB for each
-                end = tar.offset
-                if member.isreg() and member.offset_data + member.size <= total:
+                start, end = end, tar.offset
+                if member.isreg() and 0 <= member.size <= total - member.offset_data:
                     members["".join(_split(member.name))] = (member.offset_data, member.size)
-    except tarfile.ReadError as error:
-        problem = "it is cut short" if end else f"not a plain tar: {error}"
+                if not start < end <= total:  # a size below 0 would lead round and round
+                    raise tarfile.ReadError("a member ends outside of it")
+    except (tarfile.ReadError, ValueError, OverflowError, MemoryError) as error:  # tarfile believes any size it reads
+        problem = DAMAGED if end else f"not a plain tar: {error}"
     if not problem:  # tarfile takes a torn header, or none, for the end
-        problem = "" if read_member(path, end, BLOCK) == END else "it is cut short"
+        problem = "" if read_member(path, end, BLOCK) == END else DAMAGED
     return members, problem
 
 
@@ -105,11 +116,11 @@ def _facts(file: BinaryIO, stem: str, members: dict[str, tuple[int, int]]) -> tu
     for suffix in CAPTION_SUFFIXES:
         if stem + suffix in members:
             try:
-                return _read(file, *members[stem + suffix]).decode("utf-8-sig").strip(), height, width
+                return clean_caption(_read(file, *members[stem + suffix]).decode("utf-8-sig")), height, width
             except UnicodeDecodeError:  # nobody edits a text in an archive: the image counts as without caption
                 return "", height, width
     caption = record.get("caption") or record.get("text")
-    return caption.strip() if isinstance(caption, str) else "", height, width
+    return clean_caption(caption) if isinstance(caption, str) else "", height, width
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
