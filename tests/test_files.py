@@ -230,6 +230,7 @@ def test_a_broken_bin_file_is_refused_with_its_name_and_the_reason(tmp_path, cas
         (b"", "empty"),
         (HTML, "web page"),
         (b"{'a': 1}", "not valid json"),
+        (b'{"a": 1%s}' % (b"0" * 5000), "not valid json"),
         (b"[1]", "list"),
     ],
 )

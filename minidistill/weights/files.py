@@ -104,7 +104,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = existing_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"cannot read {path}: a json object {{...}} is needed, it holds a {type(content).__name__}")
