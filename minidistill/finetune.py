@@ -27,11 +27,11 @@ from minidistill.errors import InputError
 from minidistill.metrics.scene_judge import score
 from minidistill.models import lora
 from minidistill.pipeline import Pipeline, load_pipeline
-from minidistill.training.batches import Batch, Batches
+from minidistill.training.batches import Batch, Batches, at_once
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_shares, check_weights, open_data, resolution_for
+from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.memory import on_device
 from minidistill.training.optim import (
@@ -90,7 +90,9 @@ class Config:
     seed: int = option(0, "decides everything random")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("fp32", "of the forward passes", choices=PRECISIONS)
-    judged: int = option(48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0)
+    judged: int = option(
+        48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0, maximum=len(Scenes("test"))
+    )
     log_every: int = option(10, "steps between log lines", minimum=1)
     sample_every: int = option(100, "steps between strips", minimum=1)
     checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
@@ -194,9 +196,9 @@ def main(config: Config) -> None:
         show.measure("after", sum(weight.numel() for weight in trained.values()))
         folder = save(config, pipe, run.path)
     draw_curves(run.metrics, run.curves)
-    kind = "finetuned" if config.lora_rank is None else "lora"
-    write_card(folder, kind, settings, show.results, run.last_strip(), config.push_to_hub)
-    print(f"\n{show.table()}\n\nmodel     {folder}\npictures  {run.last_strip()}\ncurves    {run.curves}")
+    kind, strip = "finetuned" if config.lora_rank is None else "lora", run.last_strip(config.steps)
+    write_card(folder, kind, settings, show.results, strip, config.push_to_hub)
+    print(f"\n{show.table()}\n\nmodel     {folder}\npictures  {strip}\ncurves    {run.curves}")
     if config.push_to_hub:
         files = None if config.lora_rank is None else [*LORA_FILES.values(), CARD, STRIP]
         print(f"online    {push(folder, config.push_to_hub, config.private, files)}")
@@ -259,7 +261,9 @@ class Show:
         """A picture of each caption, with the model's own steps and guidance."""
         side = self.config.resolution
         with on_device(self.resting, self.pipe.device):
-            return self.pipe(captions, seed=SEED, height=side, width=side, batch_size=16)
+            few = at_once((side, side))
+            latents = self.pipe(captions, seed=SEED, height=side, width=side, batch_size=2 * few, output="latents")
+            return self.pipe.decode(latents, few)
 
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png."""
@@ -301,7 +305,7 @@ def check_settings(config: Config) -> None:
         raise InputError("--lora-alpha must be above 0, or the LoRA adds nothing")
     if config.lora_rank is not None and config.ema_decay and not config.resume:  # there the run folder compares
         raise InputError("--ema-decay is for all weights: the average of a LoRA's two factors is no average of LoRAs")
-    check_shares(config.ema_decay, config.caption_dropout)
+    check_training(config)
 
 
 def warn_if_distilled(pipe: Pipeline) -> None:

@@ -29,7 +29,7 @@ from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import COLORS, INK, PAPER, SCALE
-from minidistill.training.inputs import open_data, resolution_for
+from minidistill.training.inputs import check_weights, open_data, resolution_for
 from minidistill.training.log import format_table
 from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, write_json
@@ -40,17 +40,21 @@ class Config:
     teacher: str = option("miniature", "SOURCE of the teacher")
     data: str = option("scenes", "scenes (held-out ones), a folder of images with captions, or a cache of one")
     resolution: int | None = option(None, "pixels to measure at; none takes the teacher's own", minimum=8)
-    samples: int = option(64, "pictures to measure on, each at a timestep of its own", minimum=1)
+    samples: int = option(
+        64, "pictures to measure on, each at a timestep of its own; rounded up to whole batches", minimum=1
+    )
     batch_size: int = option(16, "samples at a time", minimum=1)
     budget: float | None = option(None, "choose for a student of this share of the teacher, too", minimum=0)
     by: str = option(
         "parameters", "what lists save; latency is measured, here and now", choices=("parameters", "macs", "latency")
     )
-    judged: int = option(0, "held-out captions to judge every removal on (scenes only; slow)", minimum=0)
+    judged: int = option(
+        0, "held-out captions to judge every removal on (scenes only; slow)", minimum=0, maximum=len(Scenes("test"))
+    )
     guidance: float = option(4.0, "scale of classifier-free guidance in the pictures that are judged")
     seed: int = option(0, "decides pictures and noise")
     device: str = option("cpu", "cpu, cuda or cuda:N")
-    precision: str = option("fp32", "of the U-Net and the text encoders", choices=PRECISIONS)
+    precision: str = option("fp32", "of the U-Net", choices=PRECISIONS)
     out: str = option("runs/sensitivity", "folder for sensitivity.json and sensitivity.png")
 
 
@@ -58,24 +62,33 @@ def main(config: Config) -> None:
     """Score every removal, choose lists, print tables, write a JSON file and a chart."""
     check_numbers(config)
     device = get_device(config.device)
-    pipe = load_pipeline(config.teacher, device, get_dtype(config.precision, device))
+    dtype = get_dtype(config.precision, device)
+    pipe = load_pipeline(config.teacher, device)
+    check_weights(pipe, config.teacher)
     teacher = pipe.unet.eval().requires_grad_(False)
+    removals = smallest_removals(teacher.config)
+    if not removals:
+        raise InputError(f"{config.teacher}: nothing can be removed from this model alone; take a larger --teacher")
     side = resolution_for(pipe, config.resolution, config.teacher)
     data = open_data(config.data, side, Scenes("test", length=config.samples))
     out = make_folder(config.out)
 
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)
+    teacher.to(dtype)  # and not the text encoders: a cache of text states knows them by their weights
     probes = make_probes(batches, range(math.ceil(config.samples / config.batch_size)))
     tokens = pipe.tokenizers[0].max_length
 
     def measure(removal: Removal) -> Score:
         found = score(removal, teacher, probes, tokens)
+        if not math.isfinite(found.damage):
+            what = f"without {','.join(removal.removed)} the output is not finite in {config.precision}"
+            raise InputError(f"{what}; use --precision fp32, or another --teacher")
         if config.by == "latency":
             found = replace(found, latency=saved_latency(teacher, share_weights(removal, teacher), probes[0]))
         return found
 
     scores, judged = [], {}
-    with tqdm(smallest_removals(teacher.config), desc="removing", unit="", disable=None, leave=False) as bar:
+    with tqdm(removals, desc="removing", unit="", disable=None, leave=False) as bar:
         for removal in bar:
             scores.append(measure(removal))
             if config.judged:

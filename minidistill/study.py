@@ -4,8 +4,9 @@
     python -m minidistill.study --only ablation --seeds 1 --steps 240
 
 Every run is one of `train_kd`, in OUT/NAME-STEPS-seedN, so it can be looked at, and a study that was stopped goes on
-where it was when the command is given again. Each student is judged once, and the teacher, all on the same captions and
-the same noisy latents. The tables are printed and written to OUT/study.md, all numbers to OUT/study.json.
+where it was when the command is given again. A run that diverged is left out of the means, and counted. Each student is
+judged once, and the teacher, all on the same captions and the same noisy latents. The tables are printed and written to
+OUT/study.md, all numbers to OUT/study.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from minidistill.metrics.scene_judge import score
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.config import option, run_command
-from minidistill.training.optim import PRECISIONS
+from minidistill.training.optim import PRECISIONS, NonFiniteLoss, get_device
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
@@ -70,7 +71,7 @@ class Config:
         f"steps of each run; none: {', '.join(f'{title} {study.steps}' for title, study in STUDIES.items())}",
         minimum=1,
     )
-    judged: int = option(200, "held-out captions that each model is judged on", minimum=1)
+    judged: int = option(200, "held-out captions that each model is judged on", minimum=1, maximum=len(Scenes("test")))
     precision: str = option("bf16", "of the forward passes", choices=PRECISIONS)
     device: str = option("cpu", "cpu, cuda or cuda:N")
     out: str = option("runs/study", "folder of the runs")
@@ -78,6 +79,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Do the runs that are missing, judge what is not judged yet, and write the tables."""
+    get_device(config.device)  # refuses
     out = Path(config.out)
     chosen = {config.only: STUDIES[config.only]} if config.only else STUDIES
     lengths = {title: config.steps or study.steps for title, study in chosen.items()}
@@ -86,17 +88,20 @@ def main(config: Config) -> None:
     pipe = load_pipeline("miniature", config.device)
     probes = make_probes(Batches(Scenes("test", length=PROBES), pipe, batch_size=32, seed=SEED), range(PROBES // 32))
     teacher = measured("miniature", out / "teacher.json", config, probes)
+    students: dict[str, str] = {}
     for seed in range(config.seeds):  # all kinds of one seed first: a study cut short compares what it has
         for name, steps in kinds:
             folder = out / f"{name}-{steps}-seed{seed}"
             result = run(config, name, steps, seed, folder)
+            if result is None:
+                continue
+            students.setdefault(name, str(folder / "student"))
             result["student after"] |= measured(str(folder / "student"), folder / "measured.json", config, probes)
             results[name, steps].append({**result, "teacher": {**result["teacher"], **teacher}})
-    students = {name: str(out / f"{name}-{steps}-seed0" / "student") for name, steps in kinds}
     times = time_students({"teacher": "miniature", **students}, probes[0], config)
     blocks = []
     for title, study in chosen.items():
-        rows = table_rows({name: results[name, lengths[title]] for name in study.rows}, times)
+        rows = table_rows({name: results[name, lengths[title]] for name in study.rows}, times, teacher, config.seeds)
         blocks.append(f"{title}: runs of {lengths[title]} steps, {config.seeds} of each kind\n\n{to_markdown(rows)}")
     text = "\n\n".join(blocks)
     (out / "study.md").write_text(text + "\n")
@@ -105,8 +110,12 @@ def main(config: Config) -> None:
     print(f"\n{text}\n\ntables   {out / 'study.md'}\nnumbers  {out / 'study.json'}")
 
 
-def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
-    """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}."""
+def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict | None:
+    """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}.
+
+    None: it diverged, as it would again; a file in its folder says so, and how.
+    """
+    diverged = folder / "diverged.txt"
     settings = train_kd.Config(
         **RUNS[name],
         seed=seed,
@@ -121,12 +130,18 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict:
         keep_checkpoints=1,
         resume=(folder / "config.json").is_file(),
     )
-    if (folder / "student" / "model_index.json").is_file():
+    if diverged.is_file() or (folder / "student" / "model_index.json").is_file():
         given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
         RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)  # refuses other settings
     else:
         print(f"\n=== {name}, {steps} steps, seed {seed}", flush=True)
-        train_kd.main(settings)
+        try:
+            train_kd.main(settings)
+        except NonFiniteLoss as error:
+            diverged.write_text(f"{error}\n")
+    if diverged.is_file():
+        print(f"{folder} is left out: {diverged.read_text().strip()}", flush=True)
+        return None
     return read_json(folder / "results.json")
 
 
@@ -151,18 +166,27 @@ def time_students(sources: Mapping[str, str], probe: Probe, config: Config) -> d
     return {name: statistics.median(r[name] for r in rounds) for name in unets}
 
 
-def table_rows(results: Mapping[str, Sequence[dict]], times: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """A row for each kind of run: mean over its seeds, and in brackets the smallest and the largest."""
+def table_rows(
+    results: Mapping[str, Sequence[dict]], times: Mapping[str, float], teacher: Mapping[str, Any], seeds: int
+) -> list[tuple[str, ...]]:
+    """A row for each kind of run: mean over its seeds, and in brackets the smallest and the largest.
+
+    Of the `seeds` runs of a kind those that are not in `results` have diverged.
+    """
     rows = [("run", "parameters", "MACs", "time of a call", "distance to the teacher", "all right", "of the teacher's")]
     for name, runs in results.items():
-        teacher, student = runs[0]["teacher"], runs[0]["student after"]
-        changes = [f"{100 * (student[key] / teacher[key] - 1):+.0f} %" for key in ("parameters", "macs")]
+        label = name if len(runs) == seeds else f"{name} ({seeds - len(runs)} of {seeds} diverged)"
+        if not runs:
+            rows.append((label, *[""] * (len(rows[0]) - 1)))
+            continue
+        whole, student = runs[0]["teacher"], runs[0]["student after"]
+        changes = [f"{100 * (student[key] / whole[key] - 1):+.0f} %" for key in ("parameters", "macs")]
         changes.append(f"{100 * (times[name] / times['teacher'] - 1):+.0f} %")
         after = [result["student after"] for result in runs]
         right = [result["judge"]["all"] for result in after]
         shares = [value / max(teacher["judge"]["all"], 1e-9) for value in right]
         distances = [result["distance_to_teacher"] for result in after]
-        rows.append((name, *changes, spread(distances, ".4f"), spread(right, ".1%"), spread(shares, ".0%")))
+        rows.append((label, *changes, spread(distances, ".4f"), spread(right, ".1%"), spread(shares, ".0%")))
     rows.append(("teacher", "", "", "", "", f"{teacher['judge']['all']:.1%}", ""))
     return rows
 

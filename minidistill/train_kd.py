@@ -28,7 +28,7 @@ from minidistill.distill.block_removal import (
     plan_removal,
     removal_rows,
 )
-from minidistill.distill.memory import memory_rows, step_peak
+from minidistill.distill.memory import memory_rows, picture_peak, step_peak
 from minidistill.errors import InputError
 from minidistill.metrics.comparison import Comparison
 from minidistill.pipeline import Pipeline, load_pipeline
@@ -36,7 +36,7 @@ from minidistill.training.batches import Batches, Captioned, captions_of
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_shares, check_weights, open_data, resolution_for
+from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.optim import (
     PRECISIONS,
@@ -105,7 +105,9 @@ class Config:
     guidance: float = option(
         4.0, "scale of classifier-free guidance in the pictures that are shown, judged and (--image-free) trained on"
     )
-    judged: int = option(48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0)
+    judged: int = option(
+        48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0, maximum=len(Scenes("test"))
+    )
     log_every: int = option(20, "steps between log lines", minimum=1)
     sample_every: int = option(144, "steps between strips", minimum=1)
     checkpoint_every: int = option(144, "steps between checkpoints", minimum=1)
@@ -191,7 +193,8 @@ def main(config: Config) -> None:
     """Distil, as the configuration says; everything is checked before the first file is written."""
     # A dry run may be of a machine that this is not.
     device = get_device("cpu" if config.dry_run else config.device)
-    config = dataclasses.replace(config, precision=config.precision or best_precision(device))
+    best = "bf16" if config.dry_run and config.device.startswith("cuda") else best_precision(device)
+    config = dataclasses.replace(config, precision=config.precision or best)
     precision = get_precision("fp32" if config.dry_run else config.precision, device)
     check_numbers(config)
     pipe = load_pipeline(config.teacher, device)
@@ -210,12 +213,12 @@ def main(config: Config) -> None:
     ema = EMA(student, config.ema_decay)
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     run = RunFolder.find(config.out, dataclasses.asdict(config), config.resume)
-    if config.push_to_hub:
-        open_repo(config.push_to_hub, config.private)
     describe(config, pipe, removal)
     if config.dry_run:
-        print(dry_run(config, pipe, removal, pairs, len(data)))
+        print(dry_run(config, pipe, removal, pairs, config.image_free or len(data)))
         return
+    if config.push_to_hub:
+        open_repo(config.push_to_hub, config.private)
     batches = open_batches(config, data, pipe)
     run.begin(dataclasses.asdict(config))
     start = run.restore(parts)
@@ -267,9 +270,9 @@ def main(config: Config) -> None:
         comparison.student.save(run.path / "student")
     draw_curves(run.metrics, run.curves)
     folder, settings = run.path / "student", dataclasses.asdict(config)
-    write_card(folder, "student", settings, comparison.results, run.last_strip(), config.push_to_hub)
+    write_card(folder, "student", settings, comparison.results, run.last_strip(config.steps), config.push_to_hub)
     print(f"\n{comparison.table()}\n")
-    print(f"student   {folder}\npictures  {run.last_strip()}\ncurves    {run.curves}")
+    print(f"student   {folder}\npictures  {run.last_strip(config.steps)}\ncurves    {run.curves}")
     if config.push_to_hub:
         print(f"online    {push(folder, config.push_to_hub, config.private)}")
 
@@ -278,9 +281,9 @@ def check_numbers(config: Config) -> None:
     """Refuse numbers that no flag's minimum can."""
     if config.loss_weights is not None and (len(config.loss_weights) != len(LOSSES) or not any(config.loss_weights)):
         raise InputError("--loss-weights takes three numbers, task,output,feature, not all of them zero")
-    check_shares(config.ema_decay, config.caption_dropout)
     if config.flip and config.image_free:
         raise InputError("--flip needs pictures to mirror, and --image-free trains on none: leave out one of them")
+    check_training(config)
 
 
 def resolve(config: Config, pipe: Pipeline) -> Config:
@@ -338,10 +341,11 @@ def dry_run(config: Config, pipe: Pipeline, removal: Removal, pairs: list[tuple[
     """What the run will take, for reading."""
     side = config.resolution // pipe.vae.config.downscale
     inputs = (config.batch_size, side, side, pipe.tokenizers[0].max_length)
-    peak = step_peak(
+    step = step_peak(
         removal, pairs, inputs, half=config.precision != "fp32", checkpointing=config.gradient_checkpointing
     )
-    rows = memory_rows(removal, [pipe.vae, *pipe.text_encoders], peak, config.ema_decay > 0)
+    peaks = step, picture_peak(pipe.vae, side)
+    rows = memory_rows(removal, [pipe.vae, *pipe.text_encoders], *peaks, config.ema_decay > 0)
     seen = config.steps * config.accumulate * config.batch_size
     return (
         f"{format_table(rows)}\n\n{config.steps} steps of {config.accumulate} x {config.batch_size} samples: each of "

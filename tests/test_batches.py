@@ -101,6 +101,18 @@ def test_the_cache_reads_every_picture_once_and_is_used_as_long_as_it_fits(pipe,
         assert reads_of_two_epochs(None) == reads
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_large_pictures_are_encoded_one_by_one_to_the_same_latents(pipe, monkeypatch, cache):
+    encode, seen = pipe.vae.encode, []
+    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    together = join(make(pipe, cache=cache), range(2))
+    assert max(seen) > 1
+    seen.clear()
+    monkeypatch.setattr(module, "SMALL", SIDE - 1)
+    assert_same(join(make(pipe, cache=cache), range(2)), together, exact=False)
+    assert set(seen) == {1}
+
+
 def test_text_states_are_in_memory_too_as_long_as_they_fit(pipe, monkeypatch):
     class Deaf:
         """A pipeline that encodes captions once only."""

@@ -459,6 +459,13 @@ def test_a_removal_without_a_text_reading_stage_inside_has_no_proj_out_to_compar
     assert feature_pairs(removal, "segmind")[2] == ("up.0", "down.2")
 
 
+def test_a_pair_of_other_widths_is_refused_by_its_names():
+    removal = plan_removal(TINY, ("down.1.1", "up.2.0", "mid", "stage.3", "stage.2"))
+    with pytest.raises(InputError, match=r"teacher's up.1 with the student's down.1, .* 48 and 32 .* --pairing nota"):
+        feature_pairs(removal, "segmind")
+    assert feature_pairs(removal, "nota")
+
+
 def test_an_unknown_pairing_is_refused():
     with pytest.raises(InputError, match="nota, segmind"):
         feature_pairs(plan_removal(TINY, ()), "koala")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tiny import TINY, TINY_SDXL, save_sdxl
 
+from minidistill import cache
 from minidistill import sensitivity as command
 from minidistill.data.folders import ImageFolder
 from minidistill.diffusion.schedule import make_alpha_bar
@@ -257,6 +258,41 @@ def test_scenes_can_be_judged(tiny_sd1, tmp_path, monkeypatch):
     assert run(*words, "--out", tmp_path / "out") == 0
     (entry,) = json.loads((tmp_path / "out/sensitivity.json").read_text())["scores"]
     assert 0 <= entry["judge"] <= 1
+
+
+def test_half_precision_takes_a_cache_of_text_states_too(tiny_sd1, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "smallest_removals", lambda config: [plan_removal(config, ("mid",))])
+    monkeypatch.setattr(command, "RECIPES", {})
+    path = str(tmp_path / "cache")
+    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(pictures), out=path, text_states=True))
+    damages = []
+    for precision in ("fp32", "bf16"):
+        words = ("--teacher", tiny_sd1, "--data", path, "--samples", 4, "--batch-size", 4, "--precision", precision)
+        assert run(*words, "--out", tmp_path / precision) == 0
+        (entry,) = json.loads((tmp_path / precision / "sensitivity.json").read_text())["scores"]
+        damages.append(entry["damage"])
+    assert 0 < damages[0] != damages[1] > 0
+
+
+def test_a_model_of_which_nothing_can_go_or_that_is_not_finite_is_refused(
+    tiny_sd1, pictures, tmp_path, monkeypatch, capsys
+):
+    def refused() -> str:
+        assert run("--teacher", tiny_sd1, "--data", pictures, "--samples", 2, "--out", tmp_path / "out") == 2
+        return capsys.readouterr().err
+
+    pipe = load_pipeline(tiny_sd1)
+    monkeypatch.setattr(command, "load_pipeline", lambda *_: pipe)
+    pipe.unet.conv_in.bias.data[0] = torch.nan
+    assert "unet/ conv_in.bias is not finite" in refused()
+    pipe.unet.conv_in.bias.data[0] = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "smallest_removals", lambda config: [])
+        assert "nothing can be removed from this model alone; take a larger --teacher" in refused()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(pipe.unet.conv_out, "forward", lambda x: x[:, :4] / 0)
+    assert "without mid the output is not finite in fp32" in refused()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

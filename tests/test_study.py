@@ -5,8 +5,11 @@ import json
 import pytest
 
 from minidistill import study, train_kd
+from minidistill.errors import InputError
 from minidistill.pipeline import load_pipeline
 from minidistill.training.config import run_command
+from minidistill.training.optim import NonFiniteLoss
+from minidistill.training.strips import drawing
 
 
 def result(parameters: int, macs: int, distance: float) -> dict:
@@ -35,7 +38,9 @@ def runs(monkeypatch):
 
     monkeypatch.setattr(train_kd, "main", train)
     monkeypatch.setattr(study, "measured", measured)
-    monkeypatch.setattr(study, "make_probes", lambda *_: [None])  # nothing is measured, so they need not be drawn
+    for unused in ("load_pipeline", "Batches"):  # nothing is measured, so no probes need be drawn
+        monkeypatch.setattr(study, unused, lambda *_, **__: None)
+    monkeypatch.setattr(study, "make_probes", lambda *_: [None])
     monkeypatch.setattr(study, "time_students", lambda sources, *_: {**dict.fromkeys(sources, 7.5), "teacher": 10.0})
     return seen
 
@@ -91,6 +96,42 @@ def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
     assert command(*words, "fp32") == 0
     assert command(*words, "bf16") == 2
     assert 'inner-10-seed0 under other settings: precision "bf16" (was "fp32")' in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_is_left_out_and_not_tried_again(runs, tmp_path, monkeypatch, capsys):
+    def train(settings):
+        if settings.recipe == "bk-base" or (settings.recipe, settings.seed) == ("bk-small", 0):
+            runs.append(settings)
+            study.Path(settings.out).mkdir()
+            (study.Path(settings.out) / "config.json").write_text(json.dumps(train_kd.dataclasses.asdict(settings)))
+            raise NonFiniteLoss("the loss is nan at step 7")
+        usual(settings)
+
+    usual = train_kd.main
+    monkeypatch.setattr(train_kd, "main", train)
+    words = ("--only", "students", "--seeds", 2, "--out", tmp_path)
+    for _ in range(2):
+        assert command(*words) == 0
+        printed = capsys.readouterr().out
+        assert "bk-small-2000-seed0 is left out: the loss is nan at step 7" in printed
+        assert "| bk-small (1 of 2 diverged) | -60 % |" in printed and "| 60.0% |" in printed
+        assert "| bk-base (2 of 2 diverged) |  |" in printed and "| inner | -60 % |" in printed
+    assert len(runs) == 8
+    assert command(*words, "--precision", "fp32") == 2  # nor counted where other settings are asked for
+
+
+def test_a_student_that_makes_no_pictures_has_diverged_too():
+    with (
+        pytest.raises(NonFiniteLoss, match="the student of step 9 makes no pictures: they are nan"),
+        drawing("the student of step 9"),
+    ):
+        raise InputError("they are nan")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, capsys, device):
+    assert command("--device", device, "--out", tmp_path / "out") == 2
+    assert "--device" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_real_study_of_one_step(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from minidistill.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = option(300, "optimizer steps", minimum=1)
+    steps: int = option(300, "optimizer steps", minimum=1, maximum=1_000_000)
     learning_rate: float = option(1e-4, "AdamW learning rate; 100% of it after the warm-up")
     recipe: str = option("bk-small", "which blocks to remove", choices=("bk-base", "bk-small", "bk-tiny"))
     stages: tuple[int, ...] = option((32, 8, 4), "step counts of the stages")
@@ -97,6 +97,9 @@ def test_a_flag_that_repeats_the_default_still_beats_the_preset():
         ("--steps many", "--steps takes a whole number, not 'many'"),
         ("--steps 1.5", "--steps takes a whole number, not '1.5'"),
         ("--steps 0", "--steps must be at least 1, not 0"),
+        ("--steps 1000001", "--steps must be at most 1000000, not 1000001"),
+        (f"--lora-rank {2**63}", f"--lora-rank takes a whole number of at most 63 bits, not {2**63}"),
+        (f"--lora-rank -1{'0' * 400}", "--lora-rank takes a whole number of at most 63 bits"),
         ("--steps", "--steps: expected one argument"),
         ("--learning-rate nan", "--learning-rate takes a finite number, not 'nan'"),
         ("--recipe bk-smal", "not 'bk-smal' (did you mean bk-small?)"),
@@ -191,7 +194,7 @@ def test_exit_codes(capsys, tmp_path):
 
     out = str(tmp_path / "a run")
     code, err = outcome(interrupt, "--out", out, capsys=capsys)
-    assert code == 130 and "run the same command again" in err
+    assert code == 130 and "To go on, or to start again if nothing was kept: run the same command again" in err
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run" / "config.json").write_text("{}")
     code, err = outcome(interrupt, "--out", out, capsys=capsys)

@@ -95,6 +95,16 @@ def test_swap_cannot_be_nested_or_updated_in():
     ema.update()
 
 
+def test_a_decay_of_zero_holds_nothing_and_the_weights_are_the_average():
+    net = network()
+    ema = EMA(net, decay=0)
+    nn.init.ones_(net[0].weight)
+    ema.update()
+    with ema.swap():
+        assert (net[0].weight == 1).all()
+    assert not ema.shadow and (net[0].weight == 1).all()
+
+
 def test_a_decay_of_one_is_refused():
     with pytest.raises(ValueError, match="decay"):
         EMA(network(), decay=1.0)

@@ -12,8 +12,10 @@ from tiny import TINY, TINY_SDXL
 from torch import nn
 
 from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
-from minidistill.distill.memory import memory_rows, step_peak
+from minidistill.distill.memory import memory_rows, picture_peak, step_peak
+from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.unet import UNet, random_inputs
+from minidistill.models.vae import AutoencoderKL, VAEConfig
 from minidistill.training.memory import MemoryCount, format_bytes, on_device, peak_bytes
 
 INPUTS = (2, 16, 16, 7)
@@ -100,11 +102,25 @@ def test_the_table_adds_up():
     with torch.device("meta"):
         teacher, student = UNet(removal.teacher), UNet(removal.student)
     other = nn.Linear(1000, 1000)
-    rows = dict(memory_rows(removal, [other], 10 * 2**20, averaged=True))
+    rows = dict(memory_rows(removal, [other], 10 * 2**20, 0, averaged=True))
     bytes_of = [4 * sum(p.numel() for p in network.parameters()) for network in (teacher, student, other)]
     assert rows["AdamW's two averages"] == format_bytes(2 * bytes_of[1])
     assert rows["in all, about"] == format_bytes(bytes_of[0] + 4 * bytes_of[1] + bytes_of[2] + 10 * 2**20)
-    assert "averaged weights" not in dict(memory_rows(removal, [other], 0, averaged=False))
+    assert "averaged weights" not in dict(memory_rows(removal, [other], 0, 0, averaged=False))
+
+
+@pytest.mark.parametrize("vae", [AutoencoderKL(VAEConfig()), AutoencoderTiny(TinyConfig())], ids=["kl", "taesd"])
+def test_a_picture_that_takes_more_than_a_step_decides_what_is_printed(vae):
+    latents = torch.zeros(1, 4, 24, 24)
+    with MemoryCount(vae.parameters()) as count, torch.no_grad():
+        vae.from_latents(latents)
+    peak = picture_peak(vae, 24)
+    assert peak == pytest.approx(count.peak, rel=0.05)
+    removal = plan_removal(TINY, RECIPES["bk-tiny"].remove)
+    own = 4 * sum(p.numel() for p in UNet(removal.student).parameters())
+    for averaged in (False, True):  # by averaged weights while the student's own wait beside them
+        row = dict(memory_rows(removal, [], 1, peak, averaged))["activations, gradients"]
+        assert row == format_bytes(peak + own * averaged)
 
 
 def test_networks_wait_on_the_cpu():

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+from minidistill import finetune, train_kd
 from minidistill.errors import InputError
-from minidistill.training.run_folder import RunFolder
+from minidistill.training.run_folder import MAY_CHANGE, NOT_COMPARED, RunFolder
 
 CONFIG = {"steps": 300, "learning_rate": 1e-4, "stages": (8, 4), "device": "cpu", "out": "x", "resume": False}
 META = {"optimizer": {"lr": 0.1 + 0.2, "betas": [0.9, 0.999]}}
@@ -74,6 +76,19 @@ def test_resume_allows_longer_and_elsewhere_and_says_so(tmp_path, capsys):
     assert "steps 600 (was 300)" in printed and "moved" not in printed
     assert "no checkpoint yet: starting at step 0" in printed
     assert json.loads(run.config.read_text())["steps"] == 600
+
+
+def test_what_may_change_are_settings_there_are():
+    for command in (train_kd, finetune):
+        names = {field.name for field in fields(command.Config)} | {"dry_run"}
+        assert {*MAY_CHANGE, *NOT_COMPARED} <= names
+
+
+def test_the_last_strip_is_none_that_a_run_has_gone_back_before(tmp_path):
+    run = open_run(tmp_path)
+    for step in (0, 6, 9):
+        run.strip(step).touch()
+    assert [run.last_strip(step) for step in (6, 8, 10)] == [run.strip(step) for step in (6, 6, 9)]
 
 
 def test_a_checkpoint_comes_back_exactly(tmp_path):

@@ -281,6 +281,8 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
       downsampler, so its output has another size: its last transformer's proj_out is compared instead.
     - "segmind": the mid block too. The new innermost stage is compared with what the lost ones gave back to the up
       path, so that it learns to stand in for them.
+
+    InputError: these two have other widths.
     """
     if pairing not in PAIRINGS:
         raise InputError(f"pairing must be one of {', '.join(PAIRINGS)}, not {pairing!r}")
@@ -290,6 +292,12 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
         attends = removal.student.down_block_types[last] == "CrossAttnDownBlock2D"
         if pairing == "segmind":
             pairs[last] = (f"up.{removal.lost - 1}", f"down.{last}")
+            theirs, ours = removal.teacher.block_out_channels[last + 1], removal.student.block_out_channels[last]
+            if theirs != ours:
+                raise InputError(
+                    f"pairing segmind compares the teacher's {pairs[last][0]} with the student's {pairs[last][1]}, but "
+                    f"they have {theirs} and {ours} channels: take --pairing nota"
+                )
         elif attends:
             pairs[last] = (f"down.{last}.proj_out", f"down.{last}.proj_out")
         else:

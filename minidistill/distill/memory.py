@@ -11,6 +11,7 @@ from torch import nn
 from minidistill.distill import kd
 from minidistill.distill.block_removal import Removal, weight_shapes
 from minidistill.models.unet import UNet, random_inputs
+from minidistill.training.batches import VAE
 from minidistill.training.memory import format_bytes, peak_bytes
 
 
@@ -45,8 +46,24 @@ def step_peak(
     return peak_bytes(build)
 
 
-def memory_rows(removal: Removal, others: Sequence[nn.Module], peak: int, averaged: bool) -> list[tuple[str, str]]:
-    """A table of what is on the device. others: the frozen networks besides the teacher; averaged: with an EMA."""
+def picture_peak(vae: VAE, side: int) -> int:
+    """Bytes of decoding one picture, whose latents are (side, side), at its peak."""
+
+    def build() -> tuple[list[nn.Module], Callable[[], object]]:
+        own = type(vae)(vae.config).requires_grad_(False)
+        latents = torch.empty(1, vae.config.latent_channels, side, side)
+        return [own], lambda: own.from_latents(latents)
+
+    return peak_bytes(build)
+
+
+def memory_rows(
+    removal: Removal, others: Sequence[nn.Module], step: int, picture: int, averaged: bool
+) -> list[tuple[str, str]]:
+    """A table of what is on the device.
+
+    others: the frozen networks besides the teacher; step, picture: `step_peak`, `picture_peak`; averaged: with an EMA.
+    """
     teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
     parts = {
         "teacher's weights": teacher,
@@ -54,7 +71,8 @@ def memory_rows(removal: Removal, others: Sequence[nn.Module], peak: int, averag
         "AdamW's two averages": 2 * student,
         "averaged weights": student * averaged,
         "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
-        "activations, gradients": peak,
+        # Pictures are drawn by the averaged weights; the student's own are kept beside them for as long.
+        "activations, gradients": max(step, picture + student * averaged),
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
     return [("on the device", "memory"), *rows, ("in all, about", format_bytes(sum(parts.values())))]

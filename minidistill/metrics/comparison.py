@@ -17,7 +17,7 @@ from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
 from minidistill.metrics.scene_judge import score
 from minidistill.models.unet import UNet, count_macs
 from minidistill.pipeline import Pipeline
-from minidistill.training.batches import Batches
+from minidistill.training.batches import Batches, at_once
 from minidistill.training.log import format_table
 from minidistill.training.memory import on_device
 from minidistill.training.run_folder import RunFolder
@@ -91,9 +91,10 @@ class Comparison:
     def _pictures(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
         settings = {"steps": STEPS, "guidance": self.guidance, "seed": SEED, "height": self.height, "width": self.width}
         with on_device(self.batches.resting, pipe.device):
+            few = at_once(self.batches.size)
             with self.autocast:
-                latents = pipe(captions, batch_size=16, output="latents", **settings)
-            return pipe.decode(latents)
+                latents = pipe(captions, batch_size=2 * few, output="latents", **settings)
+            return pipe.decode(latents, few)
 
     def _save(self, step: int, row: list[Image.Image]) -> None:
         self.teacher_row = self.teacher_row or self._pictures(self.teacher, self.captions)

@@ -28,6 +28,7 @@ from minidistill.training.seeds import generator_for
 
 VAE = AutoencoderKL | AutoencoderTiny
 
+SMALL = 64  # pixels: pictures of this side go through the VAE together, larger ones alone: 8 of 512 would take 6 GiB
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
 
 
@@ -242,14 +243,22 @@ def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int
 
 
 def encode_samples(
-    samples: Iterable[Sample], vae: VAE, flip: bool, batch_size: int = 8
+    samples: Iterable[Sample], vae: VAE, flip: bool, batch_size: int | None = None
 ) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
-    """(samples, posterior means, deviations) of one batch after the other; (n, 1 or 2, C, h, w), as in Latents."""
+    """(samples, posterior means, deviations) of one batch after the other; (n, 1 or 2, C, h, w), as in Latents.
+
+    batch_size: pictures that are encoded at once; None: `at_once`.
+    """
     samples = iter(samples)
-    while chosen := list(islice(samples, batch_size)):
-        sides = [_encode(vae, chosen, [side] * len(chosen)) for side in ((False, True) if flip else (False,))]
+    while chosen := list(islice(samples, batch_size or 8)):
+        sides = [_encode(vae, chosen, [s] * len(chosen), batch_size) for s in ((False, True) if flip else (False,))]
         mean, std = (torch.stack(parts, dim=1) for parts in zip(*sides, strict=True))
         yield chosen, mean, std
+
+
+def at_once(size: tuple[int, int]) -> int:
+    """How many pictures of (width, height) pixels go through the VAE at a time."""
+    return 8 if max(size) <= SMALL else 1
 
 
 def _draw(count: int, seed: int, what: str, n: int) -> int:
@@ -264,11 +273,15 @@ def _sample(data: Captioned, i: int) -> Sample:
 
 
 @torch.no_grad()
-def _encode(vae: VAE, samples: Sequence[Sample], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Posterior mean and deviation (B, C, h, w), unscaled, float32 on the CPU."""
+def _encode(
+    vae: VAE, samples: Sequence[Sample], flipped: Sequence[bool], batch_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Posterior mean and deviation (B, C, h, w), unscaled, float32 on the CPU. batch_size: as in `encode_samples`."""
     pictures = [ImageOps.mirror(s.picture) if flip else s.picture for s, flip in zip(samples, flipped, strict=True)]
     weight = next(vae.parameters())
-    mean, logvar = vae.encode(to_pixels(pictures).to(weight))
+    few = to_pixels(pictures).split(batch_size or at_once(pictures[0].size))
+    encoded = [vae.encode(pixels.to(weight)) for pixels in few]
+    mean, logvar = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     mean, std = mean.float().cpu(), posterior_std(logvar).float().cpu()
     for sample, finite in zip(samples, (mean + std).flatten(1).isfinite().all(1).tolist(), strict=True):
         if not finite:

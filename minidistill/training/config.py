@@ -47,6 +47,7 @@ def option(
     help: str,
     choices: Collection[str] | None = None,
     minimum: float | None = None,
+    maximum: float | None = None,
     positional: bool = False,
 ) -> Any:
     """One setting of a config dataclass.
@@ -54,10 +55,10 @@ def option(
     Args:
         default: REQUIRED if there is none.
         choices: the only words allowed.
-        minimum: the smallest number allowed.
+        minimum, maximum: the smallest and the largest number allowed.
         positional: a word without dashes, as SOURCE in `convert SOURCE DEST`.
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
@@ -155,7 +156,7 @@ def _build_parser(config_class: type, presets: Presets, prog: str, description: 
         argument_default=argparse.SUPPRESS,  # so that the namespace holds only what was given
     )
     if presets:
-        convert = _converter("--preset", str, list(presets), None)
+        convert = _converter("--preset", str, list(presets))
         text = "start from the settings of a preset (below)"
         parser.add_argument("--preset", type=convert, metavar="NAME", help=text)
     hints = typing.get_type_hints(config_class)
@@ -177,7 +178,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
     metavar = "|".join(info["choices"]) if info["choices"] else METAVARS[kind] + (",..." if is_tuple else "")
     required = field.default is REQUIRED
     text += " (required)" if required else f" (default: {_show(field.default)})".replace("%", "%%")
-    convert = _converter(flag, hint, info["choices"], info["minimum"])
+    convert = _converter(flag, hint, info["choices"], info["minimum"], info["maximum"])
     if info["positional"]:
         parser.add_argument(flag, type=convert, nargs=None if required else "?", metavar=flag.upper(), help=text)
     else:
@@ -208,7 +209,9 @@ def _item_type(hint: Any, name: str = "") -> tuple[type, bool]:
     return kind, is_tuple
 
 
-def _converter(flag: str, hint: Any, choices: Collection[str] | None, minimum: float | None) -> Callable[[str], Any]:
+def _converter(
+    flag: str, hint: Any, choices: Collection[str] | None, minimum: float | None = None, maximum: float | None = None
+) -> Callable[[str], Any]:
     """A function text -> value of the type `hint`, that refuses with a line naming the flag."""
     kind, is_tuple = _item_type(hint)
     optional = type(None) in typing.get_args(hint)
@@ -218,12 +221,16 @@ def _converter(flag: str, hint: Any, choices: Collection[str] | None, minimum: f
             value = kind(text)
         except ValueError:
             value = math.nan
+        if kind is int and abs(value) > sys.maxsize:  # more than a tensor, a length or a generator takes
+            raise InputError(f"{flag} takes a whole number of at most 63 bits, not {text}")
         if kind is not str and not math.isfinite(value):
             raise InputError(f"{flag} takes {NOUNS[kind]}, not '{text}'")
         if choices and value not in choices:
             raise InputError(f"{flag} takes {', '.join(choices)}, not '{text}'{_did_you_mean(text, choices)}")
         if minimum is not None and value < minimum:
             raise InputError(f"{flag} must be at least {_show(minimum)}, not {text}")
+        if maximum is not None and value > maximum:
+            raise InputError(f"{flag} must be at most {_show(maximum)}, not {text}")
         return value
 
     def convert(text: str) -> Any:
@@ -297,4 +304,4 @@ def _how_to_go_on(config: Any, prog: str) -> str:
     out = getattr(config, "out", None)
     if hasattr(config, "resume") and out and (Path(out) / "config.json").is_file():
         return f"To go on from the last checkpoint: {prog} --out {shlex.quote(str(out))} --resume"
-    return "Nothing can be resumed: run the same command again."
+    return "To go on, or to start again if nothing was kept: run the same command again."

@@ -14,6 +14,7 @@ class EMA:
     away and never moves.
 
     Args:
+        decay: 0 holds nothing: the average is the weights themselves.
         ramp: d at update n (from 0) is min(decay, (1 + n) / (10 + n)), so that the first weights, random or
             just pruned, are forgotten quickly, and short runs get an average of fitting length.
         device: where the shadow lives, e.g. "cpu" to spare GPU memory; default: beside the weights.
@@ -29,7 +30,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
         self.decay, self.ramp, self.updates = decay, ramp, 0
-        self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad and decay > 0}
         self.shadow = {
             name: p.detach().to(device=device or p.device, dtype=torch.float32, copy=True)
             for name, p in self._weights.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from minidistill.data import cache
 from minidistill.data.cache import LatentCache
 from minidistill.data.scenes import SIDE, Scenes
@@ -10,12 +12,26 @@ from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Captioned
 
 
-def check_shares(ema_decay: float | None, caption_dropout: float) -> None:
-    """InputError: a number that is no share, which no flag's minimum can refuse."""
-    if ema_decay is not None and ema_decay >= 1:
-        raise InputError(f"--ema-decay must be below 1, not {ema_decay:g}: the average would never move")
-    if caption_dropout > 1:
-        raise InputError(f"--caption-dropout is a share of the samples, 0 to 1, not {caption_dropout:g}")
+class Training(Protocol):
+    """Settings that every training has."""
+
+    data: str
+    flip: bool
+    max_grad_norm: float | None
+    ema_decay: float | None
+    caption_dropout: float
+
+
+def check_training(config: Training) -> None:
+    """InputError: settings that no flag's minimum can refuse."""
+    if config.ema_decay is not None and config.ema_decay >= 1:
+        raise InputError(f"--ema-decay must be below 1, not {config.ema_decay:g}: the average would never move")
+    if config.caption_dropout > 1:
+        raise InputError(f"--caption-dropout is a share of the samples, 0 to 1, not {config.caption_dropout:g}")
+    if config.max_grad_norm == 0:
+        raise InputError("--max-grad-norm must be above 0, or nothing trains; none leaves gradients as they are")
+    if config.flip and config.data == "scenes":
+        raise InputError("--flip: the captions of scenes say left and right; give --data a folder, or --no-flip")
 
 
 def check_weights(pipe: Pipeline, source: str) -> None:

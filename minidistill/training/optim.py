@@ -137,7 +137,7 @@ def get_dtype(name: str, device: torch.device, flag: str = "--precision") -> tor
 
 
 class NonFiniteLoss(InputError):
-    """The loss became nan or infinite: the run cannot go on with these settings."""
+    """The loss, or what the model draws, became nan or infinite: the run cannot go on with these settings."""
 
 
 def check_finite(loss: Tensor, step: int, t: Tensor, what: str = "loss") -> None:

@@ -38,7 +38,6 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "device",
-    "workers",
     "push_to_hub",
     "private",
 )
@@ -115,9 +114,9 @@ class RunFolder:
         """Where the strip of a step is, or will be."""
         return self.samples / f"step-{step:06d}.png"
 
-    def last_strip(self) -> Path:
-        """The newest strip there is."""
-        return max(self.samples.glob("step-*.png"), key=_step_of)
+    def last_strip(self, step: int) -> Path:
+        """The newest strip up to a step: there may be later ones, of a run that has gone back and ended earlier."""
+        return max((path for path in self.samples.glob("step-*.png") if _step_of(path) <= step), key=_step_of)
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
         """Write checkpoints/step-NNNNNN (contents: state.pack), then delete all but the last `keep`."""

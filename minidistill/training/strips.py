@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.errors import InputError
+from minidistill.training.optim import NonFiniteLoss
 from minidistill.weights.files import atomic_path
 
 CELL, GAP, LABEL = 128, 6, 92  # pixels: picture, space, row label
@@ -45,9 +46,9 @@ def save_strip(
 
 @contextlib.contextmanager
 def drawing(model: str) -> Iterator[None]:
-    """Around the drawing of a strip: an InputError also says whose pictures failed, and what may have led to it."""
+    """Around the drawing of a strip: an InputError becomes one that says whose pictures failed, and why that may be."""
     try:
         yield
     except InputError as error:
         hint = "if it did before, start again with a lower --learning-rate"
-        raise InputError(f"{model} makes no pictures: {error}; {hint}") from error
+        raise NonFiniteLoss(f"{model} makes no pictures: {error}; {hint}") from error
