@@ -26,7 +26,7 @@ from minidistill.data.cache import CacheKey, LatentCache
 from minidistill.data.folders import ImageFolder, Sample, scan
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
-from minidistill.training.batches import encode_samples
+from minidistill.training.batches import SMALL, at_once, encode_samples
 from minidistill.training.config import REQUIRED, option, run_command
 from minidistill.training.inputs import resolution_for
 from minidistill.training.optim import PRECISIONS, get_device, get_dtype
@@ -45,7 +45,12 @@ class CacheConfig:
     store: str = option(
         "fp32", "on the disk; fp16 halves it, fp32 trains bit for bit as without", choices=("fp32", "fp16")
     )
-    batch_size: int = option(8, "pictures encoded at once; the last bits of latents may depend on it", minimum=1)
+    batch_size: int | None = option(
+        None,
+        f"pictures encoded at once; the last bits of latents may depend on it; none: as training does, "
+        f"{at_once((SMALL, SMALL))} of up to {SMALL} pixels, larger ones alone",
+        minimum=1,
+    )
     shard: int = option(1024, "examples in a file", minimum=1)
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("fp32", "of the VAE; several overflow in fp16", choices=PRECISIONS)
@@ -59,11 +64,15 @@ def main(config: CacheConfig) -> None:
     if config.scan_only:
         print(scan(config.data, config.resolution).summary())
         return
-    check_settings(config)
+    if not config.out:
+        raise InputError("--out is required: folder of the cache")
     device = get_device(config.device)
     dtype = get_dtype(config.precision, device)
     pipe = load_pipeline(config.model)
     resolution = resolution_for(pipe, config.resolution, config.model)
+    batch_size = config.batch_size or at_once((resolution, resolution))
+    if config.shard % batch_size:
+        raise InputError(f"--shard {config.shard} must be a multiple of --batch-size {batch_size}")
     key = CacheKey(
         resolution=resolution,
         crop="center",
@@ -80,21 +89,13 @@ def main(config: CacheConfig) -> None:
     done = begin(out, key, config, folder)
     if done < len(folder):
         pipe.vae.to(device, dtype)
-        write_latents(out, key, folder, pipe, done, config.batch_size)
+        write_latents(out, key, folder, pipe, done, batch_size)
     index = cache.read_index(out)
     if not index["complete"]:
         cache.write_index(out, {**index, "model": config.model, "complete": True})
     if config.text_states:
-        write_text_states(out, pipe, device, config.batch_size)
+        write_text_states(out, pipe, device, config.batch_size or 8)
     print(LatentCache(out).summary())
-
-
-def check_settings(config: CacheConfig) -> None:
-    """Refuse what no single flag can."""
-    if not config.out:
-        raise InputError("--out is required: folder of the cache")
-    if config.shard % config.batch_size:
-        raise InputError(f"--shard {config.shard} must be a multiple of --batch-size {config.batch_size}")
 
 
 def begin(out: Path, key: CacheKey, config: CacheConfig, folder: ImageFolder) -> int:

@@ -137,7 +137,7 @@ def main(config: Config) -> None:
     warn_if_distilled(pipe)
     config = resolve(config, pipe)
     data = open_data(config.data, config.resolution, Scenes("train", length=config.pictures))
-    settings = dataclasses.asdict(config)
+    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same pictures only
     run = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)

@@ -212,7 +212,8 @@ def main(config: Config) -> None:
     optimizer = adamw(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     ema = EMA(student, config.ema_decay)
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
-    run = RunFolder.find(config.out, dataclasses.asdict(config), config.resume)
+    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same pictures only
+    run = RunFolder.find(config.out, settings, config.resume)
     describe(config, pipe, removal)
     if config.dry_run:
         print(dry_run(config, pipe, removal, pairs, config.image_free or len(data)))
@@ -220,7 +221,7 @@ def main(config: Config) -> None:
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)
     batches = open_batches(config, data, pipe)
-    run.begin(dataclasses.asdict(config))
+    run.begin(settings)
     start = run.restore(parts)
 
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
@@ -269,7 +270,7 @@ def main(config: Config) -> None:
         comparison.measure("student after", config.steps)
         comparison.student.save(run.path / "student")
     draw_curves(run.metrics, run.curves)
-    folder, settings = run.path / "student", dataclasses.asdict(config)
+    folder = run.path / "student"
     write_card(folder, "student", settings, comparison.results, run.last_strip(config.steps), config.push_to_hub)
     print(f"\n{comparison.table()}\n")
     print(f"student   {folder}\npictures  {run.last_strip(config.steps)}\ncurves    {run.curves}")

@@ -144,7 +144,7 @@ def test_the_run_folder_holds_what_it_should(finished):
 
 def test_config_json_has_every_setting_and_nothing_left_open(finished):
     config = json.loads((finished[0] / "config.json").read_text())
-    assert config.keys() == {field.name for field in fields(train_kd.Config)}
+    assert config.keys() == {field.name for field in fields(train_kd.Config)} | {"examples"}
     assert (config["steps"], config["batch_size"], config["loss_weights"]) == (4, 4, [1, 0.5, 0.25])
     assert (config["resolution"], config["pairing"]) == (32, "nota")
     assert config["remove"] == list(RECIPES["bk-small"].remove)
@@ -341,6 +341,23 @@ def test_a_run_is_not_gone_on_with_under_other_settings_nor_written_over(train, 
         assert train(plain, *flags) == 2
         assert reason in capsys.readouterr().err
     assert {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", ["picture", "caption"])
+def test_a_run_is_not_gone_on_with_on_other_pictures(plain, pictures, tmp_path, capsys, change):
+    run, data = shutil.copytree(plain, tmp_path / "run"), shutil.copytree(pictures, tmp_path / "data")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "data": str(data)}))
+    assert command("--out", run, "--resume") == 0
+    captions = data / "metadata.jsonl"
+    if change == "picture":
+        shutil.copyfile(data / "0.png", data / "new.png")
+        captions.write_text(captions.read_text() + '{"file_name": "new.png", "text": "one more"}\n')
+    else:
+        captions.write_text(captions.read_text().replace(CAPTIONS[0], "another"))
+    assert command("--out", run, "--resume") == 2
+    told = capsys.readouterr().err
+    assert f'examples "{10 + (change == "picture")} pictures, ' in told and '(was "10 pictures, ' in told
 
 
 # refusals

@@ -39,6 +39,8 @@ class Captioned(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]: ...
 
+    def fingerprint(self) -> str: ...
+
 
 class Batch(NamedTuple):
     """One micro-batch, on the U-Net's device."""

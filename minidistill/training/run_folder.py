@@ -191,7 +191,7 @@ def _check_same_run(
     if refused := [describe(name) for name in changed if name not in may_change]:
         raise InputError(
             f"cannot go on with {out} under other settings: {', '.join(refused)}; "
-            "leave these flags out, or start anew in another --out"
+            "give it the same flags and pictures, or start anew in another --out"
         )
     for name in changed:
         print(f"going on with {describe(name)}", flush=True)

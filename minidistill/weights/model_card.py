@@ -50,7 +50,7 @@ MEASURES = {
 
 # Settings that say nothing about the model, or are told elsewhere.
 NOT_TOLD = ("out", "resume", "device", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
-NOT_TOLD += ("judged", "push_to_hub", "private")
+NOT_TOLD += ("judged", "push_to_hub", "private", "examples")
 PATHS = ("teacher", "model", "data")
 
 
