@@ -48,6 +48,8 @@ class Comparison:
         """
         self.run, self.teacher, self.batches, self.judged = run, copy.copy(teacher), batches, judged
         self.guidance, self.autocast = guidance, autocast
+        for network in batches.resting:  # from now on they are needed for pictures only, which fetch them
+            network.to("cpu")
         self.student = copy.copy(teacher)
         self.student.unet = student
         self.width, self.height = batches.size
