@@ -29,6 +29,8 @@ from minidistill.errors import InputError
 from minidistill.models.unet import SD15, SD21, SDXL, UNet, count_macs, macs_by_module
 from minidistill.weights import folders
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEACHERS = {"sd15": SD15, "sd21": SD21}
 SIZES = {  # the student's parameters, its tensors
     ("sd15", "bk-base"): (579_384_964, 442),
