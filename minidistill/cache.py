@@ -26,7 +26,7 @@ from minidistill.data.cache import CacheKey, LatentCache
 from minidistill.data.folders import ImageFolder, Sample, scan
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
-from minidistill.training.batches import SMALL, at_once, encode_samples
+from minidistill.training.batches import SMALL, TOGETHER, at_once, encode_samples
 from minidistill.training.config import REQUIRED, option, run_command
 from minidistill.training.inputs import resolution_for
 from minidistill.training.optim import PRECISIONS, get_device, get_dtype
@@ -48,7 +48,7 @@ class CacheConfig:
     batch_size: int | None = option(
         None,
         f"pictures encoded at once; the last bits of latents may depend on it; none: as training does, "
-        f"{at_once((SMALL, SMALL))} of up to {SMALL} pixels, larger ones alone",
+        f"{TOGETHER} of up to {SMALL} pixels, larger ones alone",
         minimum=1,
     )
     shard: int = option(1024, "examples in a file", minimum=1)
@@ -94,7 +94,7 @@ def main(config: CacheConfig) -> None:
     if not index["complete"]:
         cache.write_index(out, {**index, "model": config.model, "complete": True})
     if config.text_states:
-        write_text_states(out, pipe, device, config.batch_size or 8)
+        write_text_states(out, pipe, device, config.batch_size or TOGETHER)
     print(LatentCache(out).summary())
 
 

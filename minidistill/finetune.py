@@ -27,7 +27,7 @@ from minidistill.errors import InputError
 from minidistill.metrics.scene_judge import score
 from minidistill.models import lora
 from minidistill.pipeline import Pipeline, load_pipeline
-from minidistill.training.batches import Batch, Batches, at_once
+from minidistill.training.batches import Batch, Batches
 from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
@@ -46,7 +46,7 @@ from minidistill.training.optim import (
 )
 from minidistill.training.run_folder import RunFolder
 from minidistill.training.seeds import generator_for
-from minidistill.training.strips import drawing, save_strip
+from minidistill.training.strips import draw, drawing, save_strip
 from minidistill.weights.files import read_json, write_json
 from minidistill.weights.lora_files import write_lora
 from minidistill.weights.model_card import CARD, STRIP, public_name, write_card
@@ -261,9 +261,7 @@ class Show:
         """A picture of each caption, with the model's own steps and guidance."""
         side = self.config.resolution
         with on_device(self.resting, self.pipe.device):
-            few = at_once((side, side))
-            latents = self.pipe(captions, seed=SEED, height=side, width=side, batch_size=2 * few, output="latents")
-            return self.pipe.decode(latents, few)
+            return draw(self.pipe, captions, (side, side), SEED)
 
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png."""

@@ -102,6 +102,17 @@ def save_pictures(folder, captions_in: str = "jsonl") -> None:
         (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{n},{c}\n" for n, c in rows))
 
 
+def counting_pipe():
+    """A pipeline that draws nothing, and the list of how many latents it was asked to decode at a time."""
+
+    def pipe(captions, batch_size, **_):
+        return torch.zeros(len(captions), 4, 8, 8)
+
+    found, pipe.device = [], torch.device("cpu")
+    pipe.decode = lambda latents, batch_size: found.append(batch_size)
+    return pipe, found
+
+
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory):
     """A pipeline folder, as diffusers saves it; not to be changed."""

@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS
+from conftest import CAPTIONS, counting_pipe
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_sdxl
@@ -335,11 +335,7 @@ def test_scenes_are_judged(train, tmp_path):
 
 
 def test_large_pictures_are_drawn_one_by_one():
-    def pipe(captions, batch_size, **_):
-        return torch.zeros(len(captions), 4, 8, 8)
-
-    found, pipe.device = [], torch.device("cpu")
-    pipe.decode = lambda latents, batch_size: found.append(batch_size)
+    pipe, found = counting_pipe()
     for side in (64, 512):
         show = SimpleNamespace(config=finetune.Config(resolution=side), pipe=pipe, resting=[])
         finetune.Show.draw(show, CAPTIONS)

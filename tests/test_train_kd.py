@@ -20,7 +20,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, save_pictures, save_tiny_sd1
+from conftest import CAPTIONS, counting_pipe, save_pictures, save_tiny_sd1
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -528,14 +528,10 @@ def test_a_dry_run_makes_no_repository_counts_latents_and_takes_a_gpu_for_one_wi
 
 
 def test_large_pictures_are_drawn_one_by_one():
-    def pipe(captions, batch_size, **_):
-        return torch.zeros(len(captions), 4, 8, 8)
-
-    found, pipe.device = [], torch.device("cpu")
-    pipe.decode = lambda latents, batch_size: found.append(batch_size)
+    pipe, found = counting_pipe()
     for side in (64, 512):
         batches = SimpleNamespace(size=(side, side), resting=[])
-        drawn = SimpleNamespace(guidance=4, height=side, width=side, batches=batches, autocast=nullcontext())
+        drawn = SimpleNamespace(guidance=4, batches=batches, autocast=nullcontext())
         comparison.Comparison._pictures(drawn, pipe, CAPTIONS)
     assert found == [8, 1]
 

@@ -17,11 +17,11 @@ from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
 from minidistill.metrics.scene_judge import score
 from minidistill.models.unet import UNet, count_macs
 from minidistill.pipeline import Pipeline
-from minidistill.training.batches import Batches, at_once
+from minidistill.training.batches import Batches
 from minidistill.training.log import format_table
 from minidistill.training.memory import on_device
 from minidistill.training.run_folder import RunFolder
-from minidistill.training.strips import drawing, save_strip
+from minidistill.training.strips import draw, drawing, save_strip
 from minidistill.weights.files import read_json, write_json
 
 SHOWN = 8  # pictures in a strip
@@ -52,7 +52,6 @@ class Comparison:
             network.to("cpu")
         self.student = copy.copy(teacher)
         self.student.unet = student
-        self.width, self.height = batches.size
         self.captions = held_out_captions(SHOWN) if judged else batches.captions(SHOWN)
         self.probes: list[Probe] = []
         self.teacher_row: list[Image.Image] = []
@@ -91,12 +90,8 @@ class Comparison:
         return format_table(rows)
 
     def _pictures(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
-        settings = {"steps": STEPS, "guidance": self.guidance, "seed": SEED, "height": self.height, "width": self.width}
         with on_device(self.batches.resting, pipe.device):
-            few = at_once(self.batches.size)
-            with self.autocast:
-                latents = pipe(captions, batch_size=2 * few, output="latents", **settings)
-            return pipe.decode(latents, few)
+            return draw(pipe, captions, self.batches.size, SEED, STEPS, self.guidance, self.autocast)
 
     def _save(self, step: int, row: list[Image.Image]) -> None:
         self.teacher_row = self.teacher_row or self._pictures(self.teacher, self.captions)

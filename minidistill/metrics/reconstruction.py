@@ -6,13 +6,11 @@ import torch
 
 from minidistill.data.scenes import Scenes
 from minidistill.metrics.scene_judge import judge
-from minidistill.models.taesd import AutoencoderTiny
-from minidistill.models.vae import AutoencoderKL
-from minidistill.training.batches import to_pixels
+from minidistill.training.batches import VAE, to_pixels
 
 
 @torch.no_grad()
-def evaluate_vae(vae: AutoencoderKL | AutoencoderTiny, count: int) -> dict[str, float]:
+def evaluate_vae(vae: VAE, count: int) -> dict[str, float]:
     """On held-out scenes: PSNR in dB, on all and on plain grounds (if any are), and the share judged all right."""
     data = Scenes("test", length=count)
     psnr, right = [], []

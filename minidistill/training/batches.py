@@ -28,7 +28,7 @@ from minidistill.training.seeds import generator_for
 
 VAE = AutoencoderKL | AutoencoderTiny
 
-SMALL = 64  # pixels: pictures of this side go through the VAE together, larger ones alone: 8 of 512 would take 6 GiB
+SMALL, TOGETHER = 64, 8  # pictures of so many pixels go through the VAE so many at once, larger ones alone (6 GiB else)
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
 
 
@@ -252,7 +252,7 @@ def encode_samples(
     batch_size: pictures that are encoded at once; None: `at_once`.
     """
     samples = iter(samples)
-    while chosen := list(islice(samples, batch_size or 8)):
+    while chosen := list(islice(samples, batch_size or TOGETHER)):
         sides = [_encode(vae, chosen, [s] * len(chosen), batch_size) for s in ((False, True) if flip else (False,))]
         mean, std = (torch.stack(parts, dim=1) for parts in zip(*sides, strict=True))
         yield chosen, mean, std
@@ -260,7 +260,7 @@ def encode_samples(
 
 def at_once(size: tuple[int, int]) -> int:
     """How many pictures of (width, height) pixels go through the VAE at a time."""
-    return 8 if max(size) <= SMALL else 1
+    return TOGETHER if max(size) <= SMALL else 1
 
 
 def _draw(count: int, seed: int, what: str, n: int) -> int:

@@ -10,11 +10,34 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.errors import InputError
+from minidistill.pipeline import Pipeline
+from minidistill.training.batches import at_once
 from minidistill.training.optim import NonFiniteLoss
 from minidistill.weights.files import atomic_path
 
 CELL, GAP, LABEL = 128, 6, 92  # pixels: picture, space, row label
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def draw(
+    pipe: Pipeline,
+    captions: Sequence[str],
+    size: tuple[int, int],
+    seed: int,
+    steps: int | None = None,
+    guidance: float | None = None,
+    autocast: contextlib.AbstractContextManager | None = None,
+) -> list[Image.Image]:
+    """A picture of each caption, few at a time where they are large.
+
+    size: (width, height) in pixels. steps, guidance: None takes the model's own. autocast: the precision that latents
+    are sampled in; the VAE keeps its own.
+    """
+    few, (width, height) = at_once(size), size
+    settings = {"steps": steps, "guidance": guidance, "seed": seed, "height": height, "width": width}
+    with autocast or contextlib.nullcontext():
+        latents = pipe(captions, batch_size=2 * few, output="latents", **settings)
+    return pipe.decode(latents, few)
 
 
 def save_strip(
