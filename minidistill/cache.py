@@ -21,13 +21,13 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from minidistill.cli import REQUIRED, option, run_command
 from minidistill.data import cache
 from minidistill.data.cache import CacheKey, LatentCache
 from minidistill.data.folders import ImageFolder, Sample, scan
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
 from minidistill.training.batches import SMALL, TOGETHER, at_once, encode_samples
-from minidistill.training.config import REQUIRED, option, run_command
 from minidistill.training.inputs import resolution_for
 from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 
@@ -47,7 +47,7 @@ class CacheConfig:
     )
     batch_size: int | None = option(
         None,
-        f"pictures encoded at once; the last bits of latents may depend on it; none: as training does, "
+        f"images encoded at once; the last bits of latents may depend on it; none: as training does, "
         f"{TOGETHER} of up to {SMALL} pixels, larger ones alone",
         minimum=1,
     )
@@ -125,11 +125,11 @@ def begin(out: Path, key: CacheKey, config: CacheConfig, folder: ImageFolder) ->
 def write_latents(out: Path, key: CacheKey, folder: ImageFolder, pipe: Pipeline, done: int, batch_size: int) -> None:
     """Write all shards from example `done` on."""
     samples = read_ahead(folder.sample, range(done, len(folder)), 2 * batch_size)
-    with tqdm(total=len(folder), initial=done, desc="encoding pictures", unit="", disable=None) as bar:
+    with tqdm(total=len(folder), initial=done, desc="encoding images", unit="", disable=None) as bar:
         for number in range(done // key.shard, -(-len(folder) // key.shard)):
             facts, means, stds = [], [], []
             for chosen, mean, std in encode_samples(islice(samples, key.shard), pipe.vae, key.flip, batch_size):
-                facts += [sample._replace(picture=None) for sample in chosen]  # a shard of pictures fills the memory
+                facts += [sample._replace(image=None) for sample in chosen]  # a shard of images fills the memory
                 means.append(mean)
                 stds.append(std)
                 bar.update(len(chosen))

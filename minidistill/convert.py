@@ -17,17 +17,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from minidistill.cli import REQUIRED, option, run_command
+from minidistill.diffusion.sampling import sampling_metadata
 from minidistill.errors import InputError
-from minidistill.training.config import REQUIRED, option, run_command
-from minidistill.training.optim import PRECISIONS
-from minidistill.weights.files import existing_file, write_safetensors
-from minidistill.weights.folders import find_model, save_unet
-from minidistill.weights.header import UNET, prediction_entry
-from minidistill.weights.ldm import to_ldm_unet
-from minidistill.weights.lora_files import FORMS, rewrite_lora
-from minidistill.weights.sampling import sampling_metadata
-from minidistill.weights.single_file import marks, write_single_file
-from minidistill.weights.sources import (
+from minidistill.interop.header import UNET, prediction_entry
+from minidistill.interop.ldm import to_ldm_unet
+from minidistill.interop.lora_files import FORMS, rewrite_lora
+from minidistill.interop.single_file import marks, write_single_file
+from minidistill.interop.sources import (
     is_unet_alone,
     load_parts,
     load_unet,
@@ -37,6 +34,9 @@ from minidistill.weights.sources import (
     schedule_of,
     with_scales,
 )
+from minidistill.training.optim import PRECISIONS
+from minidistill.weights.files import existing_file, write_safetensors
+from minidistill.weights.folders import find_model, save_unet
 
 LAYOUTS = ("folder", "single-file", *FORMS)
 

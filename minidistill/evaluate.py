@@ -1,7 +1,7 @@
-"""Judge a model's pictures of held-out scenes: python -m minidistill.evaluate --model SOURCE
+"""Judge a model's images of held-out scenes: python -m minidistill.evaluate --model SOURCE
 
-The judge looks at each picture and says which of the attributes in its caption hold (`metrics/scene_judge.py`). Picture
-number i is always made of the same caption and the same noise, so that two models compare picture by picture.
+The judge looks at each image and says which of the attributes in its caption hold (`metrics/scene_judge.py`). Image
+number i is always made of the same caption and the same noise, so that two models compare image by image.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pathlib import Path
 
 from huggingface_hub.utils import tqdm
 
-from minidistill.data.scenes import SIDE, held_out_captions
+from minidistill.cli import option, run_command
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_scores, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
-from minidistill.metrics.scene_judge import judge, score_verdicts
+from minidistill.miniature.judge import judge, score_verdicts
+from minidistill.miniature.scenes import SIDE, held_out_captions
 from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, load_pipeline
-from minidistill.training.config import option, run_command
+from minidistill.report import save_image_grid
 from minidistill.training.log import format_table
 from minidistill.training.optim import get_device
-from minidistill.training.strips import save_strip
 from minidistill.weights import folders
 from minidistill.weights.files import write_json
 
@@ -36,11 +36,11 @@ class Config:
         None, f"scale of classifier-free guidance; 1: off; none: the model's own, else {GUIDANCE:g}"
     )
     seed: int = option(0, "decides the noise")
-    batch_size: int = option(16, "pictures at a time; the result does not depend on it", minimum=1)
+    batch_size: int = option(16, "images at a time; the result does not depend on it", minimum=1)
     parts: bool = option(False, "also judge the VAE's reconstructions and, where the folder has a clip/, its retrieval")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     out: str | None = option(None, "write the numbers to this JSON file")
-    strip: str | None = option(None, "write the first 16 pictures, with their captions, to this PNG file")
+    grid: str | None = option(None, "write the first 16 images, with their captions, to this PNG file")
 
 
 def main(config: Config) -> None:
@@ -48,17 +48,17 @@ def main(config: Config) -> None:
     pipe = load_pipeline(config.model, get_device(config.device))
     if pipe.trained_size() != (SIDE, SIDE):
         raise InputError(
-            f"{config.model} draws {pipe.trained_size()} pictures; the judge reads {SIDE}x{SIDE} scenes only"
+            f"{config.model} draws {pipe.trained_size()} images; the judge reads {SIDE}x{SIDE} scenes only"
         )
     folder = folders.find_model(config.model)
     captions = held_out_captions(config.samples)
     verdicts, shown, similarity = [], [], []
     clip = folders.load_clip(folder) if (folder / "clip").is_dir() else None
     begin = time.perf_counter()
-    with tqdm(total=len(captions), desc="drawing", unit="picture", disable=None) as bar:
+    with tqdm(total=len(captions), desc="drawing", unit="image", disable=None) as bar:
         for start in range(0, len(captions), config.batch_size):
             some = captions[start : start + config.batch_size]
-            pictures = pipe(
+            images = pipe(
                 some,
                 steps=config.steps,
                 guidance=config.guidance,
@@ -67,10 +67,10 @@ def main(config: Config) -> None:
                 first_index=start,
                 batch_size=config.batch_size,
             )
-            verdicts += [judge(picture, caption) for picture, caption in zip(pictures, some, strict=True)]
-            shown += pictures[: max(0, 16 - start)]
+            verdicts += [judge(image, caption) for image, caption in zip(images, some, strict=True)]
+            shown += images[: max(0, 16 - start)]
             if clip:
-                similarity += clip_scores(clip, pipe.tokenizers[0], pictures, some).diagonal().tolist()
+                similarity += clip_scores(clip, pipe.tokenizers[0], images, some).diagonal().tolist()
             bar.update(len(some))
     seconds = time.perf_counter() - begin
 
@@ -89,8 +89,8 @@ def main(config: Config) -> None:
             print(f"{name}: {results[name]}")
     if config.out:
         write_json(config.out, results)
-    if config.strip:
-        save_strip(Path(config.strip), [shown], captions[: len(shown)])
+    if config.grid:
+        save_image_grid(Path(config.grid), [shown], captions[: len(shown)])
 
 
 if __name__ == "__main__":

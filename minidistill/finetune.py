@@ -1,4 +1,4 @@
-"""Train a model further on captioned pictures: all its weights, or a LoRA beside them.
+"""Train a model further on captioned images: all its weights, or a LoRA beside them.
 
     python -m minidistill.finetune                      the miniature on a CPU, offline
     python -m minidistill.finetune --model DIR --data DIR --lora-rank 16 --device cuda --precision bf16
@@ -20,20 +20,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidistill.data.scenes import Scenes, held_out_captions
+from minidistill.cli import option, run_command
+from minidistill.diffusion.noise import generator_for
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill.kd import mean_square
 from minidistill.errors import InputError
-from minidistill.metrics.scene_judge import score
+from minidistill.interop.lora_files import write_lora
+from minidistill.interop.model_card import CARD, GRID, public_name, write_card
+from minidistill.interop.publish import open_repo, push
+from minidistill.metrics.cost import on_device
+from minidistill.miniature.judge import score
+from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.models import lora
 from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.report import draw, drawing, save_image_grid
 from minidistill.training.batches import Batch, Batches
-from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
-from minidistill.training.memory import on_device
 from minidistill.training.optim import (
     PRECISIONS,
     SCHEDULES,
@@ -45,14 +50,9 @@ from minidistill.training.optim import (
     optimizer_step,
 )
 from minidistill.training.run_folder import RunFolder
-from minidistill.training.seeds import generator_for
-from minidistill.training.strips import draw, drawing, save_strip
 from minidistill.weights.files import read_json, write_json
-from minidistill.weights.lora_files import write_lora
-from minidistill.weights.model_card import CARD, STRIP, public_name, write_card
-from minidistill.weights.publish import open_repo, push
 
-SHOWN, SEED = 8, 0  # pictures in a strip, and of their noise
+SHOWN, SEED = 8, 0  # images in a grid, and of their noise
 LORA_TARGETS = {  # layers of the U-Net, of the text encoders
     "attention": (lora.ATTENTION, lora.TEXT_ATTENTION),
     "all": (lora.ALL, lora.TEXT_ALL),
@@ -64,9 +64,9 @@ LORA_FILES = {"kohya": "lora.safetensors", "peft": "lora_peft.safetensors"}
 class Config:
     model: str = option("miniature", "SOURCE to start from: a model folder, a Hub id, a single file, or miniature")
     data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
-    pictures: int = option(4096, "how many scenes to train on", minimum=1)
+    images: int = option(4096, "how many scenes to train on", minimum=1)
     resolution: int | None = option(None, "pixels to train at; none takes the model's own", minimum=8)
-    flip: bool = option(False, "show every other picture as its mirror image; not where captions say left and right")
+    flip: bool = option(False, "show every other image as its mirror image; not where captions say left and right")
     lora_rank: int | None = option(None, "train a LoRA of this rank, not the weights; none trains them", minimum=1)
     lora_alpha: float | None = option(
         None, "the LoRA's addition counts alpha / rank; none takes the rank, so that it counts once", minimum=0
@@ -94,7 +94,7 @@ class Config:
         48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0, maximum=len(Scenes("test"))
     )
     log_every: int = option(10, "steps between log lines", minimum=1)
-    sample_every: int = option(100, "steps between strips", minimum=1)
+    sample_every: int = option(100, "steps between image grids", minimum=1)
     checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", minimum=1)
     resume: bool = option(False, "go on with the run in OUT")
@@ -104,7 +104,7 @@ class Config:
 
 PRESETS = {
     "miniature": {"comment": "the defaults: the miniature on scenes, minutes on a CPU"},
-    # Of Segmind's portrait-finetuned, which saw 7,000 pictures by Realistic Vision 4.0: size, steps, batch, learning
+    # Of Segmind's portrait-finetuned, which saw 7,000 images by Realistic Vision 4.0: size, steps, batch, learning
     # rate, fp16 and the plain loss. Where nothing is told of it, the defaults of diffusers' script, which theirs is.
     "portrait": {
         "comment": "Segmind's portraits from tiny-sd: 16.8 M samples of your --data, on a GPU; not yet run here",
@@ -136,8 +136,8 @@ def main(config: Config) -> None:
     check_weights(pipe, config.model)
     warn_if_distilled(pipe)
     config = resolve(config, pipe)
-    data = open_data(config.data, config.resolution, Scenes("train", length=config.pictures))
-    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same pictures only
+    data = open_data(config.data, config.resolution, Scenes("train", length=config.images))
+    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
     run = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)
@@ -196,11 +196,11 @@ def main(config: Config) -> None:
         show.measure("after", sum(weight.numel() for weight in trained.values()))
         folder = save(config, pipe, run.path)
     draw_curves(run.metrics, run.curves)
-    kind, strip = "finetuned" if config.lora_rank is None else "lora", run.last_strip(config.steps)
-    write_card(folder, kind, settings, show.results, strip, config.push_to_hub)
-    print(f"\n{show.table()}\n\nmodel     {folder}\npictures  {strip}\ncurves    {run.curves}")
+    kind, grid = "finetuned" if config.lora_rank is None else "lora", run.last_image_grid(config.steps)
+    write_card(folder, kind, settings, show.results, grid, config.push_to_hub)
+    print(f"\n{show.table()}\n\nmodel     {folder}\nimages  {grid}\ncurves    {run.curves}")
     if config.push_to_hub:
-        files = None if config.lora_rank is None else [*LORA_FILES.values(), CARD, STRIP]
+        files = None if config.lora_rank is None else [*LORA_FILES.values(), CARD, GRID]
         print(f"online    {push(folder, config.push_to_hub, config.private, files)}")
 
 
@@ -252,29 +252,29 @@ class Show:
         self.run, self.pipe, self.config, self.batches, self.alpha_bar = run, pipe, config, batches, alpha_bar
         self.judged = held_out_captions(config.judged) if config.data == "scenes" else []
         self.captions = held_out_captions(SHOWN) if self.judged else batches.captions(SHOWN)
-        self.resting = [] if config.train_text_encoder else batches.resting
+        self.idle = [] if config.train_text_encoder else batches.idle
         self.before = self.draw(self.captions)
         self.file = run.path / "results.json"
         self.results = read_json(self.file) if self.file.exists() else {}
 
     def draw(self, captions: Sequence[str]) -> list[Image.Image]:
-        """A picture of each caption, with the model's own steps and guidance."""
+        """An image of each caption, with the model's own steps and guidance."""
         side = self.config.resolution
-        with on_device(self.resting, self.pipe.device):
+        with on_device(self.idle, self.pipe.device):
             return draw(self.pipe, captions, (side, side), SEED)
 
     def look(self, step: int) -> None:
         """Write samples/step-NNNNNN.png."""
         with drawing(f"the model of step {step}"):
             now = self.draw(self.captions) if step else self.before
-        save_strip(self.run.strip(step), [self.before, now], self.captions, ["before", f"step {step}"])
+        save_image_grid(self.run.image_grid(step), [self.before, now], self.captions, ["before", f"step {step}"])
 
     @torch.no_grad()
     def measure(self, name: str, trained: int | None = None) -> None:
         """Measure the model, once under each name but "after"; kept in results.json. trained: how many parameters."""
         if name in self.results and name != "after":
             return
-        batch = self.batches[-1]  # pictures of the data, with noise that no step sees
+        batch = self.batches[-1]  # images of the data, with noise that no step sees
         if self.config.train_text_encoder:  # else the batch has the states already, and the encoders may rest elsewhere
             batch = read_again(self.pipe, batch)
         result = {} if trained is None else {"trained_parameters": trained}
@@ -285,8 +285,8 @@ class Show:
         write_json(self.file, self.results)
 
     def table(self) -> str:
-        """Loss, and how many pictures are right, before and after."""
-        rows = [("", "loss", *(["all right"] if self.judged else []))]
+        """Loss, and how many images are right, before and after."""
+        rows = [("", "loss", *(["all correct"] if self.judged else []))]
         for name, result in self.results.items():
             rows.append((name, f"{result['loss']:.4f}", *([f"{result['judge']['all']:.0%}"] if self.judged else [])))
         return format_table(rows)

@@ -17,15 +17,15 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 from torch import Tensor
 
+from minidistill.cli import option, run_command
 from minidistill.data.folders import to_rgb
+from minidistill.diffusion.sampling import Sampling
 from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
+from minidistill.interop.sources import with_scales
 from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, Pipeline, load_pipeline
-from minidistill.training.config import option, run_command
 from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
-from minidistill.weights.sampling import Sampling
-from minidistill.weights.sources import with_scales
 
 BATCH_SIZE = 8
 
@@ -40,7 +40,7 @@ class GenerateConfig:
     lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
     lora_scale: tuple[float, ...] = option((1.0,), "how strongly the LoRAs act: one for all, or one each")
     ema: bool = option(False, "of a single file with both, take the averaged weights")
-    prompt: str = option("a large red circle left of a small blue square", "what the picture shows")
+    prompt: str = option("a large red circle left of a small blue square", "what the image shows")
     negative_prompt: str | None = option(None, "what guidance leads away from")
     steps: int | None = option(None, f"network evaluations; none: the model's own, else {STEPS}", minimum=1)
     sampler: str | None = option(None, "solver; none: the model's own, else ddim", choices=SAMPLERS)
@@ -49,12 +49,12 @@ class GenerateConfig:
         None, f"scale of classifier-free guidance; 1 and below: off; none: the model's own, else {GUIDANCE:g}"
     )
     seed: int = option(0, "decides the initial noise")
-    count: int = option(1, "pictures of the prompt, in a row", minimum=1)
+    count: int = option(1, "images of the prompt, in a row", minimum=1)
     latents: str | None = option(
         None,
-        "safetensors file with the noise to start from, `latents` (B, 4, h, w); B pictures in a row",
+        "safetensors file with the noise to start from, `latents` (B, 4, h, w); B images in a row",
     )
-    image: str | None = option(None, "picture to start from")
+    image: str | None = option(None, "image to start from")
     strength: float = option(0.8, "how far an image goes back to noise, above 0 to 1")
     height: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
     width: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
@@ -62,7 +62,7 @@ class GenerateConfig:
     precision: str = option("fp32", "of U-Net and text encoder", choices=PRECISIONS)
     vae_precision: str = option("fp32", "of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
     low_memory: bool = option(False, "free the text encoders after use, decode in tiles")
-    out: str = option("generated.png", "the picture, a .png file")
+    out: str = option("generated.png", "the image, a .png file")
 
 
 def generate(config: GenerateConfig) -> None:
@@ -88,7 +88,7 @@ def generate(config: GenerateConfig) -> None:
     count = config.count if noise is None else len(noise)
     # The output is opened first: that it cannot be written is better found out before the work.
     with atomic_path(out) as temporary, progress(pipe, config, count) as bar:
-        pictures = pipe(
+        images = pipe(
             [config.prompt] * count,
             config.negative_prompt,
             steps=config.steps,
@@ -105,7 +105,7 @@ def generate(config: GenerateConfig) -> None:
             callback=lambda step: bar.update(),
             low_memory=config.low_memory,
         )
-        side_by_side(pictures).save(temporary)
+        side_by_side(images).save(temporary)
     print(out)
 
 
@@ -116,7 +116,7 @@ def check_flags(config: GenerateConfig) -> None:
         if getattr(config, name) != getattr(usual, name) and not getattr(config, other):
             raise InputError(f"--{name.replace('_', '-')} is for --{other}, which is not given")
     if config.latents and config.count != usual.count:
-        raise InputError(f"--count {config.count}: there are as many pictures as --latents {config.latents} holds")
+        raise InputError(f"--count {config.count}: there are as many images as --latents {config.latents} holds")
 
 
 def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
@@ -129,7 +129,7 @@ def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
 
 
 def read_image(path: str) -> Image.Image:
-    """An RGB picture, upright and on white, as training reads it. InputError: there is none, or it cannot be read."""
+    """An RGB image, upright and on white, as training reads it. InputError: there is none, or it cannot be read."""
     try:
         with Image.open(existing_file(path)) as image:
             return to_rgb(image)
@@ -156,12 +156,12 @@ def warn_if_cut(pipe: Pipeline, text: str) -> None:
         print(f"note: {length} tokens, of which only the first {room} are read: {text!r}", file=sys.stderr)
 
 
-def side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size in a row."""
-    width, height = pictures[0].size
-    row = Image.new("RGB", (width * len(pictures), height))
-    for i, picture in enumerate(pictures):
-        row.paste(picture, (i * width, 0))
+def side_by_side(images: list[Image.Image]) -> Image.Image:
+    """Images of one size in a row."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        row.paste(image, (i * width, 0))
     return row
 
 

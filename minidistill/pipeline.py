@@ -1,4 +1,4 @@
-"""Text to image: prompts -> text states -> denoised latents -> pictures. Stable Diffusion 1.x, 2.x and XL."""
+"""Text to image: prompts -> text states -> denoised latents -> images. Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minidistill.diffusion.noise import generator_for
 from minidistill.diffusion.samplers import Callback, Model, ddim, euler, guide, sigmas_at
+from minidistill.diffusion.sampling import SAMPLERS, Sampling
 from minidistill.diffusion.schedule import ScheduleConfig, final_alpha_bar, make_alpha_bar, time_grid
 from minidistill.errors import InputError
+from minidistill.interop import sources
 from minidistill.models.clip import CLIPTextModel
+from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, decode_tiled
-from minidistill.training.seeds import generator_for
-from minidistill.weights import sources
-from minidistill.weights.sampling import SAMPLERS, Sampling
 
-Origin = tuple[int, int, int, int]  # of a picture: original height and width; what was cropped above and at the left
+VAE = AutoencoderKL | AutoencoderTiny
+Origin = tuple[int, int, int, int]  # of an image: original height and width; what was cropped above and at the left
 STEPS, GUIDANCE = 25, 7.5  # where neither the caller nor the checkpoint says
 
 
@@ -62,9 +64,9 @@ def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> 
     return torch.stack([torch.randn(shape, generator=generator_for(seed, "image", i)) for i in indices])
 
 
-def to_pixels(pictures: Iterable[Image.Image]) -> Tensor:
-    """RGB pictures of one size -> (B, 3, H, W) float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+def to_pixels(images: Iterable[Image.Image]) -> Tensor:
+    """RGB images of one size -> (B, 3, H, W) float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -192,7 +194,7 @@ class Pipeline:
     def added_cond(
         self, pooled: Tensor | None, height: int, width: int, origins: Sequence[Origin] | None = None
     ) -> dict[str, Tensor] | None:
-        """SDXL's micro-conditions for pictures of height x width pixels (arXiv 2307.01952, sec. 2.2).
+        """SDXL's micro-conditions for images of height x width pixels (arXiv 2307.01952, sec. 2.2).
 
         origins: what each was cut from; None: they are whole. None for other models than SDXL.
         """
@@ -222,9 +224,9 @@ class Pipeline:
         first_index: int = 0,
         callback: Callback | None = None,
         low_memory: bool = False,
-        output: str = "pictures",
+        output: str = "images",
     ) -> list[Image.Image] | Tensor:
-        """One picture for each prompt.
+        """One image for each prompt.
 
         Where steps, guidance, sampler or spacing are None, the checkpoint's own are taken (`sampling`, of a distilled
         model), else 25, 7.5, "ddim" and the schedule's spacing.
@@ -236,13 +238,13 @@ class Pipeline:
             sampler: "ddim" or "euler".
             spacing: "leading", "trailing" or "linspace" timesteps.
             latents: standard-normal initial noise (B, C, h, w), in place of `seed`, `height` and `width`.
-            image: RGB picture(s) to start from, one for all or one each (image to image, arXiv 2108.01073).
+            image: RGB image(s) to start from, one for all or one each (image to image, arXiv 2108.01073).
             strength: how much of the way to noise an image goes, (0, 1]: that share of the steps is done.
-            height, width: of the pictures, in pixels; None takes the image's or the size the model was trained at.
+            height, width: of the images, in pixels; None takes the image's or the size the model was trained at.
             first_index: index of the first prompt: prompts split over calls then get the noise of one call.
             callback: called once per step of each batch with {"i", "t", "x", "x0"}: `diffusion.samplers`.
-            low_memory: free the text encoders once the prompts are read, and decode each picture in tiles.
-            output: "pictures", or "latents": (B, C, h, w), float32, on the U-Net's device.
+            low_memory: free the text encoders once the prompts are read, and decode each image in tiles.
+            output: "images", or "latents": (B, C, h, w), float32, on the U-Net's device.
 
         Raises:
             InputError: settings that do not fit the model or each other, or a sample that is not finite.
@@ -251,8 +253,8 @@ class Pipeline:
         negatives = _one_each(negative_prompts, len(prompts), "negative prompts")
         if not prompts or batch_size < 1:
             raise InputError("one prompt at least and a batch size of 1 or more are needed")
-        if output not in ("pictures", "latents"):
-            raise InputError(f"output must be pictures or latents, not {output!r}")
+        if output not in ("images", "latents"):
+            raise InputError(f"output must be images or latents, not {output!r}")
         self._warn_of_other_settings(steps, guidance, sampler, spacing)
         own = self.sampling or Sampling(STEPS, "ddim", self.schedule.timestep_spacing, GUIDANCE)
         guidance = own.guidance if guidance is None else guidance
@@ -295,7 +297,7 @@ class Pipeline:
         return self.decode(sampled, 1 if low_memory else batch_size, tiled=low_memory)
 
     def _warn_of_other_settings(self, steps, guidance, sampler, spacing) -> None:
-        """A distilled model sampled otherwise than it was made for gives poor pictures: say so."""
+        """A distilled model sampled otherwise than it was made for gives poor images: say so."""
         if self.sampling is None:
             return
         own = self.sampling
@@ -307,7 +309,7 @@ class Pipeline:
             spacing=spacing or own.spacing,
         )
         if asked != own:
-            warnings.warn(f"this model is made for {own}; you ask for {asked}: expect poor pictures", stacklevel=3)
+            warnings.warn(f"this model is made for {own}; you ask for {asked}: expect poor images", stacklevel=3)
 
     def _guided(self, text: TextStates, no_text: TextStates | None, guidance: float, noise: Tensor) -> Model:
         """model(x, t) with the prompts in it."""
@@ -335,7 +337,7 @@ class Pipeline:
         return (size[0] * factor, size[1] * factor) if isinstance(size, tuple) else (size * factor, size * factor)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) for pictures of a size in pixels; None: the size the U-Net was trained at."""
+        """(C, h, w) for images of a size in pixels; None: the size the U-Net was trained at."""
         factor = self.vae.config.downscale
         if height is None or width is None:
             own_height, own_width = self.trained_size()
@@ -353,7 +355,7 @@ class Pipeline:
             )
         h, w = latents.shape[2] * factor, latents.shape[3] * factor
         if (height or h, width or w) != (h, w):
-            raise InputError(f"what you start from makes pictures {h} high and {w} wide: leave out height and width")
+            raise InputError(f"what you start from makes images {h} high and {w} wide: leave out height and width")
         if not latents.isfinite().all():
             raise InputError("the initial latents are not finite")
 
@@ -366,7 +368,7 @@ class Pipeline:
                 )
 
     def _encode_images(self, images: list[Image.Image], batch_size: int) -> Tensor:
-        """RGB pictures of one size -> their latents (B, C, h, w): the posterior's mean."""
+        """RGB images of one size -> their latents (B, C, h, w): the posterior's mean."""
         factor, (width, height) = self.vae.config.downscale, images[0].size
         if any(image.size != (width, height) for image in images):
             raise InputError("all images of one call must have the same size")
@@ -415,20 +417,20 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 8, tiled: bool = False) -> list[Image.Image]:
-        """Latents (B, C, h, w), scaled as the U-Net has them -> pictures. InputError: one is not finite.
+        """Latents (B, C, h, w), scaled as the U-Net has them -> images. InputError: one is not finite.
 
         tiled: in overlapping tiles, which bounds the memory at some cost in evenness.
         """
         weight = next(self.vae.parameters())
         from_latents = partial(decode_tiled, self.vae) if tiled else self.vae.from_latents
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         for batch in latents.split(max(1, batch_size)):
             for image in from_latents(batch.to(weight.device, weight.dtype)).float():
                 if not image.isfinite().all():
                     way = "its weights are damaged" if weight.dtype == torch.float32 else "use it in float32"
-                    raise InputError(f"picture {len(pictures)} is not finite with the VAE in {weight.dtype}: {way}")
-                pictures.append(_to_picture(image))
-        return pictures
+                    raise InputError(f"image {len(images)} is not finite with the VAE in {weight.dtype}: {way}")
+                images.append(_to_image(image))
+        return images
 
     def save(self, folder: str | Path) -> None:
         """Write a pipeline folder that `load_pipeline` and diffusers read: `weights.sources.save_parts`."""
@@ -455,7 +457,7 @@ def _one_each(given, count: int, what: str) -> list:
     return list(given)
 
 
-def _to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB. Rounded: truncation would darken every picture by half a level."""
+def _to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB. Rounded: truncation would darken every image by half a level."""
     levels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)

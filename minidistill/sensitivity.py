@@ -17,17 +17,18 @@ from pathlib import Path
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw, ImageFont
 
-from minidistill.data.scenes import SIDE, Scenes, held_out_captions
+from minidistill.cli import option, run_command
 from minidistill.distill.block_removal import RECIPES, Removal, format_count, plan_removal
 from minidistill.distill.probes import Probe, make_probes
 from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
 from minidistill.errors import InputError
-from minidistill.metrics import scene_judge
-from minidistill.metrics.comparison import milliseconds
-from minidistill.models.unet import UNet, UNetConfig, count_macs
+from minidistill.metrics.cost import count_macs
+from minidistill.miniature import judge as scene_judge
+from minidistill.miniature.scenes import SIDE, Scenes, held_out_captions
+from minidistill.models.unet import UNet, UNetConfig
 from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.report import milliseconds
 from minidistill.training.batches import Batches
-from minidistill.training.config import option, run_command
 from minidistill.training.curves import COLORS, INK, PAPER, SCALE
 from minidistill.training.inputs import check_weights, open_data, resolution_for
 from minidistill.training.log import format_table
@@ -41,7 +42,7 @@ class Config:
     data: str = option("scenes", "scenes (held-out ones), a folder of images with captions, or a cache of one")
     resolution: int | None = option(None, "pixels to measure at; none takes the teacher's own", minimum=8)
     samples: int = option(
-        64, "pictures to measure on, each at a timestep of its own; rounded up to whole batches", minimum=1
+        64, "images to measure on, each at a timestep of its own; rounded up to whole batches", minimum=1
     )
     batch_size: int = option(16, "samples at a time", minimum=1)
     budget: float | None = option(None, "choose for a student of this share of the teacher, too", minimum=0)
@@ -51,8 +52,8 @@ class Config:
     judged: int = option(
         0, "held-out captions to judge every removal on (scenes only; slow)", minimum=0, maximum=len(Scenes("test"))
     )
-    guidance: float = option(4.0, "scale of classifier-free guidance in the pictures that are judged")
-    seed: int = option(0, "decides pictures and noise")
+    guidance: float = option(4.0, "scale of classifier-free guidance in the images that are judged")
+    seed: int = option(0, "decides images and noise")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("fp32", "of the U-Net", choices=PRECISIONS)
     out: str = option("runs/sensitivity", "folder for sensitivity.json and sensitivity.png")
@@ -80,7 +81,7 @@ def main(config: Config) -> None:
 
     def measure(removal: Removal) -> Score:
         found = score(removal, teacher, probes, tokens)
-        if not math.isfinite(found.damage):
+        if not math.isfinite(found.sensitivity):
             what = f"without {','.join(removal.removed)} the output is not finite in {config.precision}"
             raise InputError(f"{what}; use --precision fp32, or another --teacher")
         if config.by == "latency":
@@ -93,7 +94,7 @@ def main(config: Config) -> None:
             scores.append(measure(removal))
             if config.judged:
                 judged[removal.removed] = judge(config, pipe, removal)
-    scores.sort(key=lambda s: s.damage)
+    scores.sort(key=lambda s: s.sensitivity)
     print(format_table(score_rows(scores, judged)) + "\n", flush=True)
 
     macs = count_macs(teacher, *probes[0].x_t.shape[-2:], tokens)["conv_linear"]
@@ -111,7 +112,7 @@ def main(config: Config) -> None:
         wholes = [measure(plan_removal(teacher.config, some)) for some in chosen]
         enough = [s for s in wholes if getattr(s, config.by) >= saving]
         if enough:
-            lists[f"chosen for {name}"] = min(enough, key=lambda s: s.damage)
+            lists[f"chosen for {name}"] = min(enough, key=lambda s: s.sensitivity)
             continue
         # Latencies do not add up exactly, nor do MACs where a removal moves the mid block to another size.
         most = lists[f"chosen for {name}"] = max(wholes, key=lambda s: getattr(s, config.by))
@@ -139,7 +140,7 @@ def check_numbers(config: Config) -> None:
     if config.budget is not None and config.budget >= 1:
         raise InputError(f"--budget is the share of the teacher that stays, 0 to 1, not {config.budget:g}")
     if config.judged and config.data != "scenes":
-        raise InputError("--judged is for scenes only: no judge reads other pictures")
+        raise InputError("--judged is for scenes only: no judge reads other images")
 
 
 def make_folder(path: str) -> Path:
@@ -175,32 +176,32 @@ def savings(
 
 
 def judge(config: Config, pipe: Pipeline, removal: Removal) -> float:
-    """Share of held-out captions all of whose attributes the cut-down model's pictures show."""
+    """Share of held-out captions all of whose attributes the cut-down model's images show."""
     student, captions = copy.copy(pipe), held_out_captions(config.judged)
     student.unet = share_weights(removal, pipe.unet)
     size = {"height": SIDE, "width": SIDE}
-    pictures = student(captions, guidance=config.guidance, seed=config.seed, batch_size=config.batch_size, **size)
-    return scene_judge.score(pictures, captions)["all"]
+    images = student(captions, guidance=config.guidance, seed=config.seed, batch_size=config.batch_size, **size)
+    return scene_judge.score(images, captions)["all"]
 
 
 def score_rows(scores: Sequence[Score], judged: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
-    """A table, least damage first."""
+    """A table, least sensitivity first."""
     title, *times = time_cells(scores)
-    rows = [("removed", "off the teacher", "parameters", "MACs", *title, *(["all right"] if judged else []))]
+    rows = [("removed", "MSE to teacher", "parameters", "MACs", *title, *(["all correct"] if judged else []))]
     for s, time in zip(scores, times, strict=True):
         saved = (format_count(-s.parameters), format_count(-s.macs))
         right = [f"{judged[s.remove]:.0%}"] if judged else []
-        rows.append((",".join(s.remove), f"{s.damage:.3g}", *saved, *time, *right))
+        rows.append((",".join(s.remove), f"{s.sensitivity:.3g}", *saved, *time, *right))
     return rows
 
 
 def list_rows(lists: Mapping[str, Score], total: Mapping[str, float]) -> list[tuple[str, ...]]:
     """A table of the students that whole lists leave."""
     title, *times = time_cells(lists.values())
-    rows = [("student", "off the teacher", "parameters", "MACs", *title)]
+    rows = [("student", "MSE to teacher", "parameters", "MACs", *title)]
     for (name, s), time in zip(lists.items(), times, strict=True):
         left = (format_count(total["parameters"] - s.parameters), format_count(total["macs"] - s.macs))
-        rows.append((name, f"{s.damage:.3g}", *left, *time))
+        rows.append((name, f"{s.sensitivity:.3g}", *left, *time))
     return rows
 
 
@@ -213,23 +214,23 @@ def time_cells(scores: Collection[Score]) -> list[tuple[str, ...]]:
 
 def entry(s: Score) -> dict:
     """A score as it is written to the JSON file."""
-    return {name: getattr(s, name) for name in ("remove", "damage", "parameters", "macs", "latency")}
+    return {name: getattr(s, name) for name in ("remove", "sensitivity", "parameters", "macs", "latency")}
 
 
 def draw_chart(scores: Sequence[Score], path: Path) -> None:
-    """A bar for each removal, least damage on top; its length is the logarithm of the damage."""
+    """A bar for each removal, least sensitivity on top; its length is the logarithm of the sensitivity."""
     row, left, width = 24 * SCALE, 200 * SCALE, 900 * SCALE
     canvas = Image.new("RGB", (width, (len(scores) + 3) * row), PAPER)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13 * SCALE)
-    pen.text((left, row), "off the teacher (log), and parameters saved", INK, font, anchor="lm")
-    damages = [max(s.damage, 1e-12) for s in scores]
-    low, high = min(damages) / 2, max(damages)
-    for i, (s, damage) in enumerate(zip(scores, damages, strict=True)):
+    pen.text((left, row), "MSE to teacher (log), and parameters saved", INK, font, anchor="lm")
+    sensitivities = [max(s.sensitivity, 1e-12) for s in scores]
+    low, high = min(sensitivities) / 2, max(sensitivities)
+    for i, (s, sensitivity) in enumerate(zip(scores, sensitivities, strict=True)):
         y = (i + 2) * row
-        length = (width - left - 220 * SCALE) * math.log(damage / low) / math.log(high / low)
+        length = (width - left - 220 * SCALE) * math.log(sensitivity / low) / math.log(high / low)
         pen.text((left - 8 * SCALE, y), ",".join(s.remove), INK, font, anchor="rm")
         pen.rectangle((left, y - row // 3, left + length, y + row // 3), fill=COLORS[0])
-        text = f"{s.damage:.2g}   -{format_count(s.parameters)}"
+        text = f"{s.sensitivity:.2g}   -{format_count(s.parameters)}"
         pen.text((left + length + 8 * SCALE, y), text, INK, font, anchor="lm")
     with atomic_path(path) as temporary:
         canvas.resize((canvas.width // SCALE, canvas.height // SCALE), Image.Resampling.LANCZOS).save(temporary, "PNG")

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minidistill import train_kd
-from minidistill.data.scenes import Scenes, held_out_captions
+from minidistill.cli import option, run_command
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
-from minidistill.metrics.comparison import SEED, STEPS, milliseconds
-from minidistill.metrics.scene_judge import score
+from minidistill.miniature.judge import score
+from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import load_pipeline
+from minidistill.report import SEED, STEPS, milliseconds
 from minidistill.training.batches import Batches
-from minidistill.training.config import option, run_command
 from minidistill.training.optim import PRECISIONS, NonFiniteLoss, get_device
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
@@ -173,7 +173,9 @@ def table_rows(
 
     Of the `seeds` runs of a kind those that are not in `results` have diverged.
     """
-    rows = [("run", "parameters", "MACs", "time of a call", "distance to the teacher", "all right", "of the teacher's")]
+    rows = [
+        ("run", "parameters", "MACs", "time of a call", "MSE to teacher", "all attributes correct", "of the teacher's")
+    ]
     for name, runs in results.items():
         label = name if len(runs) == seeds else f"{name} ({seeds - len(runs)} of {seeds} diverged)"
         if not runs:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minidistill.cli import option, run_command
 from minidistill.data.cache import LatentCache
-from minidistill.data.scenes import Scenes
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import kd
 from minidistill.distill.block_removal import (
@@ -28,12 +28,14 @@ from minidistill.distill.block_removal import (
     plan_removal,
     removal_rows,
 )
-from minidistill.distill.memory import memory_rows, picture_peak, step_peak
+from minidistill.distill.memory import image_peak, memory_rows, step_peak
 from minidistill.errors import InputError
-from minidistill.metrics.comparison import Comparison
+from minidistill.interop.model_card import write_card
+from minidistill.interop.publish import open_repo, push
+from minidistill.miniature.scenes import Scenes
 from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.report import Comparison
 from minidistill.training.batches import Batches, Captioned, captions_of
-from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
@@ -50,8 +52,6 @@ from minidistill.training.optim import (
     optimizer_step,
 )
 from minidistill.training.run_folder import RunFolder
-from minidistill.weights.model_card import write_card
-from minidistill.weights.publish import open_repo, push
 
 LOSSES = ("task", "output", "feature")
 
@@ -74,15 +74,15 @@ class Config:
     feature_norm: bool = option(False, "divide each feature's loss by the teacher's mean square (as LAPTOP-Diff does)")
     copy_weights: bool = option(True, "start from the teacher's weights, not from random ones")
     data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
-    pictures: int = option(4096, "how many scenes to train on", minimum=1)
+    images: int = option(4096, "how many scenes to train on", minimum=1)
     resolution: int | None = option(None, "pixels to train at; none takes the teacher's own", minimum=8)
     random_conditioning: bool = option(
         False, "replace captions by random ones, the more often the noisier: p(t) = exp(-5 (1 - t/T))"
     )
     image_free: int = option(
-        0, "train on this many latents that the teacher samples from the data's captions, not on pictures", minimum=0
+        0, "train on this many latents that the teacher samples from the data's captions, not on images", minimum=0
     )
-    flip: bool = option(False, "show every other picture as its mirror image; not where captions say left and right")
+    flip: bool = option(False, "show every other image as its mirror image; not where captions say left and right")
     out: str = option("runs/kd", "folder of the run; the student is in OUT/student")
     steps: int = option(288, "optimizer steps", minimum=1)
     batch_size: int = option(16, "samples in a micro-batch", minimum=1)
@@ -103,13 +103,13 @@ class Config:
         None, "of the forward passes; none takes bf16 where the device computes in it, else fp32", choices=PRECISIONS
     )
     guidance: float = option(
-        4.0, "scale of classifier-free guidance in the pictures that are shown, judged and (--image-free) trained on"
+        4.0, "scale of classifier-free guidance in the images that are shown, judged and (--image-free) trained on"
     )
     judged: int = option(
         48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0, maximum=len(Scenes("test"))
     )
     log_every: int = option(20, "steps between log lines", minimum=1)
-    sample_every: int = option(144, "steps between strips", minimum=1)
+    sample_every: int = option(144, "steps between image grids", minimum=1)
     checkpoint_every: int = option(144, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", minimum=1)
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hugging Face Hub that gets the student; none: nobody")
@@ -207,12 +207,12 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)  # decides a student's weights that are not copied
     student = build_student(removal, teacher if config.copy_weights else None, device)
     student.gradient_checkpointing = config.gradient_checkpointing
-    data = open_data(config.data, config.resolution, Scenes("train", length=config.pictures))
+    data = open_data(config.data, config.resolution, Scenes("train", length=config.images))
 
     optimizer = adamw(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     ema = EMA(student, config.ema_decay)
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
-    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same pictures only
+    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
     run = RunFolder.find(config.out, settings, config.resume)
     describe(config, pipe, removal)
     if config.dry_run:
@@ -271,9 +271,9 @@ def main(config: Config) -> None:
         comparison.student.save(run.path / "student")
     draw_curves(run.metrics, run.curves)
     folder = run.path / "student"
-    write_card(folder, "student", settings, comparison.results, run.last_strip(config.steps), config.push_to_hub)
+    write_card(folder, "student", settings, comparison.results, run.last_image_grid(config.steps), config.push_to_hub)
     print(f"\n{comparison.table()}\n")
-    print(f"student   {folder}\npictures  {run.last_strip(config.steps)}\ncurves    {run.curves}")
+    print(f"student   {folder}\nimages  {run.last_image_grid(config.steps)}\ncurves    {run.curves}")
     if config.push_to_hub:
         print(f"online    {push(folder, config.push_to_hub, config.private)}")
 
@@ -283,7 +283,7 @@ def check_numbers(config: Config) -> None:
     if config.loss_weights is not None and (len(config.loss_weights) != len(LOSSES) or not any(config.loss_weights)):
         raise InputError("--loss-weights takes three numbers, task,output,feature, not all of them zero")
     if config.flip and config.image_free:
-        raise InputError("--flip needs pictures to mirror, and --image-free trains on none: leave out one of them")
+        raise InputError("--flip needs images to mirror, and --image-free trains on none: leave out one of them")
     check_training(config)
 
 
@@ -333,24 +333,24 @@ def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) 
 
 
 def describe(config: Config, pipe: Pipeline, removal: Removal) -> None:
-    """Print what goes away, and what that saves at the size of the training pictures."""
+    """Print what goes away, and what that saves at the size of the training images."""
     side = config.resolution // pipe.vae.config.downscale
     print(format_table(removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n", flush=True)
 
 
-def dry_run(config: Config, pipe: Pipeline, removal: Removal, pairs: list[tuple[str, str]], pictures: int) -> str:
+def dry_run(config: Config, pipe: Pipeline, removal: Removal, pairs: list[tuple[str, str]], images: int) -> str:
     """What the run will take, for reading."""
     side = config.resolution // pipe.vae.config.downscale
     inputs = (config.batch_size, side, side, pipe.tokenizers[0].max_length)
     step = step_peak(
         removal, pairs, inputs, half=config.precision != "fp32", checkpointing=config.gradient_checkpointing
     )
-    peaks = step, picture_peak(pipe.vae, side)
+    peaks = step, image_peak(pipe.vae, side)
     rows = memory_rows(removal, [pipe.vae, *pipe.text_encoders], *peaks, config.ema_decay > 0)
     seen = config.steps * config.accumulate * config.batch_size
     return (
         f"{format_table(rows)}\n\n{config.steps} steps of {config.accumulate} x {config.batch_size} samples: each of "
-        f"{pictures} pictures is seen {seen / pictures:.1f} times"
+        f"{images} images is seen {seen / images:.1f} times"
     )
 
 

@@ -2,7 +2,7 @@
 
 Three networks, in this order, each resumable, all on scenes that are drawn as they are needed:
 
-    clip   a tokenizer, a text encoder and a picture tower, trained to tell which caption belongs to which picture
+    clip   a tokenizer, a text encoder and an image tower, trained to tell which caption belongs to which image
     vae    64x64 pixels <-> 16x16x4 latents
     unet   the denoiser, on the VAE's latents and the text encoder's states
 
@@ -24,26 +24,26 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minidistill.data.scenes import OPPOSITES, Scenes, describe, describe_places, held_out_captions, render
+from minidistill.cli import option, run_command
+from minidistill.diffusion.noise import generator_for
 from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
-from minidistill.metrics.scene_judge import score
+from minidistill.miniature.judge import score
+from minidistill.miniature.scenes import OPPOSITES, Scenes, describe, describe_places, held_out_captions, render
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import train_bpe
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig, posterior_std
 from minidistill.pipeline import Pipeline
+from minidistill.report import save_image_grid
 from minidistill.training.batches import Batches, to_pixels
-from minidistill.training.config import option, run_command
 from minidistill.training.curves import draw_curves
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog
 from minidistill.training.optim import adamw, check_finite, get_device, get_precision, lr_at, optimizer_step
 from minidistill.training.run_folder import RunFolder
-from minidistill.training.seeds import generator_for
-from minidistill.training.strips import save_strip
 from minidistill.weights import folders
 
 MAX_TOKENS = 32  # the longest caption of the scenes has 20
@@ -97,14 +97,14 @@ class Config:
         None, "samples a step; none takes the part's own: clip 128, vae 16, unet 48", minimum=1
     )
     learning_rate: float | None = option(None, "peak; none takes the part's own: clip 1e-3, vae 1.5e-3, unet 1e-3")
-    pictures: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
+    images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
     layout_steps: int = option(1000, "of the U-Net's steps, how many first teach only what is where", minimum=0)
     seed: int = option(0, "decides everything random")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     precision: str = option("bf16", "of the forward pass", choices=("fp32", "bf16", "fp16"))
     judged: int = option(1000, "held-out scenes to measure the CLIP and the VAE on at the end", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)
-    sample_every: int = option(2000, "steps between the U-Net's strips and scores", minimum=1)
+    sample_every: int = option(2000, "steps between the U-Net's image grids and scores", minimum=1)
     checkpoint_every: int = option(500, "steps between checkpoints", minimum=1)
     resume: bool = option(False, "go on with the runs in OUT")
 
@@ -152,15 +152,15 @@ def train_clip(config: Config, run: RunFolder) -> None:
     parts = {"clip": clip, "optimizer": optimizer, "scaler": precision.scaler}
     start = run.restore(parts)
 
-    data = Scenes("train", length=10**9)  # no picture twice
+    data = Scenes("train", length=10**9)  # no image twice
     labels = torch.arange(config.batch_size, device=device)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
-            pictures, captions = zip(*(data[step * config.batch_size + i] for i in range(len(labels))), strict=True)
+            images, captions = zip(*(data[step * config.batch_size + i] for i in range(len(labels))), strict=True)
             with precision.autocast, sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one is slow to train in bf16
-                images = clip.encode_image(clip_pixels(pictures).to(device)).float()
-                texts = clip.encode_text(trim(tokenizer(list(captions)), tokenizer.eos).to(device)).float()
-            logits = clip.logit_scale.exp() * images @ texts.T  # (B, B): picture i, caption j
+                image_states = clip.encode_image(clip_pixels(images).to(device)).float()
+                text_states = clip.encode_text(trim(tokenizer(list(captions)), tokenizer.eos).to(device)).float()
+            logits = clip.logit_scale.exp() * image_states @ text_states.T  # (B, B): image i, caption j
             loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
             lr = lr_at(step, config.learning_rate, 100, config.steps, "cosine")
             precision.scaler.scale(loss).backward()
@@ -206,8 +206,8 @@ def train_vae(config: Config, run: RunFolder) -> None:
     data = Scenes("train", length=10**9)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
-            pictures = [data[step * config.batch_size + i][0] for i in range(config.batch_size)]
-            x = to_pixels(pictures).to(device)
+            images = [data[step * config.batch_size + i][0] for i in range(config.batch_size)]
+            x = to_pixels(images).to(device)
             with precision.autocast:
                 mean, logvar = (out.float() for out in vae.encode(x))
                 noise = torch.randn(mean.shape, generator=generator_for(config.seed, "posterior", step)).to(device)
@@ -234,14 +234,14 @@ def train_vae(config: Config, run: RunFolder) -> None:
 
 
 def near_colour(x: Tensor) -> Tensor:
-    """1 within two pixels of a saturated colour, else 0: pictures (B, 3, H, W) in [-1, 1] -> (B, 1, H, W)."""
+    """1 within two pixels of a saturated colour, else 0: images (B, 3, H, W) in [-1, 1] -> (B, 1, H, W)."""
     chroma = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     return F.max_pool2d((chroma > 0.5).float(), 5, stride=1, padding=2)
 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, x: Tensor) -> None:
-    """Make the latents of pictures x (N, 3, H, W), times `scaling_factor`, uncorrelated with mean 0 and variance 1.
+    """Make the latents of images x (N, 3, H, W), times `scaling_factor`, uncorrelated with mean 0 and variance 1.
 
     Trained freely, three of the four channels nearly repeat each other, and the colours are in their small differences:
     noise buries those long before the rest. The 1x1 convolutions on either side of the latents absorb a change of basis
@@ -311,11 +311,11 @@ def train_unet(config: Config, run: RunFolder) -> None:
     parts = {"networks": networks, "heads": heads, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
 
-    data = Scenes("train", config.pictures, CROWDED)
+    data = Scenes("train", config.images, CROWDED)
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, caption_dropout=0.1)
     lesson = None
     if start < config.layout_steps:
-        lesson = Batches(Layouts(config.pictures // 3), pipe, batch_size=config.batch_size, seed=config.seed)
+        lesson = Batches(Layouts(config.images // 3), pipe, batch_size=config.batch_size, seed=config.seed)
     alpha_bar = make_alpha_bar(pipe.schedule)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
@@ -441,11 +441,11 @@ def words_first(clip: CLIPModel, share: float = 0.25) -> CLIPTextModel:
 
 
 def report(run: RunFolder, pipe: Pipeline, step: int, count: int) -> None:
-    """Score and strip of held-out captions, always with the same noise."""
+    """Score and image grid of held-out captions, always with the same noise."""
     captions = held_out_captions(count)
-    pictures = pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=32)
-    save_strip(run.strip(step), [pictures[:16]], captions[:16])
-    print(f"step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in score(pictures, captions).items()), flush=True)
+    images = pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=32)
+    save_image_grid(run.image_grid(step), [images[:16]], captions[:16])
+    print(f"step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in score(images, captions).items()), flush=True)
 
 
 if __name__ == "__main__":

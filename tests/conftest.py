@@ -27,7 +27,7 @@ TOKENS = 16
 def save_tiny_sd1(folder, stages: int = 4, layers: int = 2, side: int = 32) -> None:
     """Save, by diffusers, a pipeline with SD 1.x's architecture and seeded random weights, some 200 k parameters.
 
-    side: of its pictures in pixels; the latents' is a quarter of that.
+    side: of its images in pixels; the latents' is a quarter of that.
     """
     import diffusers  # here, for the sake of the test files that need neither: they take seconds to import
     import transformers
@@ -84,7 +84,7 @@ def save_tiny_sd1(folder, stages: int = 4, layers: int = 2, side: int = 32) -> N
     ).save_pretrained(folder)
 
 
-def save_pictures(folder, captions_in: str = "jsonl") -> None:
+def save_images(folder, captions_in: str = "jsonl") -> None:
     """Ten images of several sizes and formats, captions in metadata.jsonl, metadata.csv or .txt files ("txt")."""
     folder.mkdir(parents=True)
     numbers = np.random.default_rng(0)
@@ -122,10 +122,10 @@ def tiny_sd1(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """A data folder; not to be changed."""
-    folder = tmp_path_factory.mktemp("data") / "pictures"
-    save_pictures(folder)
+    folder = tmp_path_factory.mktemp("data") / "images"
+    save_images(folder)
     return folder
 
 

@@ -20,8 +20,8 @@ from minidistill.training.batches import Batches, to_pixels
 SIDE = 32
 
 
-class Pictures:
-    """Ten different pictures with ten different captions; counts how often one is read."""
+class Images:
+    """Ten different images with ten different captions; counts how often one is read."""
 
     def __init__(self, count: int = 10, width: int = SIDE):
         numbers = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def pipe(tiny_sd1):
 
 
 def make(pipe, batch_size=4, seed=0, **options) -> Batches:
-    return Batches(Pictures(), pipe, batch_size=batch_size, seed=seed, **options)
+    return Batches(Images(), pipe, batch_size=batch_size, seed=seed, **options)
 
 
 def join(batches, numbers):
@@ -64,7 +64,7 @@ def assert_same(a, b, exact=True):
 
 
 def test_a_batch_has_the_shapes_and_dtypes_the_unet_takes(pipe):
-    batch = Batches(Pictures(width=48), pipe, batch_size=3, seed=0, cache=False)[0]
+    batch = Batches(Images(width=48), pipe, batch_size=3, seed=0, cache=False)[0]
     assert batch.x0.shape == batch.eps.shape == (3, 4, 8, 12)  # (height, width)
     assert batch.context.shape == (3, 16, 16) and batch.t.shape == (3,) and batch.t.dtype == torch.int64
     assert batch.x0.dtype == batch.eps.dtype == batch.context.dtype == torch.float32
@@ -86,7 +86,7 @@ def test_samples_do_not_depend_on_the_cache(pipe):
     assert_same(join(with_cache, range(5)), join(without, range(5)), exact=False)
 
 
-def test_the_cache_reads_every_picture_once_and_is_used_as_long_as_it_fits(pipe, monkeypatch):
+def test_the_cache_reads_every_image_once_and_is_used_as_long_as_it_fits(pipe, monkeypatch):
     def reads_of_two_epochs(cache):
         batches = make(pipe, 5, cache=cache)
         for k in range(4):
@@ -95,14 +95,14 @@ def test_the_cache_reads_every_picture_once_and_is_used_as_long_as_it_fits(pipe,
 
     assert reads_of_two_epochs(True) == 10
     assert reads_of_two_epochs(False) == 20
-    needed = 10 * 2 * 4 * (4 * 8 * 8)  # pictures, mean and deviation, bytes, latent
+    needed = 10 * 2 * 4 * (4 * 8 * 8)  # images, mean and deviation, bytes, latent
     for limit, reads in ((needed, 10), (needed - 1, 20)):
         monkeypatch.setattr(module, "CACHE_LIMIT", limit)
         assert reads_of_two_epochs(None) == reads
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_large_pictures_are_encoded_one_by_one_to_the_same_latents(pipe, monkeypatch, cache):
+def test_large_images_are_encoded_one_by_one_to_the_same_latents(pipe, monkeypatch, cache):
     encode, seen = pipe.vae.encode, []
     monkeypatch.setattr(pipe.vae, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     together = join(make(pipe, cache=cache), range(2))
@@ -126,22 +126,22 @@ def test_text_states_are_in_memory_too_as_long_as_they_fit(pipe, monkeypatch):
 
     deaf = Deaf()
     deaf.done = False
-    encoded = Batches(Pictures(), deaf, batch_size=10, seed=0, caption_dropout=0.3, cache=True)
+    encoded = Batches(Images(), deaf, batch_size=10, seed=0, caption_dropout=0.3, cache=True)
     deaf.done = True
     batch = encoded[0]
     assert None in batch.captions and len(set(batch.captions)) > 2
     torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context)
     needed = 4 * 11 * 16 * 16  # bytes, ten captions and no caption, (tokens, width)
-    for limit, resting in ((needed, [pipe.vae, *pipe.text_encoders]), (needed - 1, [pipe.vae])):
+    for limit, idle in ((needed, [pipe.vae, *pipe.text_encoders]), (needed - 1, [pipe.vae])):
         monkeypatch.setattr(module, "CACHE_LIMIT", limit)
-        assert make(pipe, cache=True).resting == resting
+        assert make(pipe, cache=True).idle == idle
         assert torch.equal(make(pipe, 10, caption_dropout=0.3, cache=True)[0].t, batch.t)
 
 
 def test_what_rests_once_all_is_in_memory_are_the_networks_that_encode(pipe):
-    assert make(pipe, cache=True).resting == [pipe.vae, *pipe.text_encoders]
-    assert make(pipe, cache=True, keep_text=False).resting == [pipe.vae]
-    assert make(pipe, cache=False).resting == []
+    assert make(pipe, cache=True).idle == [pipe.vae, *pipe.text_encoders]
+    assert make(pipe, cache=True, keep_text=False).idle == [pipe.vae]
+    assert make(pipe, cache=False).idle == []
 
 
 def test_batches_after_a_restart_are_the_same_to_the_bit_in_any_order(pipe):
@@ -169,7 +169,7 @@ def test_an_epoch_visits_every_entry_once_in_an_order_of_its_own(pipe, size):
     assert epochs[0] != sorted(epochs[0])
 
 
-def test_caption_and_picture_stay_together(pipe):
+def test_caption_and_image_stay_together(pipe):
     batches = make(pipe, 10, cache=False)
     latents = {}
     for batch in (batches[0], batches[1], batches[2]):
@@ -177,9 +177,9 @@ def test_caption_and_picture_stay_together(pipe):
             latents.setdefault(caption, []).append(x0)
     vae = pipe.vae
     for caption, found in latents.items():
-        picture = batches.data[int(caption.split()[-1])][0]
+        image = batches.data[int(caption.split()[-1])][0]
         with torch.no_grad():
-            mean, logvar = vae.encode(to_pixels([picture]))
+            mean, logvar = vae.encode(to_pixels([image]))
         z = (torch.stack(found) / vae.config.scaling_factor - mean) / (logvar / 2).exp()
         assert z.abs().max() < 5 and abs(z.std().item() - 1) < 0.2
 
@@ -233,14 +233,14 @@ def test_a_batch_of_negative_number_has_draws_that_no_training_batch_has(pipe):
     assert len(seen) == 200
     assert seen.isdisjoint(tuple(eps.flatten().tolist()) for eps in held.eps)
     assert not any(torch.equal(batch.t, held.t) for batch in training)
-    assert Counter(held.captions) == Counter(training[0].captions)  # the same pictures, once each
+    assert Counter(held.captions) == Counter(training[0].captions)  # the same images, once each
     assert_same(join(batches, [0]), join(make(pipe, 10), [0]))  # and asking for it changes nothing
 
 
 def test_pixels_run_from_minus_one_to_one_in_the_order_of_the_networks():
-    picture = Image.new("RGB", (3, 2))
-    picture.putpixel((2, 1), (255, 51, 0))
-    pixels = to_pixels([picture, picture])
+    image = Image.new("RGB", (3, 2))
+    image.putpixel((2, 1), (255, 51, 0))
+    pixels = to_pixels([image, image])
     assert pixels.shape == (2, 3, 2, 3) and pixels.dtype == torch.float32
     assert pixels[1, :, 0, 0].tolist() == [-1, -1, -1]
     assert pixels[1, :, 1, 2].tolist() == pytest.approx([1, -0.6, -1])

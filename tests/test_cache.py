@@ -1,4 +1,4 @@
-"""Protects the cache on disk: it trains as the pictures do, to the bit; is refused when stale; survives a kill."""
+"""Protects the cache on disk: it trains as the images do, to the bit; is refused when stale; survives a kill."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from minidistill import cache as command
 from minidistill.cache import CacheConfig
+from minidistill.cli import run_command
 from minidistill.data import cache as module
 from minidistill.data.cache import LatentCache, open_data, text_path
 from minidistill.data.folders import ImageFolder
@@ -26,7 +27,6 @@ from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.training.batches import Batches, to_pixels
-from minidistill.training.config import run_command
 
 SIDE = 32
 
@@ -69,7 +69,7 @@ def pipe(model):
 
 @pytest.fixture
 def data(tmp_path):
-    """Eleven pictures; the last has three captions."""
+    """Eleven images; the last has three captions."""
     numbers = np.random.default_rng(0)
     rows = []
     (tmp_path / "data").mkdir()
@@ -119,7 +119,7 @@ def assert_same(a: Batches, b: Batches, numbers=range(8)) -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_batches_from_the_cache_are_those_from_the_pictures_to_the_bit(model, pipe, data, flip):
+def test_batches_from_the_cache_are_those_from_the_images_to_the_bit(model, pipe, data, flip):
     out = make(model, data, flip=flip, shard=32, batch_size=8)  # batches of 8, as in memory
     options = {"caption_dropout": 0.3, "flip": flip}
     expected = in_memory(ImageFolder(data, SIDE), pipe, **options)
@@ -127,7 +127,7 @@ def test_batches_from_the_cache_are_those_from_the_pictures_to_the_bit(model, pi
     assert {caption for k in range(30) for caption in expected[k].captions} == {*CAPTIONS, None, "one", "two", "three"}
 
 
-def test_shards_and_batches_change_no_more_than_last_bits_and_pictures_read_one_by_one_neither(model, pipe, data):
+def test_shards_and_batches_change_no_more_than_last_bits_and_images_read_one_by_one_neither(model, pipe, data):
     out = make(model, data, flip=True)
     assert len(list(out.glob("latents-*"))) == 3
     direct = Batches(ImageFolder(data, SIDE), pipe, batch_size=6, seed=0, cache=False, flip=True)
@@ -141,12 +141,12 @@ def test_shards_and_batches_change_no_more_than_last_bits_and_pictures_read_one_
 
 
 @torch.no_grad()
-def test_each_entry_holds_the_posterior_of_its_picture_and_of_the_mirror_image(model, pipe, data):
+def test_each_entry_holds_the_posterior_of_its_image_and_of_the_mirror_image(model, pipe, data):
     latents, folder = LatentCache(make(model, data, flip=True)), ImageFolder(data, SIDE)
     for i in (0, 3, 4, 10):
         for flip in (False, True):
-            picture = ImageOps.mirror(folder[i][0]) if flip else folder[i][0]
-            mean, logvar = pipe.vae.encode(to_pixels([picture]))
+            image = ImageOps.mirror(folder[i][0]) if flip else folder[i][0]
+            mean, logvar = pipe.vae.encode(to_pixels([image]))
             found = latents.latents([i], [flip])
             torch.testing.assert_close(found[0], mean, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found[1], (logvar / 2).exp(), rtol=1e-4, atol=1e-5)
@@ -175,7 +175,7 @@ def test_text_states_are_those_of_the_text_encoder(model, pipe, data):
     assert latents.has_text and "text states" in latents.summary()
     for captions in ([*CAPTIONS], ["", None], ["three", "three"]):
         torch.testing.assert_close(latents.text_states(captions).context, pipe.encode_prompts(captions).context)
-    assert Batches(latents, pipe, batch_size=2, seed=0).resting == [pipe.vae, *pipe.text_encoders]
+    assert Batches(latents, pipe, batch_size=2, seed=0).idle == [pipe.vae, *pipe.text_encoders]
     batch = from_disk(out, pipe, caption_dropout=0.3)[0]
     torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context, rtol=1e-4, atol=1e-5)
     os.utime(text_path(out, 0), ns=(1, 1))
@@ -223,15 +223,15 @@ def test_names_and_captions_that_are_not_unicode_are_cached_and_known_again(mode
     latents.text_states(["cat ?", "a café"])
 
 
-def test_a_fingerprint_tells_pictures_captions_and_settings(model, data):
+def test_a_fingerprint_tells_images_captions_and_settings(model, data):
     out = make(model, data)
     before = LatentCache(out).fingerprint()
-    assert before.startswith("11 pictures, ") and LatentCache(out).fingerprint() == before
+    assert before.startswith("11 images, ") and LatentCache(out).fingerprint() == before
     assert LatentCache(make(model, data, data.parent / "half", store="fp16")).fingerprint() != before
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     write_rows(data, [*rows[:4], {**rows[4], "text": "another"}, *rows[5:]])
     after = LatentCache(make(model, data, data.parent / "again")).fingerprint()
-    assert after.startswith("11 pictures, ") and after != before
+    assert after.startswith("11 images, ") and after != before
 
 
 # what is refused
@@ -260,7 +260,7 @@ def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data
     assert len(LatentCache(out)) == 11
 
 
-def test_the_loss_of_a_picture_that_stood_in_for_a_broken_one_is_said(model, data):
+def test_the_loss_of_a_image_that_stood_in_for_a_broken_one_is_said(model, data):
     (data / "03.png").write_bytes(b"no")
     out = make(model, data)
     rows = (data / "metadata.jsonl").read_text().splitlines()
@@ -274,7 +274,7 @@ def test_other_networks_and_settings_are_refused(model, pipe, data):
     out = make(model, data, text_states=True)
     latents = open_data(out, SIDE)
     assert isinstance(latents, LatentCache) and isinstance(open_data(data, SIDE), ImageFolder)
-    assert "32-pixel pictures and the training asks for 64" in refusal(lambda: open_data(out, 64))
+    assert "32-pixel images and the training asks for 64" in refusal(lambda: open_data(out, 64))
     assert "holds no mirror images" in refusal(lambda: from_disk(out, pipe, flip=True))
     for network, weight, said in (
         (pipe.vae, "encoder.conv_out.weight", "another VAE"),

@@ -1,4 +1,4 @@
-"""CLIP score: pictures enter CLIP as transformers prepares them, cosines are CLIP's own, retrieval counts rightly."""
+"""CLIP score: images enter CLIP as transformers prepares them, cosines are CLIP's own, retrieval counts rightly."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 import transformers
 from PIL import Image
 
-from minidistill.data.scenes import Scenes
 from minidistill.metrics.clip_score import clip_pixels, clip_scores, retrieval
+from minidistill.miniature.scenes import Scenes
 from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from minidistill.models.tokenizer import train_bpe
 
@@ -19,7 +19,7 @@ SIZES = [
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture of every frequency: half noise, half gradient."""
+    """An image of every frequency: half noise, half gradient."""
     pixels = np.random.default_rng(seed).integers(0, 128, (height, width, 3))
     pixels += np.linspace(0, 127, width, dtype=np.int64)[None, :, None]
     return Image.fromarray(pixels.astype(np.uint8))
@@ -31,19 +31,19 @@ def test_pixels_are_those_of_transformers_image_processor(width, height, size):
     processor = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
-    picture = noise(width, height)
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
-    pixels = clip_pixels([picture], size)
+    image = noise(width, height)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    pixels = clip_pixels([image], size)
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
 
 
-def test_pictures_of_several_sizes_make_one_batch():
-    pictures = [noise(64, 64), noise(100, 151, 1), noise(40, 70, 2)]
-    batch = clip_pixels(pictures)
+def test_images_of_several_sizes_make_one_batch():
+    images = [noise(64, 64), noise(100, 151, 1), noise(40, 70, 2)]
+    batch = clip_pixels(images)
     assert batch.shape == (3, 3, 64, 64)
-    for picture, pixels in zip(pictures, batch, strict=True):
-        assert torch.equal(clip_pixels([picture])[0], pixels)
+    for image, pixels in zip(images, batch, strict=True):
+        assert torch.equal(clip_pixels([image])[0], pixels)
 
 
 def test_scores_are_transformers_cosines():
@@ -70,18 +70,18 @@ def test_scores_are_transformers_cosines():
     own = {name: weight for name, weight in theirs.state_dict().items() if "position_ids" in name}
     theirs.load_state_dict({**own, **ours.state_dict()})  # strict: nothing else is missing, and nothing unexpected
 
-    pictures = [noise(32, 32), noise(50, 77, 1)]
-    scores = clip_scores(ours, tokenizer, pictures, captions)
+    images = [noise(32, 32), noise(50, 77, 1)]
+    scores = clip_scores(ours, tokenizer, images, captions)
     assert scores.shape == (2, 3) and scores.dtype == torch.float32 and not scores.requires_grad
     with torch.no_grad():
-        out = theirs(input_ids=tokenizer(captions), pixel_values=clip_pixels(pictures, 32))
+        out = theirs(input_ids=tokenizer(captions), pixel_values=clip_pixels(images, 32))
         expected = out.logits_per_image / theirs.logit_scale.exp()
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
     assert scores.abs().max() <= 1 + 1e-5 and scores.std() > 1e-3
 
 
 class FakeCLIP(torch.nn.Module):
-    """Knows the held-out scenes by heart: a picture's vector is that of its caption, `turn` captions further."""
+    """Knows the held-out scenes by heart: an image's vector is that of its caption, `turn` captions further."""
 
     COUNT = 400
 
@@ -90,9 +90,9 @@ class FakeCLIP(torch.nn.Module):
         self.config = CLIPConfig(vision_config=CLIPVisionConfig(image_size=64))
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.turn, self.asked = turn, []
-        pictures, captions = zip(*(Scenes("test")[i] for i in range(self.COUNT)), strict=True)
-        self.known = clip_pixels(pictures).flatten(1)
-        self.captions = list(dict.fromkeys(captions))  # a caption may belong to several pictures
+        images, captions = zip(*(Scenes("test")[i] for i in range(self.COUNT)), strict=True)
+        self.known = clip_pixels(images).flatten(1)
+        self.captions = list(dict.fromkeys(captions))  # a caption may belong to several images
         self.ids = self.tokenize(captions)
 
     def tokenize(self, captions):

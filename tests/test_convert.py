@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import change_json
 from test_sources import UNET, altered, run_convert
 
+from minidistill.diffusion.sampling import Sampling, find_sampling, sampling_metadata
+from minidistill.interop.lora_files import write_lora
 from minidistill.models.lora import ATTENTION, TEXT_ATTENTION, LoRAWeights, find_targets
 from minidistill.pipeline import load_pipeline
 from minidistill.weights.files import read_metadata
-from minidistill.weights.lora_files import write_lora
-from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
 
 WEIGHTS, PREFIX = "diffusion_pytorch_model.safetensors", "model.diffusion_model."
 AVERAGE = 0.25  # how far the averaged weights are from the others

@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 from tiny import save_sdxl
 
 from minidistill import cache, finetune, pipeline
+from minidistill.cli import parse, run_command
 from minidistill.data.folders import ImageFolder
+from minidistill.diffusion.sampling import Sampling
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.models.lora import lora_layers
 from minidistill.pipeline import load_pipeline
 from minidistill.training import batches
 from minidistill.training.batches import Batches
-from minidistill.training.config import parse, run_command
 from minidistill.weights.files import read_metadata
-from minidistill.weights.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -43,7 +43,7 @@ LORA_FILES = ("lora.safetensors", "lora_peft.safetensors")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(one_thread):
-    """Two sampling steps for the strips."""
+    """Two sampling steps for the image grids."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "STEPS", 2)
         yield
@@ -57,9 +57,9 @@ def command(*words: object) -> int:
 
 
 @pytest.fixture
-def train(tiny_sd1, pictures):
+def train(tiny_sd1, images):
     """train(run folder, *flags) -> exit code."""
-    return lambda run, *flags: command("--model", tiny_sd1, "--data", pictures, "--out", run, *RUN.split(), *flags)
+    return lambda run, *flags: command("--model", tiny_sd1, "--data", images, "--out", run, *RUN.split(), *flags)
 
 
 def finished_run(folder: Path, model: Path, data: Path, flags: str = "") -> Path:
@@ -68,15 +68,15 @@ def finished_run(folder: Path, model: Path, data: Path, flags: str = "") -> Path
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_sd1, pictures, tmp_path_factory):
+def plain(tiny_sd1, images, tmp_path_factory):
     """The folder of a run on all weights of the U-Net; not to be changed."""
-    return finished_run(tmp_path_factory.mktemp("plain") / "run", tiny_sd1, pictures)
+    return finished_run(tmp_path_factory.mktemp("plain") / "run", tiny_sd1, images)
 
 
 @pytest.fixture(scope="module")
-def with_lora(tiny_sd1, pictures, tmp_path_factory):
+def with_lora(tiny_sd1, images, tmp_path_factory):
     """The folder of a run with LORA; not to be changed."""
-    return finished_run(tmp_path_factory.mktemp("lora") / "run", tiny_sd1, pictures, LORA)
+    return finished_run(tmp_path_factory.mktemp("lora") / "run", tiny_sd1, images, LORA)
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +140,12 @@ def oracle_loss(folder: Path, batch, prediction: str):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sdxl"])
-def test_loss_and_gradients_are_those_of_diffusers_up_to_the_text_encoders(tiny_sd1, pictures, request, kind):
+def test_loss_and_gradients_are_those_of_diffusers_up_to_the_text_encoders(tiny_sd1, images, request, kind):
     folder = request.getfixturevalue("sdxl") if kind == "sdxl" else tiny_sd1
     prediction = "epsilon" if kind == "sdxl" else kind
     pipe = load_pipeline(folder)
     pipe.schedule = replace(pipe.schedule, prediction_type=prediction)
-    batch = Batches(ImageFolder(pictures, 32), pipe, batch_size=6, seed=0, caption_dropout=0.4)[0]
+    batch = Batches(ImageFolder(images, 32), pipe, batch_size=6, seed=0, caption_dropout=0.4)[0]
     assert None in batch.captions and any(batch.captions)
     again = finetune.read_again(pipe, batch)
     loss = finetune.denoising_loss(pipe, again, make_alpha_bar(pipe.schedule))
@@ -195,8 +195,10 @@ def test_the_model_loads_in_diffusers_and_samples_the_same(plain, tiny_sd1):
 def test_the_run_folder_holds_what_it_should(plain, with_lora):
     common = ["checkpoints", "config.json", "curves.png", "metrics.jsonl", "results.json", "samples"]
     assert sorted(path.name for path in plain.iterdir()) == [*common[:4], "model", *common[4:]]
-    assert sorted(path.name for path in with_lora.iterdir()) == sorted([*common, *LORA_FILES, "README.md", "strip.png"])
-    assert {"README.md", "strip.png"} < {path.name for path in (plain / "model").iterdir()}
+    assert sorted(path.name for path in with_lora.iterdir()) == sorted(
+        [*common, *LORA_FILES, "README.md", "images.png"]
+    )
+    assert {"README.md", "images.png"} < {path.name for path in (plain / "model").iterdir()}
     for run in (plain, with_lora):
         assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-00000{i}.png" for i in (0, 3, 4)]
         assert read(run / "config.json").keys() == {field.name for field in fields(finetune.Config)} | {"examples"}
@@ -221,13 +223,9 @@ def test_training_lowers_the_loss_and_says_so(plain, with_lora):
 
 
 def test_strips_show_the_model_as_it_came_above_the_model_now(plain, with_lora):
-    strips = [
-        np.asarray(Image.open(path)) for run in (plain, with_lora) for path in sorted((run / "samples").iterdir())
-    ]
-    left, height = 92, 6 + 128  # see strips.py: the label, a row
-    above, below = (
-        [strip[rows, left:] for strip in strips] for rows in (slice(6, height), slice(height + 6, 2 * height))
-    )
+    grids = [np.asarray(Image.open(path)) for run in (plain, with_lora) for path in sorted((run / "samples").iterdir())]
+    left, height = 92, 6 + 128  # see report.py: the label, a row
+    above, below = ([grid[rows, left:] for grid in grids] for rows in (slice(6, height), slice(height + 6, 2 * height)))
     assert all((row == above[0]).all() for row in [*above, below[0], below[3]])
     assert all((below[i] != below[0]).any() for i in (1, 2, 4, 5))
 
@@ -257,11 +255,11 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight_and_checkpointing_chan
 # a LoRA
 
 
-def test_only_the_lora_trains_and_is_kept_in_checkpoints(tiny_sd1, pictures, with_lora):
+def test_only_the_lora_trains_and_is_kept_in_checkpoints(tiny_sd1, images, with_lora):
     pipe = load_pipeline(tiny_sd1)
     config = finetune.resolve(parse(finetune.Config, None, ["--model", str(tiny_sd1), *LORA.split()], "", None), pipe)
     networks = finetune.choose_weights(config, pipe)
-    batch = Batches(ImageFolder(pictures, 32), pipe, batch_size=4, seed=0)[0]
+    batch = Batches(ImageFolder(images, 32), pipe, batch_size=4, seed=0)[0]
     finetune.denoising_loss(pipe, finetune.read_again(pipe, batch), make_alpha_bar(pipe.schedule)).mean().backward()
     moved = {name for network in (networks, pipe.vae) for name, p in network.named_parameters() if p.grad is not None}
     assert moved == {name for name, _ in networks.named_parameters() if name.endswith(("lora_down", "lora_up"))}
@@ -279,9 +277,9 @@ def test_lora_files_say_what_they_are_made_for(tiny_sd1, with_lora):
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_diffusers_reads_both_files_of_a_lora_to_the_same_output(tiny_sd1, pictures, tmp_path, request, kind):
+def test_diffusers_reads_both_files_of_a_lora_to_the_same_output(tiny_sd1, images, tmp_path, request, kind):
     model = tiny_sd1 if kind == "sd1" else request.getfixturevalue("sdxl")
-    run = request.getfixturevalue("with_lora") if kind == "sd1" else finished_run(tmp_path, model, pictures, LORA)
+    run = request.getfixturevalue("with_lora") if kind == "sd1" else finished_run(tmp_path, model, images, LORA)
     base = latents_of(load_pipeline(model))
     found = [latents_of(load_pipeline(model, loras=[(run / name, 1.0)])) for name in LORA_FILES]
     torch.testing.assert_close(*found)
@@ -308,11 +306,9 @@ def test_without_its_flag_the_text_encoder_gets_no_lora_and_attention_is_the_usu
 # data
 
 
-def test_a_cache_trains_the_text_encoder_as_its_folder_does(train, pictures, tiny_sd1, with_lora, tmp_path):
+def test_a_cache_trains_the_text_encoder_as_its_folder_does(train, images, tiny_sd1, with_lora, tmp_path):
     """Its text states are of the text encoders as they came; those that train must be asked again."""
-    cache.main(
-        cache.CacheConfig(model=str(tiny_sd1), data=str(pictures), out=str(tmp_path / "cache"), text_states=True)
-    )
+    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(images), out=str(tmp_path / "cache"), text_states=True))
     assert train(tmp_path / "run", "--data", tmp_path / "cache", *LORA.split()) == 0
     assert largest_difference(*(load_file(run / LORA_FILES[0]) for run in (tmp_path / "run", with_lora))) < 1e-4
 
@@ -328,16 +324,16 @@ def test_text_states_are_not_kept_for_text_encoders_that_train(train, tmp_path, 
 
 
 def test_scenes_are_judged(train, tmp_path):
-    flags = ("--data", "scenes", "--resolution", "64", "--pictures", "6", "--judged", "2", "--steps", "1")
+    flags = ("--data", "scenes", "--resolution", "64", "--images", "6", "--judged", "2", "--steps", "1")
     assert train(tmp_path / "run", *flags) == 0
     judged = [row["judge"] for row in read(tmp_path / "run/results.json").values()]
     assert len(judged) == 2 and all(0 <= judge["all"] <= 1 for judge in judged)
 
 
-def test_large_pictures_are_drawn_one_by_one():
+def test_large_images_are_drawn_one_by_one():
     pipe, found = counting_pipe()
     for side in (64, 512):
-        show = SimpleNamespace(config=finetune.Config(resolution=side), pipe=pipe, resting=[])
+        show = SimpleNamespace(config=finetune.Config(resolution=side), pipe=pipe, idle=[])
         finetune.Show.draw(show, CAPTIONS)
     assert found == [8, 1]
 
@@ -358,7 +354,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from minidistill import finetune, pipeline
-from minidistill.training.config import run_command
+from minidistill.cli import run_command
 
 pipeline.STEPS = 2
 step, calls = finetune.optimizer_step, []
@@ -375,9 +371,9 @@ run_command(finetune.main, finetune.Config, finetune.PRESETS, prog="finetune", a
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which Windows does not have")
-def test_a_killed_run_ends_in_the_same_bits(train, tiny_sd1, pictures, tmp_path):
+def test_a_killed_run_ends_in_the_same_bits(train, tiny_sd1, images, tmp_path):
     flags = [*RUN.split(), *LORA.split(), "--accumulate", "2", "--precision", "bf16", "--batch-size", "2"]
-    words = ["--model", tiny_sd1, "--data", pictures, "--out", tmp_path / "killed", *flags]
+    words = ["--model", tiny_sd1, "--data", images, "--out", tmp_path / "killed", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     call = [sys.executable, "-c", KILLED, *map(str, words)]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
@@ -386,7 +382,7 @@ def test_a_killed_run_ends_in_the_same_bits(train, tiny_sd1, pictures, tmp_path)
     assert command("--out", tmp_path / "killed", "--resume") == 0
     assert train(tmp_path / "whole", *flags) == 0
     names = [f"checkpoints/step-000004/state.{suffix}" for suffix in ("safetensors", "json")]
-    names += [f"samples/step-00000{i}.png" for i in (0, 3, 4)] + ["README.md", "strip.png", "results.json"]
+    names += [f"samples/step-00000{i}.png" for i in (0, 3, 4)] + ["README.md", "images.png", "results.json"]
     assert_same_files(tmp_path / "killed", tmp_path / "whole", names)
     for name in LORA_FILES:  # their headers are in no fixed order
         assert largest_difference(*(load_file(tmp_path / run / name) for run in ("killed", "whole"))) == 0

@@ -14,14 +14,14 @@ from minidistill.data.folders import ImageFolder, scan, to_rgb, to_square
 from minidistill.errors import InputError
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def save(path, seed: int = 0, size: tuple[int, int] = (40, 24)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed, size).save(path)
+    image(seed, size).save(path)
 
 
 def write_jsonl(path, rows) -> None:
@@ -364,7 +364,7 @@ def test_the_next_readable_example_stands_in_for_a_broken_one_which_is_named_onc
         sample = folder.sample(asked)
         assert sample.number == shown and sample.name == f"{shown:02}.jpg"
         assert sample.captions == (f"caption of {shown:02}.jpg",) == (folder[asked][1],)
-        assert np.array_equal(sample.picture, folder[shown][0])
+        assert np.array_equal(sample.image, folder[shown][0])
     said = capsys.readouterr().out
     assert said.count("04.jpg (") == said.count("19.jpg (") == 1 and said.count("\n") == 2
     (tmp_path / "10.jpg").unlink()
@@ -417,18 +417,18 @@ def test_a_fingerprint_tells_what_a_folder_holds_and_not_where_it_is(tmp_path, m
     twenty(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     before = ImageFolder(tmp_path / "a", 8).fingerprint()
-    assert before.startswith("20 pictures, ") and len(before) == len("20 pictures, 3f2a91c0")
+    assert before.startswith("20 images, ") and len(before) == len("20 images, 3f2a91c0")
     monkeypatch.setattr(folders, "_read_bytes", None)
     assert ImageFolder(tmp_path / "b", 8).fingerprint() == before
     monkeypatch.chdir(tmp_path / "b")
     assert ImageFolder(".", 8).fingerprint() == before
     save(tmp_path / "b/more.png")
     (tmp_path / "b/more.txt").write_text("more")
-    assert ImageFolder(tmp_path / "b", 8).fingerprint().startswith("21 pictures, ")
+    assert ImageFolder(tmp_path / "b", 8).fingerprint().startswith("21 images, ")
     text = (tmp_path / "a/metadata.jsonl").read_text()
     (tmp_path / "a/metadata.jsonl").write_text(text.replace("caption of 07", "another of 07"))
     after = ImageFolder(tmp_path / "a", 8).fingerprint()
-    assert after.startswith("20 pictures, ") and after != before
+    assert after.startswith("20 images, ") and after != before
 
 
 def test_original_size_and_crop_are_known(tmp_path):
@@ -441,10 +441,10 @@ def test_original_size_and_crop_are_known(tmp_path):
 
 
 def test_to_square_is_resize_then_centre_crop():
-    image = picture(size=(120, 60))
-    usual = image.resize((64, 32), Image.Resampling.LANCZOS).crop((16, 0, 48, 32))
-    assert np.abs(np.asarray(usual, float) - np.asarray(to_square(image, 32), float)).max() <= 2
-    exact = picture(size=(64, 32))
+    wide = image(size=(120, 60))
+    usual = wide.resize((64, 32), Image.Resampling.LANCZOS).crop((16, 0, 48, 32))
+    assert np.abs(np.asarray(usual, float) - np.asarray(to_square(wide, 32), float)).max() <= 2
+    exact = image(size=(64, 32))
     assert np.array_equal(to_square(exact, 32), exact.crop((16, 0, 48, 32)))
 
 

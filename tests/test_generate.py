@@ -24,7 +24,7 @@ PROMPT = "a red circle"
 
 @pytest.fixture
 def run(sources, tmp_path, monkeypatch):
-    """Runs generate on the SD 1.x of `sources`, in 2 steps: (the pictures in the file, the pipeline it used)."""
+    """Runs generate on the SD 1.x of `sources`, in 2 steps: (the images in the file, the pipeline it used)."""
     used = []
 
     def remembered(*args, **kwargs):
@@ -42,9 +42,9 @@ def run(sources, tmp_path, monkeypatch):
     return call
 
 
-def row(pictures) -> np.ndarray:
-    """Pictures side by side, as the file has them."""
-    return np.concatenate(levels(pictures), axis=1)
+def row(images) -> np.ndarray:
+    """Images side by side, as the file has them."""
+    return np.concatenate(levels(images), axis=1)
 
 
 def test_loras_are_merged_each_at_its_scale(run, sources, parts, capsys):  # noqa: F811
@@ -88,7 +88,7 @@ def test_the_vae_stays_in_float32_unless_told(run, sources):
     assert (found == expected).all() and (found != run()[0]).any()
 
 
-def test_a_picture_is_the_start_of_several(run, sources, tmp_path):
+def test_a_image_is_the_start_of_several(run, sources, tmp_path):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     photo.save(tmp_path / "photo.png")
     found, pipe = run("--image", tmp_path / "photo.png", "--strength", "0.5", "--count", "2", "--seed", "3", steps=4)
@@ -111,7 +111,7 @@ def test_a_negative_prompt_without_guidance_is_noted(run, capsys):
     assert "note: guidance is off" in capsys.readouterr().err
 
 
-def test_a_picture_to_start_from_is_turned_upright_and_put_on_white(tmp_path):
+def test_a_image_to_start_from_is_turned_upright_and_put_on_white(tmp_path):
     photo = Image.new("RGB", (6, 4), (10, 20, 30))
     exif = photo.getexif()
     exif[274] = 6  # turned by a quarter
@@ -121,14 +121,14 @@ def test_a_picture_to_start_from_is_turned_upright_and_put_on_white(tmp_path):
     assert generate.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_picture_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
+def test_a_image_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(InputError, match="bomb"):
         generate.read_image(tmp_path / "bomb.png")
 
 
-def test_low_memory_frees_and_tiles_and_gives_the_same_pictures(run, monkeypatch):
+def test_low_memory_frees_and_tiles_and_gives_the_same_images(run, monkeypatch):
     usual, pipe = run("--count", "2")
     assert len(pipe.text_encoders) == 1
     tiled = []
@@ -158,7 +158,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("words", "steps", "total"),
     [((), 3, 3), (("--count", "9"), 2, 4), (("--image", "photo.png", "--strength", "0.5"), 4, 2)],
-    ids=["one", "two batches", "from a picture"],
+    ids=["one", "two batches", "from an image"],
 )
 def test_the_bar_counts_every_step_and_is_for_terminals_only(run, tmp_path, monkeypatch, capsys, words, steps, total):
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
@@ -195,11 +195,9 @@ def test_the_callback_sees_every_step_of_every_batch(sources):
         (["--image", "photo.png", "--strength", "0"], "strength must be above 0"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_one_line_and_no_picture(
-    sources, tmp_path, monkeypatch, capsys, words, reason
-):
+def test_what_does_not_fit_is_refused_with_one_line_and_no_image(sources, tmp_path, monkeypatch, capsys, words, reason):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out.txt").write_text("no picture")
+    (tmp_path / "out.txt").write_text("no image")
     Image.new("RGB", (32, 32)).save("photo.png")
     assert run_generate("--model", str(sources["sd1"]), "--out", "new/out.png", *words) == 2
     captured = capsys.readouterr()

@@ -19,11 +19,14 @@ from hub_server import TOKEN, HubServer, files_of
 from huggingface_hub import constants, file_download
 
 import minidistill
+from minidistill.cli import run_command
 from minidistill.errors import InputError
 from minidistill.generate import GenerateConfig, generate
+from minidistill.interop import sources
+from minidistill.interop.header import CLIP_IDS
+from minidistill.interop.single_file import write_single_file
 from minidistill.models.tokenizer import CLIPTokenizer, byte_characters, train_bpe
-from minidistill.training.config import run_command
-from minidistill.weights import hub, sources
+from minidistill.weights import hub
 from minidistill.weights.choice import (
     DIFFUSERS_STEMS,
     TRANSFORMERS_STEMS,
@@ -33,9 +36,7 @@ from minidistill.weights.choice import (
     shards,
 )
 from minidistill.weights.folders import find_weights
-from minidistill.weights.header import CLIP_IDS
 from minidistill.weights.hub import find_source
-from minidistill.weights.single_file import write_single_file
 
 HALF, FULL = torch.float16, torch.float32
 
@@ -340,22 +341,22 @@ def test_of_a_pipeline_only_the_needed_files_are_fetched_and_only_once(server, c
     assert capsys.readouterr().err == "", "progress bars are for terminals"
 
 
-def test_a_hub_id_draws_the_picture_of_its_folder_and_later_does_so_without_the_hub(server, tmp_path, monkeypatch):
+def test_a_hub_id_draws_the_image_of_its_folder_and_later_does_so_without_the_hub(server, tmp_path, monkeypatch):
     miniature = Path(minidistill.__file__).parent / "miniature"
     files = {name: path.read_bytes() for name, path in files_of(miniature).items() if not name.startswith("clip/")}
     server.add("me/sd", {**files, "safety_checker/model.safetensors": "never asked for"})
-    pictures = []
+    images = []
     for model, name in ((str(miniature), "folder.png"), ("me/sd", "hub.png"), ("me/sd", "cache.png")):
         with pytest.raises(SystemExit) as exit:
             words = ["--model", model, "--steps", "2", "--guidance", "1", "--out", name]
             run_command(generate, GenerateConfig, prog="generate", argv=words)
         assert exit.value.code == 0
-        pictures.append((tmp_path / name).read_bytes())
+        images.append((tmp_path / name).read_bytes())
         if name == "hub.png":
             assert "unet/diffusion_pytorch_model.safetensors" in fetched(server, "me/sd")
             assert "safety_checker/model.safetensors" not in fetched(server, "me/sd")
             disconnect(monkeypatch)
-    assert pictures[0] == pictures[1] == pictures[2]
+    assert images[0] == images[1] == images[2]
 
 
 def test_half_precision_is_replaced_by_full_only_if_the_hub_can_be_asked(server, monkeypatch):

@@ -17,18 +17,18 @@ from conftest import CAPTIONS
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from tiny import save_sdxl
 
+from minidistill import report as comparison
 from minidistill import train_kd
 from minidistill.data.folders import ImageFolder
-from minidistill.data.scenes import Scenes
+from minidistill.diffusion.sampling import Sampling
 from minidistill.distill import kd
 from minidistill.distill.block_removal import PAIRINGS, RECIPES, build_student, feature_pairs, plan_removal
 from minidistill.errors import InputError
-from minidistill.metrics import comparison
+from minidistill.miniature.scenes import Scenes
 from minidistill.models.unet import SD15, SD21, UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches, captions_of
 from minidistill.training.optim import adamw, get_precision, optimizer_step
-from minidistill.weights.sampling import Sampling
 
 TINY = {
     "sd15": replace(
@@ -368,7 +368,7 @@ def test_normalised_features_weigh_alike_whatever_their_size():
     assert kd.feature_loss(student, silent, [("a", "a")], normalized=True).isfinite().all()
 
 
-def test_random_captions_are_rare_in_clear_pictures_and_the_rule_in_noise():
+def test_random_captions_are_rare_in_clear_images_and_the_rule_in_noise():
     p = kd.random_caption_probability(torch.tensor([0, 500, 900, 1000]))
     assert p.tolist() == pytest.approx([0.00673795, 0.0820850, 0.6065307, 1.0], rel=1e-5)
     assert kd.random_caption_probability(torch.tensor([50]), 100).item() == pytest.approx(0.0820850, rel=1e-5)
@@ -388,16 +388,16 @@ def xl(tmp_path_factory):
     return folder
 
 
-def folder_data(pictures) -> ImageFolder:
-    return ImageFolder(pictures, 32)
+def folder_data(images) -> ImageFolder:
+    return ImageFolder(images, 32)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, pictures, kind):
+def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, images, kind):
     pipe = pipe if kind == "sd1" else load_pipeline(xl)
     settings = {"batch_size": 24, "seed": 3, "caption_dropout": 0.3, "cache": False}
-    plain = Batches(folder_data(pictures), pipe, **settings)[2]
-    found = kd.RandomCaptions(folder_data(pictures), pipe, **settings)[2]
+    plain = Batches(folder_data(images), pipe, **settings)[2]
+    found = kd.RandomCaptions(folder_data(images), pipe, **settings)[2]
     for name in ("x0", "eps", "t"):
         assert torch.equal(getattr(found, name), getattr(plain, name))
     changed = [a != b for a, b in zip(found.captions, plain.captions, strict=True)]
@@ -411,8 +411,8 @@ def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, picture
         assert torch.equal(found.added_cond["time_ids"], plain.added_cond["time_ids"])
 
 
-def test_random_captions_do_not_depend_on_the_batch_size_and_are_as_frequent_as_the_formula_says(pipe, pictures):
-    data = folder_data(pictures)
+def test_random_captions_do_not_depend_on_the_batch_size_and_are_as_frequent_as_the_formula_says(pipe, images):
+    data = folder_data(images)
     large = kd.RandomCaptions(data, pipe, batch_size=200, seed=0)[0]
     small = kd.RandomCaptions(data, pipe, batch_size=4, seed=0)
     assert [c for k in range(5) for c in small[k].captions] == large.captions[:20]
@@ -424,13 +424,13 @@ def test_random_captions_do_not_depend_on_the_batch_size_and_are_as_frequent_as_
     assert other[large.t < 300].mean() < 0.1 and other[large.t > 850].mean() > 0.4
 
 
-def test_captions_are_found_without_reading_pictures(pictures, monkeypatch):
-    data = folder_data(pictures)
+def test_captions_are_found_without_reading_images(images, monkeypatch):
+    data = folder_data(images)
     monkeypatch.setattr(ImageFolder, "sample", None)
     monkeypatch.setattr(Scenes, "__getitem__", None)
     assert captions_of(data, 3) == (CAPTIONS[3],)
     assert captions_of(Scenes("test"), 7) == (Scenes("test").caption(7),)
-    assert captions_of([("picture", "a caption")], 0) == ("a caption",)
+    assert captions_of([("image", "a caption")], 0) == ("a caption",)
 
 
 def test_image_free_latents_are_the_teachers_samples(pipe, xl):
@@ -454,15 +454,15 @@ def test_image_free_latents_are_the_teachers_samples(pipe, xl):
 
 
 @pytest.fixture
-def train(monkeypatch, pictures):
-    """train(teacher, out, **settings): a short run on ten pictures, without what takes time and is tested elsewhere."""
+def train(monkeypatch, images):
+    """train(teacher, out, **settings): a short run on ten images, without what takes time and is tested elsewhere."""
     monkeypatch.setattr(comparison, "STEPS", 2)
     monkeypatch.setattr(comparison, "count_macs", lambda *_: {"conv_linear": 0})
     monkeypatch.setattr(comparison, "milliseconds", lambda *_: 0.0)
     monkeypatch.setattr(train_kd, "removal_rows", lambda *_: [("removed",), ("",)])
 
     def run(teacher, out, **settings):
-        usual = {"data": str(pictures), "batch_size": 4, "steps": 4, "warmup": 0, "learning_rate": 1e-3}
+        usual = {"data": str(images), "batch_size": 4, "steps": 4, "warmup": 0, "learning_rate": 1e-3}
         usual |= {"log_every": 1, "sample_every": 100, "checkpoint_every": 2, "precision": "fp32"}
         config = train_kd.Config(teacher=str(teacher), out=str(out), **{**usual, **settings})
         train_kd.main(config)
@@ -496,8 +496,8 @@ def test_every_option_changes_what_is_learned(train, tiny_sd1, tmp_path):
     assert len({tuple(values) for values in losses.values()}) == 4
 
 
-def test_mirror_images_of_no_pictures_are_refused(train, tiny_sd1, tmp_path):
-    with pytest.raises(InputError, match="--flip needs pictures"):
+def test_mirror_images_of_no_images_are_refused(train, tiny_sd1, tmp_path):
+    with pytest.raises(InputError, match="--flip needs images"):
         train(tiny_sd1, tmp_path / "run", flip=True, image_free=4)
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""SDXL-Lightning's files in the forms they are published in, through the command: pictures, settings, warnings.
+"""SDXL-Lightning's files in the forms they are published in, through the command: images, settings, warnings.
 
     sdxl_lightning_4step_unet.safetensors      a U-Net in diffusers' names, for the place of SDXL's
     sdxl_lightning_4step_lora.safetensors      a LoRA in kohya's names with diffusers' blocks: rank 64, alpha 8
@@ -22,13 +22,13 @@ from test_sdxl import oracle_of
 from tiny import PROMPTS, make_prompts_matter
 
 from minidistill.diffusion.schedule import ScheduleConfig
+from minidistill.interop.single_file import write_single_file
+from minidistill.interop.sources import Parts, save_parts
 from minidistill.models.clip import SD1_TEXT, SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import ALL, find_targets
 from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
 from minidistill.models.unet import SDXL, UNet
 from minidistill.models.vae import SDXL_VAE, AutoencoderKL
-from minidistill.weights.single_file import write_single_file
-from minidistill.weights.sources import Parts, save_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,11 +101,11 @@ def folder(tmp_path_factory):
 
 
 def draw(folder, form: str, *words: str) -> np.ndarray:
-    """The picture of the command for the U-Net, the LoRA, the whole file or the folder alone: (1, H, W, 3)."""
+    """The image of the command for the U-Net, the LoRA, the whole file or the folder alone: (1, H, W, 3)."""
     file, base = str(folder / NAME.format(form)), ["--model", str(folder / "base")]
     model = {"base": base, "unet": [*base, "--unet", file], "lora": [*base, "--lora", file], "whole": ["--model", file]}
     kind = next((kind for kind in ("base", "unet", "lora") if kind in form), "whole")
-    out = folder / "picture.png"
+    out = folder / "image.png"
     common = ["--prompt", PROMPTS[0], "--latents", str(folder / "noise.safetensors"), "--out", str(out)]
     assert run_generate(*model[kind], *common, *words) == 0
     return levels([Image.open(out)])
@@ -132,14 +132,14 @@ def differ(one: np.ndarray, other: np.ndarray) -> int:
     return np.abs(one - other).max()
 
 
-def test_the_unet_and_the_whole_file_draw_one_picture_and_diffusers_the_same(folder, recwarn):
+def test_the_unet_and_the_whole_file_draw_one_image_and_diffusers_the_same(folder, recwarn):
     unet, whole = draw(folder, "4step_unet"), draw(folder, "4step")
     assert np.array_equal(unet, whole)
     assert differ(unet, draw_oracle(folder, "4step_unet", 4)) <= 2
     settings = ["--steps", "4", "--sampler", "euler", "--spacing", "trailing", "--guidance", "0"]
     assert np.array_equal(draw(folder, "4step_unet", *settings), unet)
     assert not [warning for warning in recwarn if "made for" in str(warning.message)]
-    assert differ(draw(folder, "base", *settings), unet) > 20, "the file's weights must be seen in its picture"
+    assert differ(draw(folder, "base", *settings), unet) > 20, "the file's weights must be seen in its image"
 
 
 def test_the_lora_draws_what_it_draws_in_diffusers(folder, capsys):
@@ -151,11 +151,11 @@ def test_the_lora_draws_what_it_draws_in_diffusers(folder, capsys):
     assert differ(draw(folder, "base", *settings), lora) > 20
 
 
-def test_the_files_of_one_step_put_out_the_picture_itself(folder):
+def test_the_files_of_one_step_put_out_the_image_itself(folder):
     found = draw(folder, "1step_unet_x0")
     assert np.array_equal(found, draw(folder, "1step_x0"))
     assert differ(found, draw_oracle(folder, "1step_unet_x0", 1, prediction_type="sample")) <= 2
-    assert differ(found, draw_oracle(folder, "1step_unet_x0", 1)) > 20, "read as noise it is another picture"
+    assert differ(found, draw_oracle(folder, "1step_unet_x0", 1)) > 20, "read as noise it is another image"
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_the_files_of_one_step_put_out_the_picture_itself(folder):
 )
 def test_a_flag_against_the_file_is_warned_of_once(folder, recwarn, form, words, asked):
     draw(folder, form, *words.split())
-    assert [str(warning.message) for warning in recwarn] == [MADE_FOR + asked + ": expect poor pictures"]
+    assert [str(warning.message) for warning in recwarn] == [MADE_FOR + asked + ": expect poor images"]

@@ -21,13 +21,8 @@ from torch import nn
 
 from minidistill.distill.block_removal import RECIPES, plan_removal
 from minidistill.errors import InputError
-from minidistill.models import lora
-from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
-from minidistill.models.lora import LoRAWeights
-from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
-from minidistill.weights import lora_files
-from minidistill.weights.files import read_metadata, write_safetensors
-from minidistill.weights.lora_files import (
+from minidistill.interop import lora_files
+from minidistill.interop.lora_files import (
     attach,
     every_name,
     matched_line,
@@ -37,6 +32,11 @@ from minidistill.weights.lora_files import (
     sgm_names,
     write_lora,
 )
+from minidistill.models import lora
+from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
+from minidistill.models.lora import LoRAWeights
+from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
+from minidistill.weights.files import read_metadata, write_safetensors
 
 TINY_SD1 = replace(
     SD15,

@@ -1,4 +1,4 @@
-"""The embedded miniature: an ordinary pipeline folder, small, that diffusers samples to the same picture as we do."""
+"""The embedded miniature: an ordinary pipeline folder, small, that diffusers samples to the same image as we do."""
 
 import subprocess
 import sys
@@ -10,10 +10,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import minidistill
-from minidistill.data.scenes import Scenes, held_out_captions
 from minidistill.metrics.clip_score import retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
-from minidistill.metrics.scene_judge import score
+from minidistill.miniature.judge import score
+from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import initial_noise
 from minidistill.train_miniature import UNET
 from minidistill.weights import folders
@@ -45,7 +45,7 @@ def test_its_schedule_is_stable_diffusions():
     assert not schedule.rescale_betas_zero_snr
 
 
-def test_diffusers_loads_it_and_draws_the_same_picture(pipe):
+def test_diffusers_loads_it_and_draws_the_same_image(pipe):
     theirs = StableDiffusionPipeline.from_pretrained(folders.MINIATURE, torch_dtype=torch.float32)
     assert isinstance(theirs.scheduler, DDIMScheduler)
     theirs.set_progress_bar_config(disable=True)
@@ -63,14 +63,14 @@ def test_the_vae_keeps_what_a_caption_says():
 
 
 def test_latents_have_unit_variance_in_every_channel(pipe):
-    pictures = [Scenes("test")[i][0] for i in range(64)]
-    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    images = [Scenes("test")[i][0] for i in range(64)]
+    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         latents = pipe.vae.to_latents(pixels, torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.15)
 
 
-def test_clip_finds_the_caption_of_a_picture():
+def test_clip_finds_the_caption_of_a_image():
     clip, tokenizer = folders.load_clip(folders.MINIATURE), folders.load_tokenizer(folders.MINIATURE)
     assert retrieval(clip, tokenizer, rounds=3) >= 0.75
 

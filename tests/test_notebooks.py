@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SIZE = 1_500_000  # bytes, with its pictures
+SIZE = 1_500_000  # bytes, with its images
 MACHINE = re.compile(
     r"(?<![\w.:/])(/(home|root|usr|tmp|opt|work|mnt|Users|private|var)/|[A-Z]:\\)|ipykernel_\d|0x[0-9a-f]{9,}"
 )
@@ -57,9 +57,9 @@ def teacher_name(name, removal):
     part, *rest = name.split(".")
     if part in ("down_blocks", "up_blocks"):
         stage = int(rest[0])
-        layers = (removal.down if part == "down_blocks" else removal.up)[stage]
+        layers = (removal.kept_down if part == "down_blocks" else removal.kept_up)[stage]
         if part == "up_blocks":
-            rest[0] = str(stage + removal.lost)
+            rest[0] = str(stage + removal.stages_removed)
         if rest[1] in ("resnets", "attentions"):
             rest[2] = str(layers[int(rest[2])])
     return ".".join([part, *rest])
@@ -71,7 +71,7 @@ def teacher_name(name, removal):
 def teacher_name(name, removal):
     part, *rest = name.split(".")
     if part == "up_blocks" and rest[1] != "upsamplers":
-        rest[2] = str(removal.up[int(rest[0])][int(rest[2])])
+        rest[2] = str(removal.kept_up[int(rest[0])][int(rest[2])])
     return ".".join([part, *rest])
 """,
                 "bk-tiny: up_blocks.0",
@@ -327,7 +327,7 @@ def test_stored_outputs_are_whole_and_of_no_machine(path):
     assert path.stat().st_size <= SIZE
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run in order, all of it"
-    pictures = 0
+    images = 0
     for cell in code:
         assert "execution" not in cell.metadata
         if "check" in cell.metadata.get("tags", ()) or re.search(r"(?m)^(print|show|plt\.show)\(", cell.source):
@@ -336,10 +336,10 @@ def test_stored_outputs_are_whole_and_of_no_machine(path):
             assert output.output_type != "error", text_of(output)
             assert output.get("name") != "stderr", text_of(output)
             assert not MACHINE.search(text_of(output)), text_of(output)
-            pictures += "image/png" in output.get("data", {})
+            images += "image/png" in output.get("data", {})
             for kind, value in output.get("data", {}).items():
                 assert kind != "image/png" or base64.b64decode(value).startswith(b"\x89PNG")
-    assert pictures >= 3
+    assert images >= 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

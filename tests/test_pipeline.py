@@ -1,6 +1,6 @@
-"""The whole way from a pipeline folder and a prompt to pictures and back to a folder, against diffusers.
+"""The whole way from a pipeline folder and a prompt to images and back to a folder, against diffusers.
 
-Tiny pipelines with seeded random weights, saved by diffusers, are loaded here; the pictures from equal noise
+Tiny pipelines with seeded random weights, saved by diffusers, are loaded here; the images from equal noise
 must be diffusers' own to 2 levels of 255, and diffusers must read what we save. Broken folders are refused.
 """
 
@@ -21,9 +21,9 @@ from tiny import PROMPTS, TOKENS
 
 import minidistill
 from minidistill import generate
+from minidistill.cli import run_command
 from minidistill.errors import InputError
-from minidistill.pipeline import _to_picture, initial_noise, load_pipeline
-from minidistill.training.config import run_command
+from minidistill.pipeline import _to_image, initial_noise, load_pipeline
 from minidistill.weights import folders
 
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
@@ -45,9 +45,9 @@ def load_oracle(folder) -> diffusers.StableDiffusionPipeline:
     return pipe
 
 
-def levels(pictures: list[Image.Image]) -> np.ndarray:
-    """Pictures -> (B, H, W, 3) int."""
-    return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
+def levels(images: list[Image.Image]) -> np.ndarray:
+    """Images -> (B, H, W, 3) int."""
+    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 def change_json(path, **changes) -> None:
@@ -64,7 +64,7 @@ def refused(call, *args, **kwargs) -> str:
     return str(info.value)
 
 
-# the same pictures as diffusers
+# the same images as diffusers
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
@@ -79,7 +79,7 @@ def refused(call, *args, **kwargs) -> str:
     ],
 )
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_pictures_are_those_of_diffusers(sources, kind, sampler, spacing, guidance):
+def test_images_are_those_of_diffusers(sources, kind, sampler, spacing, guidance):
     oracle = load_oracle(sources[kind])
     oracle.scheduler = SCHEDULERS[sampler].from_config(oracle.scheduler.config, timestep_spacing=spacing)
     negatives = ["", "a green ring"]
@@ -88,7 +88,7 @@ def test_pictures_are_those_of_diffusers(sources, kind, sampler, spacing, guidan
     ).images
     pipe = load_pipeline(sources[kind])
     found = pipe(PROMPTS, negatives, latents=noise(), steps=5, guidance=guidance, sampler=sampler, spacing=spacing)
-    assert levels(expected).std() > 20, "the oracle's pictures must show something"
+    assert levels(expected).std() > 20, "the oracle's images must show something"
     assert np.abs(levels(found) - levels(expected)).max() <= 2
 
 
@@ -112,15 +112,15 @@ def test_prompt_negative_prompt_guidance_grid_and_seed_all_matter(sources):
 
 def test_guidance_of_one_and_below_is_the_conditional_prediction_alone(sources):
     pipe = load_pipeline(sources["sd1"])
-    pictures = [levels(pipe(PROMPTS, "a ring", steps=2, guidance=g)) for g in (0.0, 0.5, 1.0)]
-    assert (pictures[0] == pictures[1]).all() and (pictures[0] == pictures[2]).all()
+    images = [levels(pipe(PROMPTS, "a ring", steps=2, guidance=g)) for g in (0.0, 0.5, 1.0)]
+    assert (images[0] == images[1]).all() and (images[0] == images[2]).all()
 
 
 # folders that we write
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_diffusers_reads_a_saved_folder_and_makes_the_same_pictures(sources, tmp_path, kind):
+def test_diffusers_reads_a_saved_folder_and_makes_the_same_images(sources, tmp_path, kind):
     settings = {"latents": noise(), "num_inference_steps": 4}
     expected = levels(load_oracle(sources[kind])(PROMPTS, **settings).images)
     load_pipeline(sources[kind]).save(tmp_path / "saved")
@@ -279,7 +279,7 @@ def test_unet_and_text_encoder_take_the_asked_dtype_and_the_vae_stays_float32(so
 # a sample depends on its seed and index alone
 
 
-def test_pictures_do_not_depend_on_the_batch_size_or_on_how_calls_are_split(sources):
+def test_images_do_not_depend_on_the_batch_size_or_on_how_calls_are_split(sources):
     pipe = load_pipeline(sources["sd1"])
     prompts = [PROMPTS[i % 2] for i in range(5)]
     negatives = ["", "a ring", "green", "", "blue squares"]
@@ -303,7 +303,7 @@ def test_noise_of_a_sample_is_standard_normal_and_its_own():
 
 def test_levels_are_rounded_not_cut():
     image = (torch.tensor([0.0, 0.4, 0.6, 127.4, 127.6, 254.6, 300.0, -9.0]) / 127.5 - 1).reshape(1, 2, 4)
-    found = np.asarray(_to_picture(image.expand(3, 2, 4)))
+    found = np.asarray(_to_image(image.expand(3, 2, 4)))
     assert found[..., 0].flatten().tolist() == [0, 0, 1, 127, 128, 255, 255, 0]
 
 
@@ -315,7 +315,7 @@ def test_a_sample_that_is_not_finite_is_named(sources):
     latents = noise(3)
     poisoned = pipe([PROMPTS[0]] * 3, latents=latents, steps=1, output="latents")
     poisoned[1, 0, 0, 0] = torch.inf
-    assert "picture 1 is not finite" in refused(pipe.decode, poisoned, batch_size=1)
+    assert "image 1 is not finite" in refused(pipe.decode, poisoned, batch_size=1)
     with torch.no_grad():
         pipe.text_encoders[0].text_model.embeddings.token_embedding.weight[pipe.tokenizers[0].encode("squares")[0]] = (
             torch.nan
@@ -441,7 +441,7 @@ def run_generate(*words: str) -> int:
     return info.value.code
 
 
-def test_generate_without_flags_writes_a_picture_and_prints_its_path(miniature, tmp_path, capsys):
+def test_generate_without_flags_writes_a_image_and_prints_its_path(miniature, tmp_path, capsys):
     assert run_generate() == 0
     assert capsys.readouterr().out == "generated.png\n"
     expected = load_pipeline(miniature)(generate.GenerateConfig().prompt)
@@ -483,8 +483,8 @@ def test_generate_says_when_a_prompt_is_cut(miniature, capsys):
         (["--spacing", "even"], "leading"),
         (["--guidance", "much"], "--guidance"),
         (["--precision", "fp16"], "bf16"),
-        (["--out", "picture"], ".png"),
-        (["--out", "file/picture.png"], "cannot write"),
+        (["--out", "image"], ".png"),
+        (["--out", "file/image.png"], "cannot write"),
         (["--unknown", "1"], "--unknown"),
     ],
 )

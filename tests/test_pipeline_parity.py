@@ -1,8 +1,8 @@
-"""Protects the pictures: from the same noise and prompts, those of diffusers' own pipelines, for every kind of model.
+"""Protects the images: from the same noise and prompts, those of diffusers' own pipelines, for every kind of model.
 
 Each pipeline has the real layout of its model (blocks, transformer depths, heads, 77 positions, paddings, scheduler)
-in tiny widths, and seeded random weights; diffusers writes it, both load it. Pictures may differ by 2 levels of 255.
-Weights are scaled so that every setting under test moves the picture much further; that is tested too.
+in tiny widths, and seeded random weights; diffusers writes it, both load it. Images may differ by 2 levels of 255.
+Weights are scaled so that every setting under test moves the image much further; that is tested too.
 """
 
 import functools
@@ -22,8 +22,8 @@ from minidistill.pipeline import Pipeline, load_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LEVELS = 2  # of 255: how far two pictures may be apart
-FAR = 3 * LEVELS  # how far a setting that matters moves a picture at least
+LEVELS = 2  # of 255: how far two images may be apart
+FAR = 3 * LEVELS  # how far a setting that matters moves an image at least
 LATENTS = 0.01  # and their latents, which tell the samplers apart: these differ by less than 3 levels
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
 NEGATIVES = ["a blue ground", "a green ring"]
@@ -85,19 +85,19 @@ def noise(count: int = 2, height: int = 8, width: int = 8) -> torch.Tensor:
 
 
 def one_noise(count: int) -> torch.Tensor:
-    """The same for all, so that pictures differ by what the prompts say."""
+    """The same for all, so that images differ by what the prompts say."""
     return noise(1).expand(count, -1, -1, -1)
 
 
 def draw_theirs(both: Both, prompts, negatives, latents, steps, guidance) -> tuple[list[Image.Image], list]:
-    """diffusers' pictures, and its latents after every step."""
+    """diffusers' images, and its latents after every step."""
     seen = []
 
     def keep(pipe, i, t, tensors):
         seen.append(tensors["latents"])
         return {}
 
-    pictures = both.theirs(
+    images = both.theirs(
         prompts,
         negative_prompt=negatives,
         latents=latents,
@@ -107,16 +107,16 @@ def draw_theirs(both: Both, prompts, negatives, latents, steps, guidance) -> tup
         width=4 * latents.shape[3],
         callback_on_step_end=keep,
     ).images
-    return pictures, seen
+    return images, seen
 
 
-def levels(pictures) -> np.ndarray:
-    """Pictures -> (B, H, W, 3) int."""
-    return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
+def levels(images) -> np.ndarray:
+    """Images -> (B, H, W, 3) int."""
+    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 def apart(one, other) -> list[int]:
-    """The largest difference between each two pictures, in levels of 255."""
+    """The largest difference between each two images, in levels of 255."""
     return np.abs(levels(one) - levels(other)).max(axis=(1, 2, 3)).tolist()
 
 
@@ -137,13 +137,13 @@ def test_every_model_draws_what_diffusers_draws(load, name, sampler, guidance):
     expected, states = draw_theirs(both, PROMPTS, NEGATIVES, noise(), 3, guidance)
     settings = {"latents": noise(), "steps": 3, "guidance": guidance, "sampler": sampler}
     found = both.ours(PROMPTS, NEGATIVES, output="latents", **settings)
-    assert levels(expected).std() > 20, "the oracle's pictures must show something"
+    assert levels(expected).std() > 20, "the oracle's images must show something"
     assert max(apart(both.ours.decode(found), expected)) <= LEVELS
     assert (found - states[-1]).abs().max() < LATENTS
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_setting_moves_the_picture_further_than_the_tolerance(load, name):
+def test_every_setting_moves_the_image_further_than_the_tolerance(load, name):
     """If it did not, the parity above would prove little."""
     pipe = load(name).ours
     settings = {"steps": 3, "latents": one_noise(4)}
@@ -256,7 +256,7 @@ def test_other_sizes_than_the_trained_one_draw_what_diffusers_draws(load, name):
     assert max(apart(found, expected)) <= LEVELS
 
 
-# pictures from pictures
+# images from images
 
 IMAGE_TO_IMAGE = {
     "sd1": diffusers.StableDiffusionImg2ImgPipeline,
@@ -268,7 +268,7 @@ IMAGE_TO_IMAGE = {
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 @every_sampler
 @every_teacher
-def test_pictures_from_pictures_are_those_of_diffusers(load, name, sampler, strength):
+def test_images_from_images_are_those_of_diffusers(load, name, sampler, strength):
     """From pixels: diffusers samples the VAE's posterior, we take its mean, and in these VAEs the two are one."""
     both = load(name)
     both.set_sampler(sampler)
@@ -304,7 +304,7 @@ def test_the_callback_sees_the_latents_that_diffusers_has_between_its_steps(load
     _, states = draw_theirs(both, PROMPTS, NEGATIVES, noise(), 4, 5.0)
     scheduler, seen = both.theirs.scheduler, []
     settings = {"latents": noise(), "steps": 4, "guidance": 5.0, "sampler": sampler}
-    pictures = both.ours(PROMPTS, NEGATIVES, callback=seen.append, **settings)
+    images = both.ours(PROMPTS, NEGATIVES, callback=seen.append, **settings)
     assert [step["i"] for step in seen] == [0, 1, 2, 3]
     assert [step["t"] for step in seen] == scheduler.timesteps.tolist()
     torch.testing.assert_close(seen[0]["x"], noise())
@@ -312,9 +312,9 @@ def test_the_callback_sees_the_latents_that_diffusers_has_between_its_steps(load
         # theirs have the variance 1 + sigma^2 in Euler
         scale = (scheduler.sigmas[after + 1] ** 2 + 1) ** 0.5 if sampler == "euler" else 1
         torch.testing.assert_close(step["x"], states[after] / scale, atol=LATENTS, rtol=0)
-    strips = [both.ours.decode(step["x0"]) for step in seen]
-    changes = [max(apart(strip, pictures)) for strip in strips]
-    assert changes[0] > FAR, "the first guess is another picture"
+    grids = [both.ours.decode(step["x0"]) for step in seen]
+    changes = [max(apart(grid, images)) for grid in grids]
+    assert changes[0] > FAR, "the first guess is another image"
     assert changes[-1] <= (0 if sampler == "euler" else FAR), "the last is the finished one; DDIM stops short"
 
 
@@ -327,7 +327,7 @@ def test_the_callback_is_called_once_a_step_of_each_batch(load):
 # memory
 
 
-def test_low_memory_decodes_large_pictures_in_tiles_that_are_hardly_seen(load, monkeypatch):
+def test_low_memory_decodes_large_images_in_tiles_that_are_hardly_seen(load, monkeypatch):
     pipe = load_pipeline(load("sd1").folder)
     sizes, steps, from_latents = [], [], pipe.vae.from_latents
 

@@ -21,12 +21,12 @@ from PIL import Image
 from test_hub import disconnect, point_to, refused
 
 from minidistill import finetune, pipeline, train_kd
+from minidistill.cli import run_command
 from minidistill.distill.block_removal import RECIPES
+from minidistill.interop.model_card import find_license, hub_id, public_name, write_card
+from minidistill.interop.publish import open_repo, push
 from minidistill.pipeline import load_pipeline
-from minidistill.training.config import run_command
 from minidistill.weights.hub import find_source
-from minidistill.weights.model_card import find_license, hub_id, public_name, write_card
-from minidistill.weights.publish import open_repo, push
 
 RESULTS = {
     "teacher": {"parameters": 5659044, "distance_to_teacher": 0.0, "judge": {"all": 0.5, "shape": 0.75}},
@@ -45,7 +45,7 @@ LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "all", "resolution": 
 
 
 @pytest.fixture
-def strip(tmp_path):
+def grid(tmp_path):
     Image.new("RGB", (8, 8), (200, 30, 40)).save(tmp_path / "step-000240.png")
     return tmp_path / "step-000240.png"
 
@@ -67,9 +67,9 @@ def card_of(folder: Path) -> huggingface_hub.ModelCard:
 # cards
 
 
-def test_a_students_card_has_its_teacher_recipe_settings_results_and_strip(tmp_path, strip):
+def test_a_students_card_has_its_teacher_recipe_settings_results_and_strip(tmp_path, grid):
     config = student_settings(teacher="runwayml/stable-diffusion-v1-5", steps=240, batch_size=32, accumulate=2)
-    write_card(tmp_path / "student", "student", config, RESULTS, strip, "me/bk-tiny")
+    write_card(tmp_path / "student", "student", config, RESULTS, grid, "me/bk-tiny")
     card = card_of(tmp_path / "student")
     assert card.data.to_dict() == {
         "license": "creativeml-openrail-m",
@@ -78,15 +78,15 @@ def test_a_students_card_has_its_teacher_recipe_settings_results_and_strip(tmp_p
         "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "tags": ["text-to-image", "stable-diffusion", "minidistill", "knowledge-distillation"],
     }
-    for words in ("bk-tiny", "240 steps of 64 samples", *RECIPE.remove, "](strip.png)"):
+    for words in ("bk-tiny", "240 steps of 64 samples", *RECIPE.remove, "](images.png)"):
         assert words in card.text, words
     assert "| U-Net parameters | 5,659,044 | 2,321,028 |" in card.text
     assert "| mean squared distance to the teacher's output | 0 | 0.01703 |" in card.text
-    assert "| right in pictures of unseen scenes: shape | 0.75 |  |" in card.text
+    assert "| right in images of unseen scenes: shape | 0.75 |  |" in card.text
     assert 'DiffusionPipeline.from_pretrained("me/bk-tiny")' in card.text
     assert "minidistill.generate --model me/bk-tiny " in card.text
     assert "\nlearning_rate           0.001\n" in card.text and "\nloss_weights            1,1,1\n" in card.text
-    assert (tmp_path / "student/strip.png").read_bytes() == strip.read_bytes()
+    assert (tmp_path / "student/images.png").read_bytes() == grid.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -102,10 +102,10 @@ def test_a_students_card_has_its_teacher_recipe_settings_results_and_strip(tmp_p
     ],
 )
 def test_cards_of_what_was_trained_further_name_their_relation_to_the_base(
-    tmp_path, strip, kind, settings, relation, words
+    tmp_path, grid, kind, settings, relation, words
 ):
     config = tuned_settings(model="segmind/tiny-sd", **settings)
-    write_card(tmp_path / "x", kind, config, {"before": {"loss": 0.5}, "after": {"loss": 0.25}}, strip, "me/x")
+    write_card(tmp_path / "x", kind, config, {"before": {"loss": 0.5}, "after": {"loss": 0.25}}, grid, "me/x")
     card = card_of(tmp_path / "x")
     assert (card.data.base_model, card.data.base_model_relation) == ("segmind/tiny-sd", relation)
     assert card.data.license == "creativeml-openrail-m" and ("lora" in card.data.tags) == (kind == "lora")
@@ -133,26 +133,24 @@ def test_cards_of_what_was_trained_further_name_their_relation_to_the_base(
         ("miniature", 'DiffusionPipeline.from_pretrained("path/to/minidistill/miniature")'),
     ],
 )
-def test_a_loras_card_loads_the_very_base_it_was_trained_for(tmp_path, strip, source, loads):
-    write_card(
-        tmp_path / "x", "lora", tuned_settings(model=source, **LORA), {"after": {"loss": 0.25}}, strip, "me/lora"
-    )
+def test_a_loras_card_loads_the_very_base_it_was_trained_for(tmp_path, grid, source, loads):
+    write_card(tmp_path / "x", "lora", tuned_settings(model=source, **LORA), {"after": {"loss": 0.25}}, grid, "me/lora")
     text = card_of(tmp_path / "x").text
     assert f"\npipe = {loads}\n" in text
     base = "path/to/a.safetensors" if source.startswith("/") else source
     assert f"generate --model {base} --lora me/lora/lora.safetensors " in text
 
 
-def test_of_paths_on_this_machine_only_the_last_name_is_told(tmp_path, strip):
-    for name in ("model", "pictures"):
+def test_of_paths_on_this_machine_only_the_last_name_is_told(tmp_path, grid):
+    for name in ("model", "images"):
         (tmp_path / "private" / name).mkdir(parents=True)
-    config = student_settings(teacher=str(tmp_path / "private/model"), data=str(tmp_path / "private/pictures"))
-    write_card(tmp_path / "student", "student", config, RESULTS, strip)
+    config = student_settings(teacher=str(tmp_path / "private/model"), data=str(tmp_path / "private/images"))
+    write_card(tmp_path / "student", "student", config, RESULTS, grid)
     card = card_of(tmp_path / "student")
     assert "private" not in card.content and "secret" not in card.content
     assert str(tmp_path) not in card.content and "/home" not in card.content
     assert card.data.base_model is None and card.data.license == "other"
-    assert "A student of model" in card.text and "\ndata                    pictures\n" in card.text
+    assert "A student of model" in card.text and "\ndata                    images\n" in card.text
     assert "4096" not in card.text, "the number of scenes, on which it was not trained"
 
 
@@ -296,7 +294,7 @@ def test_without_a_connection_nothing_can_be_uploaded(server, folder, monkeypatc
 
 
 def test_offline_mode_is_named():
-    from minidistill.weights import publish
+    from minidistill.interop import publish
 
     error = huggingface_hub.errors.OfflineModeIsEnabled("offline")
     assert "HF_HUB_OFFLINE" in publish._refusal("me/x", error)
@@ -314,37 +312,37 @@ def finetune_to(repo: str, out: Path, model: Path, data: Path, *flags: str) -> i
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]], ids=["model", "lora"])
-def test_what_is_trained_can_be_had_from_the_hub(server, tmp_path, tiny_sd1, pictures, monkeypatch, capsys, flags):
+def test_what_is_trained_can_be_had_from_the_hub(server, tmp_path, tiny_sd1, images, monkeypatch, capsys, flags):
     monkeypatch.setattr(pipeline, "STEPS", 2)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, pictures, *flags) == 0
+    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, images, *flags) == 0
     printed = capsys.readouterr()
     assert f"{server.url}/me/tuned" in printed.out and TOKEN not in printed.out + printed.err
     sent = files_of(server.folder("me/tuned", "main"))
-    assert {"README.md", "strip.png"} < sent.keys() and not any("checkpoint" in name for name in sent)
+    assert {"README.md", "images.png"} < sent.keys() and not any("checkpoint" in name for name in sent)
     assert "me/tuned" in sent["README.md"].read_text()
     if flags:
-        assert sent.keys() == {"README.md", "strip.png", "lora.safetensors", "lora_peft.safetensors"}
+        assert sent.keys() == {"README.md", "images.png", "lora.safetensors", "lora_peft.safetensors"}
         pipe = load_pipeline(tiny_sd1, loras=[("me/tuned/lora.safetensors", 1.0)])
         here = load_pipeline(tiny_sd1, loras=[(tmp_path / "run/lora.safetensors", 1.0)])
     else:
         found = find_source("me/tuned")
         assert found.is_relative_to(tmp_path / "cache")
         pipe, here = load_pipeline("me/tuned"), load_pipeline(tmp_path / "run/model")
-    pictures_of = [p(CAPTIONS[:1], steps=2, output="latents") for p in (pipe, here, load_pipeline(tiny_sd1))]
-    assert torch.equal(*pictures_of[:2]) and not torch.equal(*pictures_of[1:])
+    images_of = [p(CAPTIONS[:1], steps=2, output="latents") for p in (pipe, here, load_pipeline(tiny_sd1))]
+    assert torch.equal(*images_of[:2]) and not torch.equal(*images_of[1:])
 
 
 def test_a_run_that_could_not_be_uploaded_does_not_start_and_one_that_is_done_can_be_sent(
-    server, tmp_path, tiny_sd1, pictures, monkeypatch, capsys
+    server, tmp_path, tiny_sd1, images, monkeypatch, capsys
 ):
     monkeypatch.setattr(pipeline, "STEPS", 2)
-    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, pictures) == 2
+    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, images) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "HF_TOKEN" in error
     assert not (tmp_path / "run").exists() and server.requests == []
-    assert finetune_to("none", tmp_path / "run", tiny_sd1, pictures) == 0
+    assert finetune_to("none", tmp_path / "run", tiny_sd1, images) == 0
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, pictures, "--resume", "--private") == 0
+    assert finetune_to("me/tuned", tmp_path / "run", tiny_sd1, images, "--resume", "--private") == 0
     assert server.trouble == {"me/tuned": "private"}
     assert "unet/config.json" in files_of(server.root / "me/tuned")

@@ -1,4 +1,4 @@
-"""The embedded data: what is drawn, what is said of it, what is kept from training; and the judge of pictures."""
+"""The embedded data: what is drawn, what is said of it, what is kept from training; and the judge of images."""
 
 import time
 from collections import Counter
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidistill.data.scenes import (
+from minidistill.miniature.judge import KINDS, judge, score
+from minidistill.miniature.scenes import (
     COLOURS,
     GROUNDS,
     HELD_OUT,
@@ -26,7 +27,6 @@ from minidistill.data.scenes import (
     parse,
     render,
 )
-from minidistill.metrics.scene_judge import KINDS, judge, score
 
 CAPTIONS = [
     "a cyan shape left of a blue star and a small red circle on a white background",
@@ -46,19 +46,19 @@ def test_the_world_is_as_rich_as_it_has_to_be():
     assert {(s.full.texture, s.full.ground) for s in scenes} == {(t, g) for t in TEXTURES for g in GROUNDS}
 
 
-def test_a_picture_is_the_same_whenever_it_is_drawn():
-    picture, caption = Scenes()[123]
+def test_a_image_is_the_same_whenever_it_is_drawn():
+    image, caption = Scenes()[123]
     again, caption_again = Scenes(length=124)[123]
-    assert caption == caption_again and picture.tobytes() == again.tobytes()
-    assert Scenes("test")[123][0].tobytes() != picture.tobytes()
+    assert caption == caption_again and image.tobytes() == again.tobytes()
+    assert Scenes("test")[123][0].tobytes() != image.tobytes()
 
 
 def test_a_fingerprint_tells_the_count_and_the_split():
     prints = [Scenes(*which).fingerprint() for which in (("train", 20), ("train", 20), ("train", 21), ("test", 20))]
-    assert prints[0] == prints[1] == "20 pictures, split train" and len(set(prints)) == 3
+    assert prints[0] == prints[1] == "20 images, split train" and len(set(prints)) == 3
 
 
-def test_pictures_are_those_the_miniature_was_trained_on():
+def test_images_are_those_the_miniature_was_trained_on():
     """A change of the drawing is a change of the data set."""
     assert [Scenes().caption(i) for i in range(3)] == CAPTIONS
     sums = [int(np.asarray(Scenes()[i][0], np.int64).sum()) for i in range(3)]
@@ -129,7 +129,7 @@ def test_a_caption_of_another_grammar_is_refused_by_name(caption):
         parse(caption)
 
 
-def test_400_pictures_a_second():
+def test_400_images_a_second():
     begin = time.process_time()
     for i in range(400):
         render(draw_scene(i))
@@ -176,25 +176,25 @@ def test_the_judge_sees_it_when_one_attribute_of_the_caption_is_off():
 
 def test_the_judge_answers_for_each_stated_attribute_and_only_for_those():
     caption = "a small red circle left of a blue shape on a striped background"
-    picture = render(next(s for s in map(draw_scene, range(2000)) if s.full.relation == "left of"))
-    kinds = Counter(answer.kind for answer in judge(picture, caption).answers)
+    image = render(next(s for s in map(draw_scene, range(2000)) if s.full.relation == "left of"))
+    kinds = Counter(answer.kind for answer in judge(image, caption).answers)
     assert kinds == {"count": 1, "shape": 1, "colour": 2, "size": 1, "relation": 1, "background": 1}
 
 
 def test_the_judge_says_what_is_wrong():
     scene = next(s for s in map(draw_scene, range(5000)) if s.full.things == (Thing("circle", "red", "large"),))
-    assert judge(render(scene), "a red circle").all_right
+    assert judge(render(scene), "a red circle").all_correct
     assert judge(render(scene), "a red star").wrong() == "shape star"
     assert judge(render(scene), "a small blue circle").wrong() in ("colour blue, size small",)
     assert "count 2" in judge(render(scene), "two red circles").wrong()
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_a_picture_of_nothing_or_of_noise_is_wrong_and_breaks_nothing(value):
+def test_a_image_of_nothing_or_of_noise_is_wrong_and_breaks_nothing(value):
     flat = np.full((64, 64, 3), value, np.uint8)
-    assert not judge(flat, "a red circle").all_right
+    assert not judge(flat, "a red circle").all_correct
     noise = np.random.default_rng(value).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    assert not judge(noise, "a red circle on a plain white background").all_right
+    assert not judge(noise, "a red circle on a plain white background").all_correct
 
 
 def test_the_judge_refuses_other_sizes():

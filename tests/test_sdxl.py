@@ -1,6 +1,6 @@
 """SDXL and everything a pipeline does beyond plain text to image, against diffusers' own pipelines.
 
-Tiny pipelines with seeded random weights, saved by diffusers: equal noise must give equal pictures, to 2 levels of 255.
+Tiny pipelines with seeded random weights, saved by diffusers: equal noise must give equal images, to 2 levels of 255.
 Every model with every sampler, prompts, sizes and image to image are in `test_pipeline_parity`.
 """
 
@@ -12,11 +12,11 @@ from PIL import Image
 from test_pipeline import change_json, levels, refused
 from tiny import PROMPTS
 
-from minidistill.data.scenes import Scenes
+from minidistill.diffusion.sampling import Sampling, find_sampling, sampling_metadata
+from minidistill.miniature.scenes import Scenes
 from minidistill.models.vae import AutoencoderKL, VAEConfig, decode_tiled
 from minidistill.pipeline import load_pipeline
 from minidistill.weights.files import read_json
-from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
 
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
 
@@ -40,13 +40,13 @@ def photo(width: int = 32, height: int = 32) -> Image.Image:
     return Image.fromarray(numbers).resize((width, height), Image.Resampling.BICUBIC)
 
 
-# SDXL's pictures
+# SDXL's images
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize(("sampler", "spacing"), [("euler", "leading"), ("euler", "trailing"), ("ddim", "leading")])
 @pytest.mark.parametrize("negatives", [None, "", "a green ring"], ids=["no", "empty", "text"])
-def test_sdxl_pictures_are_those_of_diffusers(sources, sampler, spacing, guidance, negatives):
+def test_sdxl_images_are_those_of_diffusers(sources, sampler, spacing, guidance, negatives):
     if guidance == 1 and negatives is not None:
         pytest.skip("negative prompts play no part without guidance")
     oracle = oracle_of(sources["sdxl"])
@@ -65,7 +65,7 @@ def test_sdxl_pictures_are_those_of_diffusers(sources, sampler, spacing, guidanc
     found = load_pipeline(sources["sdxl"])(
         PROMPTS, negatives, latents=noise(), steps=4, guidance=guidance, sampler=sampler, spacing=spacing
     )
-    assert levels(expected).std() > 20, "the oracle's pictures must show something"
+    assert levels(expected).std() > 20, "the oracle's images must show something"
     if sampler == "ddim":  # SDXL's own config leaves set_alpha_to_one to the scheduler; here it is set
         pipe = load_pipeline(sources["sdxl"])
         pipe.schedule = type(pipe.schedule)(**{**vars(pipe.schedule), "set_alpha_to_one": False})
@@ -92,7 +92,7 @@ def test_sdxl_sizes_that_are_not_square_reach_the_network(sources):
     assert differ(other, expected) > 2, "height and width swapped must be seen, or the test proves nothing"
 
 
-def test_diffusers_reads_a_saved_sdxl_folder_and_makes_the_same_pictures(sources, tmp_path):
+def test_diffusers_reads_a_saved_sdxl_folder_and_makes_the_same_images(sources, tmp_path):
     settings = {"latents": noise(), "num_inference_steps": 3, "height": 32, "width": 32}
     expected = oracle_of(sources["sdxl"])(PROMPTS, **settings).images
     load_pipeline(sources["sdxl"]).save(tmp_path)
@@ -111,11 +111,11 @@ def test_an_sdxl_without_its_second_encoder_is_refused(sources, tmp_path):
 # image to image
 
 
-def test_little_strength_keeps_the_picture():
+def test_little_strength_keeps_the_image():
     pipe = load_pipeline("miniature")
-    picture, caption = Scenes("test")[0]
-    near, far = (pipe(caption, image=picture, strength=s, steps=10) for s in (0.1, 0.9))
-    off = [np.abs(levels(found) - levels([picture])).mean() for found in (near, far)]
+    image, caption = Scenes("test")[0]
+    near, far = (pipe(caption, image=image, strength=s, steps=10) for s in (0.1, 0.9))
+    off = [np.abs(levels(found) - levels([image])).mean() for found in (near, far)]
     assert off[0] < 0.3 * off[1]
 
 
@@ -132,7 +132,7 @@ def test_images_that_do_not_fit_are_refused(sources):
 # memory
 
 
-def test_low_memory_gives_the_same_pictures_and_frees_the_text_encoders(sources):
+def test_low_memory_gives_the_same_images_and_frees_the_text_encoders(sources):
     pipe = load_pipeline(sources["sdxl"])
     expected = pipe(PROMPTS, steps=2)
     assert differ(pipe(PROMPTS, steps=2, low_memory=True, batch_size=1), expected) <= 1
@@ -151,7 +151,7 @@ class Local(torch.nn.Module):
         return self.conv(torch.nn.functional.interpolate(latents, scale_factor=4.0))
 
 
-def test_tiles_cover_the_picture_and_fade_into_each_other():
+def test_tiles_cover_the_image_and_fade_into_each_other():
     torch.manual_seed(0)
     vae, latents = Local(), torch.randn(2, 4, 43, 30)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_a_distilled_model_is_sampled_as_it_was_made_and_warns_otherwise(sources
     assert read_json(tmp_path / "scheduler/scheduler_config.json")["timestep_spacing"] == "trailing"
 
 
-def test_a_model_of_one_step_predicts_the_picture_itself(sources, tmp_path):
+def test_a_model_of_one_step_predicts_the_image_itself(sources, tmp_path):
     pipe = load_pipeline(sources["sdxl"])
     pipe.sampling = Sampling(1, prediction="sample")
     pipe.save(tmp_path)

@@ -13,16 +13,16 @@ from tiny import TINY, TINY_SDXL, save_sdxl
 
 from minidistill import cache
 from minidistill import sensitivity as command
+from minidistill.cli import run_command
 from minidistill.data.folders import ImageFolder
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.block_removal import build_student, plan_removal
 from minidistill.distill.probes import distance_to_teacher, make_probes
 from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
 from minidistill.errors import InputError
-from minidistill.models.unet import count_macs
+from minidistill.metrics.cost import count_macs
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches
-from minidistill.training.config import run_command
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def pipe(tiny_sd1):
     return pipe
 
 
-def probes_of(pipe, pictures, batch_size=4, count=2):
-    return make_probes(Batches(ImageFolder(pictures, 32), pipe, batch_size=batch_size, seed=0), range(count))
+def probes_of(pipe, images, batch_size=4, count=2):
+    return make_probes(Batches(ImageFolder(images, 32), pipe, batch_size=batch_size, seed=0), range(count))
 
 
 @pytest.fixture(scope="module")
-def probes(pipe, pictures):
-    return probes_of(pipe, pictures)
+def probes(pipe, images):
+    return probes_of(pipe, images)
 
 
 # what can go alone
@@ -75,9 +75,9 @@ def test_every_depth_of_every_transformer_of_sdxl_is_among_the_smallest_removals
 # what it does
 
 
-def test_timesteps_are_spread_evenly_and_the_noisy_latents_are_those_of_the_batches(pipe, pictures, probes):
+def test_timesteps_are_spread_evenly_and_the_noisy_latents_are_those_of_the_batches(pipe, images, probes):
     assert torch.cat([probe.t for probe in probes]).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
-    batch, alpha_bar = Batches(ImageFolder(pictures, 32), pipe, batch_size=4, seed=0)[1], make_alpha_bar(pipe.schedule)
+    batch, alpha_bar = Batches(ImageFolder(images, 32), pipe, batch_size=4, seed=0)[1], make_alpha_bar(pipe.schedule)
     signal, noise = (a.sqrt().view(-1, 1, 1, 1) for a in (alpha_bar[probes[1].t], 1 - alpha_bar[probes[1].t]))
     torch.testing.assert_close(probes[1].x_t, signal * batch.x0 + noise * batch.eps)
 
@@ -96,13 +96,13 @@ def test_damage_is_the_mean_square_of_what_a_built_student_says_otherwise(pipe, 
             ours, theirs = torch.cat(out).double().chunk(2)
             squares.append((ours - theirs) ** 2)
     found = score(removal, pipe.unet, probes, 16)
-    assert found.damage == pytest.approx(torch.cat(squares).mean().item(), rel=1e-4) and found.damage > 1e-8
+    assert found.sensitivity == pytest.approx(torch.cat(squares).mean().item(), rel=1e-4) and found.sensitivity > 1e-8
 
 
-def test_the_teacher_itself_does_no_damage_and_the_batch_size_does_not_matter(pipe, pictures, probes):
+def test_the_teacher_itself_does_no_damage_and_the_batch_size_does_not_matter(pipe, images, probes):
     assert distance_to_teacher(pipe.unet, probes) == 0
     student = share_weights(plan_removal(pipe.unet.config, ("down.0.1", "up.3.1")), pipe.unet)
-    other = distance_to_teacher(student, probes_of(pipe, pictures, 8, 1))
+    other = distance_to_teacher(student, probes_of(pipe, images, 8, 1))
     assert distance_to_teacher(student, probes) == pytest.approx(other, rel=1e-4)
 
 
@@ -129,11 +129,11 @@ def test_savings_are_the_differences_of_the_two_networks(pipe, probes, remove):
 
 
 def made_up(*rows) -> list[Score]:
-    """(damage, parameters, MACs, entries...) -> scores; what goes is named by the entries, mid@0 being inside mid."""
+    """(sensitivity, parameters, MACs, entries...) -> scores, named by their entries; mid@0 is inside mid."""
     weights = {"mid": {"mid", "mid@0"}}
     return [
-        Score(tuple(names), damage, parameters, macs, frozenset().union(*(weights.get(n, {n}) for n in names)))
-        for damage, parameters, macs, *names in rows
+        Score(tuple(names), sensitivity, parameters, macs, frozenset().union(*(weights.get(n, {n}) for n in names)))
+        for sensitivity, parameters, macs, *names in rows
     ]
 
 
@@ -190,13 +190,13 @@ def run(*words: object) -> int:
     return info.value.code
 
 
-def test_the_command_scores_sorts_and_chooses(tiny_sd1, pictures, tmp_path, capsys):
+def test_the_command_scores_sorts_and_chooses(tiny_sd1, images, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ("--teacher", tiny_sd1, "--data", pictures, "--samples", 4, "--batch-size", 2, "--budget", 0.7)
+    words = ("--teacher", tiny_sd1, "--data", images, "--samples", 4, "--batch-size", 2, "--budget", 0.7)
     assert run(*words, "--out", out) == 0
     printed, found = capsys.readouterr().out, json.loads((out / "sensitivity.json").read_text())
-    damages = [entry["damage"] for entry in found["scores"]]
-    assert len(damages) == 16 and damages == sorted(damages) and damages[0] > 0
+    sensitivities = [entry["sensitivity"] for entry in found["scores"]]
+    assert len(sensitivities) == 16 and sensitivities == sorted(sensitivities) and sensitivities[0] > 0
     config, total = load_pipeline(tiny_sd1).unet.config, found["teacher"]["parameters"]
     names = ["bk-base", "bk-small", "bk-tiny", "inner"]
     assert list(found["lists"]) == [n for name in names for n in (name, f"chosen for {name}")] + ["chosen for 70 %"]
@@ -206,14 +206,14 @@ def test_the_command_scores_sorts_and_chooses(tiny_sd1, pictures, tmp_path, caps
             assert f"{name}: --remove {','.join(entry['remove'])}" in printed
             goal = found["lists"].get(name.removeprefix("chosen for "), {"parameters": 0.3 * total})
             assert entry["parameters"] >= goal["parameters"]
-    with Image.open(out / "sensitivity.png") as picture:
-        assert picture.size == (900, 24 * 19)
-        assert len(picture.convert("RGB").getcolors(10**6)) > 10
+    with Image.open(out / "sensitivity.png") as image:
+        assert image.size == (900, 24 * 19)
+        assert len(image.convert("RGB").getcolors(10**6)) > 10
 
 
-def test_the_command_takes_sdxl_and_counts_macs(pictures, tmp_path, capsys):
+def test_the_command_takes_sdxl_and_counts_macs(images, tmp_path, capsys):
     save_sdxl(tmp_path / "xl")
-    words = ("--teacher", tmp_path / "xl", "--data", pictures, "--samples", 2, "--by", "macs", "--budget", 0.9)
+    words = ("--teacher", tmp_path / "xl", "--data", images, "--samples", 2, "--by", "macs", "--budget", 0.9)
     assert run(*words, "--batch-size", 2, "--out", tmp_path / "out") == 0
     found = json.loads((tmp_path / "out/sensitivity.json").read_text())
     assert ["down.2.0@1", "mid@1"] in [entry["remove"] for entry in found["scores"]]
@@ -221,14 +221,14 @@ def test_the_command_takes_sdxl_and_counts_macs(pictures, tmp_path, capsys):
     assert chosen["macs"] >= 0.1 * found["teacher"]["macs"]
 
 
-def test_latency_is_measured_in_turns_and_lists_are_chosen_by_it(tiny_sd1, pictures, tmp_path, monkeypatch, capsys):
+def test_latency_is_measured_in_turns_and_lists_are_chosen_by_it(tiny_sd1, images, tmp_path, monkeypatch, capsys):
     def by_depth(unet, probe, rounds):  # a resnet takes a millisecond, on a machine that gets slower with every call
         called.append(unet)
         return 1.001 ** len(called) * sum(name.endswith("conv1.weight") for name in unet.state_dict())
 
     called = []
     monkeypatch.setattr(command, "milliseconds", by_depth)
-    words = ("--teacher", tiny_sd1, "--data", pictures, "--samples", 2, "--by", "latency", "--budget", 0.8)
+    words = ("--teacher", tiny_sd1, "--data", images, "--samples", 2, "--by", "latency", "--budget", 0.8)
     assert run(*words, "--batch-size", 2, "--out", tmp_path / "out") == 0
     found, printed = json.loads((tmp_path / "out/sensitivity.json").read_text()), capsys.readouterr().out
     saved = {tuple(entry["remove"]): entry["latency"] for entry in found["scores"]}
@@ -239,12 +239,12 @@ def test_latency_is_measured_in_turns_and_lists_are_chosen_by_it(tiny_sd1, pictu
     assert "time of a call" in printed and f"{-lists['bk-tiny']['latency']:+.0%}" in printed
 
 
-def test_a_list_that_saves_less_time_than_asked_is_said_to(tiny_sd1, pictures, tmp_path, monkeypatch, capsys):
+def test_a_list_that_saves_less_time_than_asked_is_said_to(tiny_sd1, images, tmp_path, monkeypatch, capsys):
     def by_depth(unet, probe, rounds):  # the last 15 resnets cost nothing to keep: single savings do not add up
         return max(15, sum(name.endswith("conv1.weight") for name in unet.state_dict()))
 
     monkeypatch.setattr(command, "milliseconds", by_depth)
-    words = ("--teacher", tiny_sd1, "--data", pictures, "--samples", 2, "--by", "latency", "--budget", 0.5)
+    words = ("--teacher", tiny_sd1, "--data", images, "--samples", 2, "--by", "latency", "--budget", 0.5)
     assert run(*words, "--batch-size", 2, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "50 %: saving 50% of the time was asked for; the list found saves 32%" in printed
@@ -260,25 +260,25 @@ def test_scenes_can_be_judged(tiny_sd1, tmp_path, monkeypatch):
     assert 0 <= entry["judge"] <= 1
 
 
-def test_half_precision_takes_a_cache_of_text_states_too(tiny_sd1, pictures, tmp_path, monkeypatch):
+def test_half_precision_takes_a_cache_of_text_states_too(tiny_sd1, images, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "smallest_removals", lambda config: [plan_removal(config, ("mid",))])
     monkeypatch.setattr(command, "RECIPES", {})
     path = str(tmp_path / "cache")
-    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(pictures), out=path, text_states=True))
-    damages = []
+    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(images), out=path, text_states=True))
+    sensitivities = []
     for precision in ("fp32", "bf16"):
         words = ("--teacher", tiny_sd1, "--data", path, "--samples", 4, "--batch-size", 4, "--precision", precision)
         assert run(*words, "--out", tmp_path / precision) == 0
         (entry,) = json.loads((tmp_path / precision / "sensitivity.json").read_text())["scores"]
-        damages.append(entry["damage"])
-    assert 0 < damages[0] != damages[1] > 0
+        sensitivities.append(entry["sensitivity"])
+    assert 0 < sensitivities[0] != sensitivities[1] > 0
 
 
 def test_a_model_of_which_nothing_can_go_or_that_is_not_finite_is_refused(
-    tiny_sd1, pictures, tmp_path, monkeypatch, capsys
+    tiny_sd1, images, tmp_path, monkeypatch, capsys
 ):
     def refused() -> str:
-        assert run("--teacher", tiny_sd1, "--data", pictures, "--samples", 2, "--out", tmp_path / "out") == 2
+        assert run("--teacher", tiny_sd1, "--data", images, "--samples", 2, "--out", tmp_path / "out") == 2
         return capsys.readouterr().err
 
     pipe = load_pipeline(tiny_sd1)
@@ -300,14 +300,14 @@ def test_a_model_of_which_nothing_can_go_or_that_is_not_finite_is_refused(
     [
         (("--budget", "1.5"), "--budget is the share"),
         (("--data", "DATA", "--judged", "2"), "--judged is for scenes only"),
-        ((), "scenes are 64x64 pictures, not 32x32"),
+        ((), "scenes are 64x64 images, not 32x32"),
         (("--resolution", "30"), "multiple of 4"),
         (("--data", "DATA", "--out", "FILE"), "take another --out"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(tiny_sd1, pictures, tmp_path, capsys, words, said):
+def test_bad_input_is_refused_in_one_line(tiny_sd1, images, tmp_path, capsys, words, said):
     (tmp_path / "file").touch()
-    words = [{"DATA": pictures, "FILE": tmp_path / "file"}.get(word, word) for word in words]
+    words = [{"DATA": images, "FILE": tmp_path / "file"}.get(word, word) for word in words]
     assert run("--teacher", tiny_sd1, "--out", tmp_path / "out", *words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -17,18 +17,19 @@ from test_pipeline import refused
 
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
+from minidistill.interop import ldm
+from minidistill.interop.header import CLIP_IDS
+from minidistill.interop.infer import infer_prediction, infer_text_config, infer_unet_config, infer_vae_config
+from minidistill.interop.single_file import read_single_file, write_single_file
+from minidistill.interop.vae_file import read_vae_file
 from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig, CLIPTextModel
 from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.tokenizer import CLIPTokenizer, byte_characters, train_bpe
 from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
 from minidistill.pipeline import load_pipeline
-from minidistill.weights import folders, ldm
+from minidistill.weights import folders
 from minidistill.weights.files import load_into, read_metadata, read_tensors
-from minidistill.weights.header import CLIP_IDS
-from minidistill.weights.infer import infer_prediction, infer_text_config, infer_unet_config, infer_vae_config
-from minidistill.weights.single_file import read_single_file, write_single_file
-from minidistill.weights.vae_file import read_vae_file
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 STUDENTS = {f"{name}-{teacher}": (config, name) for name in ("bk-base", "bk-small", "bk-tiny") for teacher, config in

@@ -1,4 +1,4 @@
-"""Any SOURCE to a pipeline, parts laid over it, and `convert`, there and back: always the same pictures."""
+"""Any SOURCE to a pipeline, parts laid over it, and `convert`, there and back: always the same images."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ from test_sdxl import noise, oracle_of
 from tiny import PROMPTS
 
 from minidistill import convert
+from minidistill.cli import run_command
+from minidistill.diffusion.sampling import Sampling, sampling_metadata
 from minidistill.distill.block_removal import RECIPES, plan_removal
+from minidistill.interop.lora_files import write_lora
 from minidistill.models.lora import ATTENTION, add_lora
 from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.unet import UNet
 from minidistill.pipeline import load_pipeline
-from minidistill.training.config import run_command
 from minidistill.weights.files import read_metadata
-from minidistill.weights.lora_files import write_lora
-from minidistill.weights.sampling import Sampling, sampling_metadata
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS = {"latents": noise(), "steps": 2}
@@ -174,7 +174,7 @@ def test_a_lightning_unet_brings_its_settings(sources, files, tmp_path):
     )
     expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2, guidance_scale=0, height=32, width=32).images
     assert np.abs(levels(pipe(PROMPTS, latents=noise())) - levels(expected)).max() <= 2
-    assert "--unet" in refused(load_pipeline, name), "alone it makes no pictures"
+    assert "--unet" in refused(load_pipeline, name), "alone it makes no images"
 
 
 @pytest.fixture

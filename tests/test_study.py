@@ -5,11 +5,11 @@ import json
 import pytest
 
 from minidistill import study, train_kd
+from minidistill.cli import run_command
 from minidistill.errors import InputError
 from minidistill.pipeline import load_pipeline
-from minidistill.training.config import run_command
+from minidistill.report import drawing
 from minidistill.training.optim import NonFiniteLoss
-from minidistill.training.strips import drawing
 
 
 def result(parameters: int, macs: int, distance: float) -> dict:
@@ -120,9 +120,9 @@ def test_a_run_that_diverged_is_left_out_and_not_tried_again(runs, tmp_path, mon
     assert command(*words, "--precision", "fp32") == 2  # nor counted where other settings are asked for
 
 
-def test_a_student_that_makes_no_pictures_has_diverged_too():
+def test_a_student_that_makes_no_images_has_diverged_too():
     with (
-        pytest.raises(NonFiniteLoss, match="the student of step 9 makes no pictures: they are nan"),
+        pytest.raises(NonFiniteLoss, match="the student of step 9 makes no images: they are nan"),
         drawing("the student of step 9"),
     ):
         raise InputError("they are nan")
@@ -135,7 +135,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, capsys, device):
 
 
 def test_a_real_study_of_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RUNS", {"bk-tiny": {"pictures": 32, "batch_size": 4}})
+    monkeypatch.setattr(study, "RUNS", {"bk-tiny": {"images": 32, "batch_size": 4}})
     monkeypatch.setattr(study, "STUDIES", {"students": study.Study(("bk-tiny",), 1)})
     monkeypatch.setattr(study, "PROBES", 32)
     assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0

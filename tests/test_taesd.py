@@ -1,4 +1,4 @@
-"""TAESD: the same pictures and latents as diffusers' AutoencoderTiny, from files of every spelling."""
+"""TAESD: the same images and latents as diffusers' AutoencoderTiny, from files of every spelling."""
 
 import diffusers
 import pytest
@@ -6,15 +6,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minidistill.data.scenes import Scenes
 from minidistill.errors import InputError
+from minidistill.interop.vae_file import read_vae_file
 from minidistill.metrics.reconstruction import evaluate_vae
+from minidistill.miniature.scenes import Scenes
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.vae import SDXL_VAE
 from minidistill.pipeline import load_pipeline, to_pixels
 from minidistill.training.batches import Batches
 from minidistill.weights.files import load_into
-from minidistill.weights.vae_file import read_vae_file
 
 SMALL = {
     "encoder_block_out_channels": (8,) * 4,
@@ -52,7 +52,7 @@ def own_spelling(state: dict[str, torch.Tensor], half: str) -> dict[str, torch.T
 
 @pytest.mark.parametrize("config", [{}, SMALL], ids=["taesd", "small"])
 @torch.no_grad()
-def test_latents_and_pictures_are_diffusers(config):
+def test_latents_and_images_are_diffusers(config):
     theirs = oracle(**config)
     model = ours(theirs)
     images, channels = random(2, 3, 32, 48).clamp(-1, 1), theirs.config.latent_channels
@@ -67,7 +67,7 @@ def test_a_model_with_one_is_trained_on_its_latents_and_measured(tmp_path):
     pipe, data = load_pipeline("miniature", vae=tmp_path / "taesd"), Scenes("train", length=2)
     for cache in (True, False):
         x0 = Batches(data, pipe, batch_size=2, seed=0, cache=cache)[0][0]
-        expected = pipe.vae.to_latents(to_pixels([picture for picture, _ in data]))
+        expected = pipe.vae.to_latents(to_pixels([image for image, _ in data]))
         assert min((x0 - torch.stack(some)).abs().max() for some in (tuple(expected), tuple(expected.flip(0)))) < 1e-5
     assert evaluate_vae(pipe.vae, 16)["psnr"] > 0
 
@@ -167,8 +167,8 @@ def test_a_half_alone_is_refused_with_the_name_of_the_other(tmp_path):
 
 
 @torch.no_grad()
-def test_the_original_network_gives_the_same_pictures(tmp_path):
-    """The decoder as TAESD's own code builds it, from pictures in [0, 1]."""
+def test_the_original_network_gives_the_same_images(tmp_path):
+    """The decoder as TAESD's own code builds it, from images in [0, 1]."""
     theirs = oracle()
 
     class Clamp(nn.Module):

@@ -20,16 +20,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, counting_pipe, save_pictures, save_tiny_sd1
+from conftest import CAPTIONS, counting_pipe, save_images, save_tiny_sd1
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from minidistill import report as comparison
 from minidistill import train_kd
+from minidistill.cli import parse, run_command
+from minidistill.diffusion.noise import generator_for
 from minidistill.distill.block_removal import RECIPES
-from minidistill.metrics import comparison
 from minidistill.pipeline import load_pipeline
-from minidistill.training.config import parse, run_command
-from minidistill.training.seeds import generator_for
 
 ROOT = Path(__file__).parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -57,16 +57,16 @@ def command(*words: object) -> int:
 
 
 @pytest.fixture
-def train(tiny_sd1, pictures):
+def train(tiny_sd1, images):
     """train(run folder, *flags) -> exit code."""
-    return lambda run, *flags: command("--teacher", tiny_sd1, "--data", pictures, "--out", run, *RUN, *flags)
+    return lambda run, *flags: command("--teacher", tiny_sd1, "--data", images, "--out", run, *RUN, *flags)
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_sd1, pictures, tmp_path_factory):
+def plain(tiny_sd1, images, tmp_path_factory):
     """The folder of a run with the flags in RUN and no others; not to be changed."""
     run = tmp_path_factory.mktemp("plain") / "run"
-    assert command("--teacher", tiny_sd1, "--data", pictures, "--out", run, *RUN) == 0
+    assert command("--teacher", tiny_sd1, "--data", images, "--out", run, *RUN) == 0
     return run
 
 
@@ -97,17 +97,17 @@ def results(run: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_sd1, pictures, tmp_path_factory):
+def finished(tiny_sd1, images, tmp_path_factory):
     """(run folder, printed) of a run from the command line."""
     run = tmp_path_factory.mktemp("runs") / "deep" / "run"
-    words = ["--teacher", tiny_sd1, "--data", pictures, "--out", run, *RUN, "--loss-weights", "1,0.5,0.25"]
+    words = ["--teacher", tiny_sd1, "--data", images, "--out", run, *RUN, "--loss-weights", "1,0.5,0.25"]
     call = [sys.executable, "-m", "minidistill.train_kd", *map(str, words)]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD)
     assert (done.returncode, done.stderr) == (0, "")
     return run, done.stdout
 
 
-def test_the_student_loads_in_diffusers_and_samples_the_same_pictures(finished, tiny_sd1):
+def test_the_student_loads_in_diffusers_and_samples_the_same_images(finished, tiny_sd1):
     student = finished[0] / "student"
     oracle = diffusers.StableDiffusionPipeline.from_pretrained(student)
     oracle.set_progress_bar_config(disable=True)
@@ -118,7 +118,7 @@ def test_the_student_loads_in_diffusers_and_samples_the_same_pictures(finished, 
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     expected = oracle(CAPTIONS[:2], latents=noise, num_inference_steps=4).images
     found = load_pipeline(student)(CAPTIONS[:2], latents=noise, steps=4)
-    pairs = [[np.asarray(picture, dtype=int) for picture in pair] for pair in zip(found, expected, strict=True)]
+    pairs = [[np.asarray(image, dtype=int) for image in pair] for pair in zip(found, expected, strict=True)]
     assert all(np.abs(a - b).max() <= 2 and b.std() > 1 for a, b in pairs)
 
 
@@ -171,11 +171,11 @@ def test_results_measure_the_teacher_and_the_student_before_and_after(finished):
 
 
 def test_strips_show_the_same_teacher_above_a_student_that_changes(finished):
-    strips = [np.asarray(Image.open(path)) for path in sorted((finished[0] / "samples").iterdir())]
-    left, width, height = 92, comparison.SHOWN * 134, 6 + 128  # see strips.py: the label, the columns, a row
-    assert all(strip.shape[1] == left + width for strip in strips)
+    grids = [np.asarray(Image.open(path)) for path in sorted((finished[0] / "samples").iterdir())]
+    left, width, height = 92, comparison.SHOWN * 134, 6 + 128  # see report.py: the label, the columns, a row
+    assert all(grid.shape[1] == left + width for grid in grids)
     teachers, students = (
-        [strip[rows, left:] for strip in strips] for rows in (slice(6, height), slice(height + 6, 2 * height))
+        [grid[rows, left:] for grid in grids] for rows in (slice(6, height), slice(height + 6, 2 * height))
     )
     assert (teachers[0] == teachers[1]).all() and (teachers[0] == teachers[2]).all()
     assert (students[0] != students[1]).any() and (students[1] != students[2]).any()
@@ -183,13 +183,13 @@ def test_strips_show_the_same_teacher_above_a_student_that_changes(finished):
 
 @pytest.mark.parametrize("kind", ["csv", "txt"])
 def test_captions_from_any_kind_of_file_train_the_same_student(train, finished, tmp_path, kind):
-    save_pictures(tmp_path / "pictures", kind)
-    assert train(tmp_path / "run", "--data", tmp_path / "pictures", "--loss-weights", "1,0.5,0.25") == 0
+    save_images(tmp_path / "images", kind)
+    assert train(tmp_path / "run", "--data", tmp_path / "images", "--loss-weights", "1,0.5,0.25") == 0
     assert largest_difference(checkpoint(tmp_path / "run"), checkpoint(finished[0])) < 1e-6
 
 
 def test_scenes_are_judged(train, tmp_path):
-    assert train(tmp_path / "run", "--data", "scenes", "--resolution", "64", "--pictures", "6", "--judged", "2") == 0
+    assert train(tmp_path / "run", "--data", "scenes", "--resolution", "64", "--images", "6", "--judged", "2") == 0
     judged = [row["judge"] for row in results(tmp_path / "run").values()]
     assert len(judged) == 3 and all(0 <= judge["all"] <= 1 for judge in judged)
 
@@ -239,8 +239,8 @@ import torch
 import torch._dynamo  # or it is imported in every child anew
 torch.set_num_threads(1)
 from minidistill import train_kd
-from minidistill.metrics import comparison
-from minidistill.training.config import parse, run_command
+from minidistill import report as comparison
+from minidistill.cli import parse, run_command
 
 comparison.STEPS = 2
 comparison.count_macs = lambda *_: {"conv_linear": 0}
@@ -290,11 +290,11 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(out / "killed", "--resume"),
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows does not have")
 @pytest.mark.parametrize("flags", ["--batch-size 4", "--batch-size 2 --accumulate 2 --precision bf16"])
-def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, pictures, tmp_path, flags):
+def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, images, tmp_path, flags):
     numbers = random.Random(flags)
     moments = ["lines 2", "writing", *(f"file {numbers.randint(5, 60)}" for _ in range(3)), "lines 5"]
     words = f"{' '.join(RUN)} --steps 6 --checkpoint-every 1 {flags}".split()
-    call = [sys.executable, "-c", KILLER, tmp_path, ",".join(moments), "--teacher", tiny_sd1, "--data", pictures]
+    call = [sys.executable, "-c", KILLER, tmp_path, ",".join(moments), "--teacher", tiny_sd1, "--data", images]
     done = subprocess.run(
         [*call, *words], capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD, timeout=300
     )
@@ -343,21 +343,21 @@ def test_a_run_is_not_gone_on_with_under_other_settings_nor_written_over(train, 
     assert {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("change", ["picture", "caption"])
-def test_a_run_is_not_gone_on_with_on_other_pictures(plain, pictures, tmp_path, capsys, change):
-    run, data = shutil.copytree(plain, tmp_path / "run"), shutil.copytree(pictures, tmp_path / "data")
+@pytest.mark.parametrize("change", ["image", "caption"])
+def test_a_run_is_not_gone_on_with_on_other_images(plain, images, tmp_path, capsys, change):
+    run, data = shutil.copytree(plain, tmp_path / "run"), shutil.copytree(images, tmp_path / "data")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "data": str(data)}))
     assert command("--out", run, "--resume") == 0
     captions = data / "metadata.jsonl"
-    if change == "picture":
+    if change == "image":
         shutil.copyfile(data / "0.png", data / "new.png")
         captions.write_text(captions.read_text() + '{"file_name": "new.png", "text": "one more"}\n')
     else:
         captions.write_text(captions.read_text().replace(CAPTIONS[0], "another"))
     assert command("--out", run, "--resume") == 2
     told = capsys.readouterr().err
-    assert f'examples "{10 + (change == "picture")} pictures, ' in told and '(was "10 pictures, ' in told
+    assert f'examples "{10 + (change == "image")} images, ' in told and '(was "10 images, ' in told
 
 
 # refusals
@@ -404,10 +404,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpo
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_a_student_that_makes_no_pictures_is_named_by_its_step(train, tmp_path, capsys):
+def test_a_student_that_makes_no_images_is_named_by_its_step(train, tmp_path, capsys):
     assert train(tmp_path / "run", "--learning-rate", "1e30", "--sample-every", "1", "--checkpoint-every", "1") == 2
     error = one_line(capsys)
-    assert "the student of step 1 makes no pictures" in error and "--learning-rate" in error
+    assert "the student of step 1 makes no images" in error and "--learning-rate" in error
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
@@ -495,9 +495,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tiny_sd1, pictures, tmp_path, capsys, case):
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tiny_sd1, images, tmp_path, capsys, case):
     flags, reasons = REFUSED[case]
-    copies = shutil.copytree(tiny_sd1, tmp_path / "sd1"), shutil.copytree(pictures, tmp_path / "pictures")
+    copies = shutil.copytree(tiny_sd1, tmp_path / "sd1"), shutil.copytree(images, tmp_path / "images")
     words = flags(tmp_path, *copies)
     capsys.readouterr()
     assert train(tmp_path / "new/run", *words) == 2
@@ -510,35 +510,35 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(train, tmp_path, capsys
     assert train(tmp_path / "run", "--dry-run", "--device", "cuda", "--precision", "fp16", "--accumulate", "5") == 0
     shown = capsys.readouterr().out
     assert "activations, gradients" in shown and "in all, about" in shown
-    assert "4 steps of 5 x 4 samples: each of 10 pictures is seen 8.0 times" in shown
+    assert "4 steps of 5 x 4 samples: each of 10 images is seen 8.0 times" in shown
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_makes_no_repository_counts_latents_and_takes_a_gpu_for_one_with_bf16(
-    tiny_sd1, pictures, tmp_path, monkeypatch, capsys
+    tiny_sd1, images, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(train_kd, "step_peak", lambda *_, half, **__: halves.append(half) or 0)
     monkeypatch.setattr(train_kd, "best_precision", lambda device: "fp32")  # of this machine
     monkeypatch.setattr(train_kd, "open_repo", lambda *_: pytest.fail("a repository was made"))
-    halves, words = [], ("--teacher", tiny_sd1, "--data", pictures, "--out", tmp_path / "run", "--dry-run")
+    halves, words = [], ("--teacher", tiny_sd1, "--data", images, "--out", tmp_path / "run", "--dry-run")
     assert command(*words, "--push-to-hub", "me/x", "--image-free", 64, "--device", "cuda") == 0
-    assert "each of 64 pictures is seen 72.0 times" in capsys.readouterr().out
+    assert "each of 64 images is seen 72.0 times" in capsys.readouterr().out
     assert command(*words) == 0
     assert halves == [True, False]
 
 
-def test_large_pictures_are_drawn_one_by_one():
+def test_large_images_are_drawn_one_by_one():
     pipe, found = counting_pipe()
     for side in (64, 512):
-        batches = SimpleNamespace(size=(side, side), resting=[])
+        batches = SimpleNamespace(size=(side, side), idle=[])
         drawn = SimpleNamespace(guidance=4, batches=batches, autocast=nullcontext())
-        comparison.Comparison._pictures(drawn, pipe, CAPTIONS)
+        comparison.Comparison._images(drawn, pipe, CAPTIONS)
     assert found == [8, 1]
 
 
 def test_presets_are_as_published():
     def preset(name):
-        return parse(train_kd.Config, train_kd.PRESETS, ["--preset", name, "--data", "pictures"], "", None)
+        return parse(train_kd.Config, train_kd.PRESETS, ["--preset", name, "--data", "images"], "", None)
 
     assert parse(train_kd.Config, train_kd.PRESETS, ["--preset", "quick"], "", None) == train_kd.Config()
     published = [name for name in train_kd.PRESETS if name.startswith(("nota", "segmind"))]

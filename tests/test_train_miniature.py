@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from minidistill.data.scenes import SIZES, Scenes
 from minidistill.errors import InputError
+from minidistill.miniature.scenes import SIZES, Scenes
 from minidistill.models.clip import CLIPTextModel
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
@@ -32,7 +32,7 @@ from minidistill.weights.files import read_safetensors
 
 FEW = {
     "batch_size": 2,
-    "pictures": 8,
+    "images": 8,
     "layout_steps": 3,
     "judged": 4,
     "precision": "fp32",

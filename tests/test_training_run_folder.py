@@ -87,8 +87,8 @@ def test_what_may_change_are_settings_there_are():
 def test_the_last_strip_is_none_that_a_run_has_gone_back_before(tmp_path):
     run = open_run(tmp_path)
     for step in (0, 6, 9):
-        run.strip(step).touch()
-    assert [run.last_strip(step) for step in (6, 8, 10)] == [run.strip(step) for step in (6, 6, 9)]
+        run.image_grid(step).touch()
+    assert [run.last_image_grid(step) for step in (6, 8, 10)] == [run.image_grid(step) for step in (6, 6, 9)]
 
 
 def test_a_checkpoint_comes_back_exactly(tmp_path):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from minidistill.diffusion.noise import generator_for
 from minidistill.errors import InputError
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog, read_metrics
 from minidistill.training.optim import adamw, lr_at, optimizer_step
 from minidistill.training.run_folder import RunFolder
-from minidistill.training.seeds import generator_for
 from minidistill.training.state import pack, unpack
 
 

@@ -14,9 +14,10 @@ from diffusers import UNet2DConditionModel
 from tiny import TINY, TINY_SD21, TINY_SDXL
 from torch import nn
 
+from minidistill.metrics.cost import count_macs
 from minidistill.models import layers
 from minidistill.models.layers import GEGLU, Attention, timestep_embedding
-from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig, count_macs
+from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
 
 def bk(config, kind):

@@ -35,7 +35,7 @@ TOKENS, XL_TOKENS = 32, 24
 
 
 def save_oracle(folder, kind: str) -> None:
-    """Save a pipeline with the architecture of SD 1.x or 2.x in small: 8 x 8 latents, 32 x 32 pictures."""
+    """Save a pipeline with the architecture of SD 1.x or 2.x in small: 8 x 8 latents, 32 x 32 images."""
     is_sd2 = kind == "sd2"
     torch.manual_seed(0)
     ours = train_bpe(PROMPTS, vocab_size=600, max_length=TOKENS)
@@ -89,7 +89,7 @@ def save_oracle(folder, kind: str) -> None:
 
 
 def tiny_vae(**settings) -> diffusers.AutoencoderKL:
-    """A random VAE that makes pictures 4 times the side of the latents."""
+    """A random VAE that makes images 4 times the side of the latents."""
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -111,7 +111,7 @@ def make_prompts_matter(unet, text_encoder, scale: float = 4.0) -> None:
 
 
 def save_sdxl(folder) -> None:
-    """Save a pipeline with the architecture of SDXL in small: 8 x 8 latents, 32 x 32 pictures."""
+    """Save a pipeline with the architecture of SDXL in small: 8 x 8 latents, 32 x 32 images."""
     torch.manual_seed(0)
     ours = train_bpe(PROMPTS, vocab_size=600, max_length=XL_TOKENS)
     ours.save(folder / "tokenizer")
@@ -173,10 +173,10 @@ TINY_SDXL_DEEP = replace(TINY_SDXL, transformer_layers_per_block=SDXL.transforme
 def save_like_official(
     folder, config: UNetConfig, prediction: str = "epsilon", vocabulary: CLIPTokenizer | None = None, seed: int = 0
 ) -> diffusers.DiffusionPipeline:
-    """Save, by diffusers, a pipeline around a U-Net of any config, and return it; its pictures are 32 x 32.
+    """Save, by diffusers, a pipeline around a U-Net of any config, and return it; its images are 32 x 32.
 
     All but the widths is as in the official folders: text encoders of 77 positions with the paddings and activations
-    of their kind, and the scheduler's settings. The VAE's posterior has no spread, so that a picture has one latent.
+    of their kind, and the scheduler's settings. The VAE's posterior has no spread, so that an image has one latent.
     """
     torch.manual_seed(seed)
     vocabulary = vocabulary or train_bpe(PROMPTS, vocab_size=600)
@@ -205,7 +205,7 @@ def save_like_official(
                 eos_token_id=2,
             )
         )
-        # With a scale of 4 the deep networks are chaos: the last bit of a number would decide the picture.
+        # With a scale of 4 the deep networks are chaos: the last bit of a number would decide the image.
         make_prompts_matter(unet if part == "tokenizer" else torch.nn.Module(), encoder, 3.0)
     noise_schedule = {
         "beta_start": 0.00085,

@@ -1,1 +1,1 @@
-"""Pictures with captions: drawn (`scenes`) or from the disk (`folders`)."""
+"""Images with captions: drawn (`scenes`) or from the disk (`folders`)."""

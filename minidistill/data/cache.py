@@ -1,11 +1,11 @@
-"""A folder of pictures as the VAE sees them, with their captions: what training reads in place of images.
+"""A folder of images as the VAE sees them, with their captions: what training reads in place of images.
 
     cache.json                   what decided the content (CacheKey), how many examples, whether it is finished, and
                                  what else was asked for, so that messages can say what to type
     latents-00000.safetensors    `key.shard` examples each:
-        mean, std                (n, 1 or 2, C, h, w): the posterior of the picture and, with flip, of its mirror image
+        mean, std                (n, 1 or 2, C, h, w): the posterior of the image and, with flip, of its mirror image
         original, crop           (n, 2): height and width it had; rows above, columns left of the square (Sample)
-        shown                    (n,): which example the picture is of, another one where a file could not be read
+        shown                    (n,): which example the image is of, another one where a file could not be read
         stat, digest             (n, 2) bytes and time of the last change, (n, 16) BLAKE2b of the file's content
         text                     JSON in UTF-8: names, captions
     text-00000.safetensors       context (n, L, D), pooled for SDXL, text: the captions they are of; each caption once
@@ -66,7 +66,7 @@ class LatentCache:
             raise InputError(f"{self.path}: this cache is not finished, go on with: {self._command()}")
         if resolution not in (None, self.key.resolution):
             raise InputError(
-                f"{self.path} holds latents of {self.key.resolution}-pixel pictures and the training asks for "
+                f"{self.path} holds latents of {self.key.resolution}-pixel images and the training asks for "
                 f"{resolution}: give --resolution {self.key.resolution}, or make a cache: "
                 f"{self._command(out='ANOTHER', resolution=resolution)}"
             )
@@ -110,7 +110,7 @@ class LatentCache:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the pictures."""
+        """Width and height of the images."""
         return self.key.resolution, self.key.resolution
 
     @property
@@ -152,7 +152,7 @@ class LatentCache:
                 break
         if problem:
             raise InputError(
-                f"{self.path} no longer fits the pictures in {folder.report.path}: {problem}; "
+                f"{self.path} no longer fits the images in {folder.report.path}: {problem}; "
                 f"make the cache again: {self._command(out='ANOTHER')}"
             )
 
@@ -197,9 +197,7 @@ class LatentCache:
     def summary(self) -> str:
         """What there is, in one sentence for people."""
         also = " and their mirror images" * self.key.flip + ", text states" * self.has_text
-        return (
-            f"{self.path}: latents of {len(self)} pictures of {self.data_path} at {self.key.resolution} pixels{also}."
-        )
+        return f"{self.path}: latents of {len(self)} images of {self.data_path} at {self.key.resolution} pixels{also}."
 
 
 def open_data(path: str | Path, resolution: int) -> ImageFolder | LatentCache:

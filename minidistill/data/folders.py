@@ -1,4 +1,4 @@
-"""Folders of captioned images, as pictures for training: decoded, cropped to a square, resized.
+"""Folders of captioned images, as images for training: decoded, cropped to a square, resized.
 
 `listing.py` says how captions are given. Opening a folder decodes nothing; broken files are found when they are read,
 another example stands in for each, and they are named. `scan` decodes everything once and leaves a list of the broken
@@ -28,9 +28,9 @@ MOST_NAMED = 20  # broken files named one by one while training
 class Sample(NamedTuple):
     """One example, as read: what a latent cache has to know."""
 
-    picture: Image.Image  # RGB, square
+    image: Image.Image  # RGB, square
     captions: tuple[str, ...]  # the first is the caption; training draws one
-    name: str = "a picture"
+    name: str = "an image"
     number: int = 0  # which example this is: another one than asked for, if that cannot be read
     original: tuple[int, int] = (0, 0)  # height and width, before anything was done to it
     crop: tuple[int, int] = (0, 0)  # rows above and columns left of the square, in pixels of the resized image
@@ -58,7 +58,7 @@ class ImageFolder:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, str]:
         sample = self.sample(i)
-        return sample.picture, sample.captions[0]
+        return sample.image, sample.captions[0]
 
     def sample(self, i: int) -> Sample:
         """Example i with all that is known of it, or the next one that can be read. Threads may call it."""
@@ -246,7 +246,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_square(image: Image.Image, resolution: int) -> Image.Image:
     """The largest square in the middle, resized with Lanczos.
 
-    The same as resizing the short side and then cropping, without the huge picture that a strip would become.
+    The same as resizing the short side and then cropping, without the huge image that a image grid would become.
     """
     side = min(image.size)
     left, top = ((length - side) / 2 for length in image.size)

@@ -128,11 +128,11 @@ def relative(file: str, root: str | Path) -> str:
 
 
 def fingerprint(count: int, content: Iterable[object]) -> str:
-    """A data set in a few words, "20 pictures, 3f2a91c0": the hexadecimals are of the SHA-256 of `content`, as JSON."""
+    """A data set in a few words, "20 images, 3f2a91c0": the hexadecimals are of the SHA-256 of `content`, as JSON."""
     digest = hashlib.sha256()
     for part in content:
         digest.update(json.dumps(part).encode())
-    return f"{count} pictures, {digest.hexdigest()[:8]}"
+    return f"{count} images, {digest.hexdigest()[:8]}"
 
 
 def refuse_too_many(path: str, unreadable: list[str], count: int, total: int) -> None:

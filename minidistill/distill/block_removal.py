@@ -30,7 +30,8 @@ from functools import lru_cache
 import torch
 
 from minidistill.errors import InputError
-from minidistill.models.unet import UNet, UNetConfig, macs_by_module
+from minidistill.metrics.cost import macs_by_module
+from minidistill.models.unet import UNet, UNetConfig
 
 SECOND_LAYERS = (*(f"down.{i}.1" for i in range(4)), *(f"up.{i}.1" for i in range(4)))
 SECOND_LAYERS_XL = (*(f"down.{i}.1" for i in range(3)), *(f"up.{i}.1" for i in range(3)))
@@ -83,16 +84,17 @@ RECIPES = {
 class Removal:
     """A checked edit of one teacher: what stays, in the teacher's numbering.
 
-    down[i] and up[j] are the kept layers of the teacher's stages; the last `lost` down and first `lost` up stages are
+    kept_down[i] and kept_up[j] are the layers that stay of the teacher's stages; the last `stages_removed` down and the
+    first `stages_removed` up stages are
     gone. `student` is the config that follows.
     """
 
     teacher: UNetConfig
     student: UNetConfig
     removed: tuple[str, ...]
-    down: tuple[tuple[int, ...], ...]
-    up: tuple[tuple[int, ...], ...]
-    lost: int
+    kept_down: tuple[tuple[int, ...], ...]
+    kept_up: tuple[tuple[int, ...], ...]
+    stages_removed: int
 
 
 def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
@@ -220,7 +222,7 @@ def _check_shapes(removal: Removal, mid_depth: int | None) -> None:
     heads, depth = student.attention_head_dim[-1], student.transformer_depths()[1]
     bent = (heads, depth) != (removal.teacher.attention_head_dim[-1], mid_depth)
     if student.mid_block_type == "UNetMidBlock2DCrossAttn" and bent:
-        first, n = f"down.{len(removal.down) - 1}.{removal.down[-1][0]}", min(depth, mid_depth)
+        first, n = f"down.{len(removal.kept_down) - 1}.{removal.kept_down[-1][0]}", min(depth, mid_depth)
         raise InputError(
             f"removing {','.join(removal.removed)} would change the heads or the depth of the mid block: remove mid too"
             + (f", or give it the depth of {first}: {first}@{n},mid@{n}" if depth != mid_depth else "")
@@ -250,9 +252,9 @@ def weight_map(removal: Removal, student_names: Iterable[str]) -> dict[str, str]
         part, *rest = name.split(".")
         if part in ("down_blocks", "up_blocks"):
             stage = int(rest[0])
-            kept = (removal.down if part == "down_blocks" else removal.up)[stage]
+            kept = (removal.kept_down if part == "down_blocks" else removal.kept_up)[stage]
             if part == "up_blocks":
-                rest[0] = str(stage + removal.lost)
+                rest[0] = str(stage + removal.stages_removed)
             if rest[1] in ("resnets", "attentions"):
                 rest[2] = str(kept[int(rest[2])])
         result[name] = ".".join([part, *rest])
@@ -286,12 +288,12 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
     """
     if pairing not in PAIRINGS:
         raise InputError(f"pairing must be one of {', '.join(PAIRINGS)}, not {pairing!r}")
-    last = len(removal.down) - 1
+    last = len(removal.kept_down) - 1
     pairs = [(f"down.{i}", f"down.{i}") for i in range(last + 1)]
-    if removal.lost:
+    if removal.stages_removed:
         attends = removal.student.down_block_types[last] == "CrossAttnDownBlock2D"
         if pairing == "segmind":
-            pairs[last] = (f"up.{removal.lost - 1}", f"down.{last}")
+            pairs[last] = (f"up.{removal.stages_removed - 1}", f"down.{last}")
             theirs, ours = removal.teacher.block_out_channels[last + 1], removal.student.block_out_channels[last]
             if theirs != ours:
                 raise InputError(
@@ -302,9 +304,9 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
             pairs[last] = (f"down.{last}.proj_out", f"down.{last}.proj_out")
         else:
             pairs.pop()
-    if pairing == "segmind" and removal.student.mid_block_type and not removal.lost:
+    if pairing == "segmind" and removal.student.mid_block_type and not removal.stages_removed:
         pairs.append(("mid", "mid"))
-    return pairs + [(f"up.{i + removal.lost}", f"up.{i}") for i in range(len(removal.up))]
+    return pairs + [(f"up.{i + removal.stages_removed}", f"up.{i}") for i in range(len(removal.kept_up))]
 
 
 # ------------------------------------------------------------------------- what went away, and what it saved
@@ -339,7 +341,7 @@ def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -
             sum(cost.get(m, 0) for m in modules) - sum(cost.get(c, 0) for c in inside) for cost in (parameters, macs)
         )
         counted += modules
-    if removal.lost and removal.student.mid_block_type:
+    if removal.stages_removed and removal.student.mid_block_type:
         left = macs["mid_block"] - sum(macs.get(c, 0) for c in counted if c.startswith("mid_block."))
         more = macs_by_module(removal.student, height, width, tokens)["mid_block"] - left
         costs["(mid on more pixels)"] = (0, -more)

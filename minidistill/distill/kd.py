@@ -12,13 +12,13 @@ does this. Everything is squared in float32: features reach 1e3, and in float16 
 Three options are later than the paper, and off by default:
 
     normalised features     L_feat = sum_l || f_T^l - f_S^l ||^2 / || f_T^l ||^2
-    random conditioning     at timestep t the caption is that of another picture, with probability exp(-5 (1 - t/T))
-    image-free              x_0 is what the teacher draws from a caption, with guidance, not an encoded picture
+    random conditioning     at timestep t the caption is that of another image, with probability exp(-5 (1 - t/T))
+    image-free              x_0 is what the teacher draws from a caption, with guidance, not an encoded image
 
 The first is the remedy of LAPTOP-Diff (arXiv 2404.11098) for stages whose large features outweigh all others: divide by
 the norm of the teacher's features; here each sample by its own. The other two are those of Random Conditioning (arXiv
 2504.02011): the teacher can answer any caption at any x_t, and at high t, where x_t shows little, asking it costs no
-picture; so the student sees far more captions than there are pictures.
+image; so the student sees far more captions than there are images.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from minidistill.diffusion.noise import generator_for
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batches, Latents, captions_of
-from minidistill.training.seeds import generator_for
 
 Features = Mapping[str, Tensor]
 
@@ -135,10 +135,10 @@ class RandomCaptions(Batches):
 def sample_latents(
     teacher: Pipeline, captions: Sequence[str], side: int, seed: int, guidance: float, batch_size: int = 16
 ) -> Latents:
-    """Latents that the teacher draws from captions, in place of encoded pictures; there is no posterior to draw from.
+    """Latents that the teacher draws from captions, in place of encoded images; there is no posterior to draw from.
 
     Sampled as the teacher's checkpoint says, else in 25 steps with this guidance. Latent i depends on (seed, i) alone.
-    side: of the square pictures they stand for, in pixels.
+    side: of the square images they stand for, in pixels.
     """
     done = []
     guidance = guidance if teacher.sampling is None else None

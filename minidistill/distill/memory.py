@@ -10,9 +10,9 @@ from torch import nn
 
 from minidistill.distill import kd
 from minidistill.distill.block_removal import Removal, weight_shapes
+from minidistill.metrics.cost import format_bytes, peak_bytes
 from minidistill.models.unet import UNet, random_inputs
-from minidistill.training.batches import VAE
-from minidistill.training.memory import format_bytes, peak_bytes
+from minidistill.pipeline import VAE
 
 
 def step_peak(
@@ -46,8 +46,8 @@ def step_peak(
     return peak_bytes(build)
 
 
-def picture_peak(vae: VAE, side: int) -> int:
-    """Bytes of decoding one picture, whose latents are (side, side), at its peak."""
+def image_peak(vae: VAE, side: int) -> int:
+    """Bytes of decoding one image, whose latents are (side, side), at its peak."""
 
     def build() -> tuple[list[nn.Module], Callable[[], object]]:
         own = type(vae)(vae.config).requires_grad_(False)
@@ -58,11 +58,11 @@ def picture_peak(vae: VAE, side: int) -> int:
 
 
 def memory_rows(
-    removal: Removal, others: Sequence[nn.Module], step: int, picture: int, averaged: bool
+    removal: Removal, others: Sequence[nn.Module], step: int, image: int, averaged: bool
 ) -> list[tuple[str, str]]:
     """A table of what is on the device.
 
-    others: the frozen networks besides the teacher; step, picture: `step_peak`, `picture_peak`; averaged: with an EMA.
+    others: the frozen networks besides the teacher; step, image: `step_peak`, `image_peak`; averaged: with an EMA.
     """
     teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
     parts = {
@@ -71,8 +71,8 @@ def memory_rows(
         "AdamW's two averages": 2 * student,
         "averaged weights": student * averaged,
         "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
-        # Pictures are drawn by the averaged weights; the student's own are kept beside them for as long.
-        "activations, gradients": max(step, picture + student * averaged),
+        # Images are drawn by the averaged weights; the student's own are kept beside them for as long.
+        "activations, gradients": max(step, image + student * averaged),
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
     return [("on the device", "memory"), *rows, ("in all, about", format_bytes(sum(parts.values())))]

@@ -1,11 +1,11 @@
 """Which blocks matter least: each is removed alone, without retraining, and scored by how far the output moves.
 
-    damage(r) = mean over x_t, t, c of || eps_T(x_t, t, c) - eps_S(x_t, t, c) ||^2 / number of elements
+    sensitivity(r) = mean over x_t, t, c of || eps_T(x_t, t, c) - eps_S(x_t, t, c) ||^2 / number of elements
 
-where S is the teacher T without r. LAPTOP-Diff (arXiv 2404.11098) found that the damages of several removals nearly add
-up; so a whole list can be chosen from the scores of its entries, here greedily: what does the least damage for what it
-saves goes first. They do not add up exactly: of the list and its nearest neighbours, each scored as a whole, the best
-is taken. What a student recovers in training is not measured.
+where S is the teacher T without r. LAPTOP-Diff (arXiv 2404.11098) found that the sensitivities of several removals
+nearly add up; so a whole list can be chosen from the scores of its entries, here greedily: the least sensitivity for
+what is saved is removed first. They do not add up exactly: of the list and its nearest neighbours, each scored as a
+whole, the best is taken. What a student recovers in training is not measured.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Score:
     """One smallest removal: what it costs in output and saves in size."""
 
     remove: tuple[str, ...]
-    damage: float
+    sensitivity: float
     parameters: int  # saved
     macs: int  # saved in one call
     weights: frozenset[str]  # of the teacher, that go
@@ -89,11 +89,11 @@ def score(removal: Removal, teacher: UNet, probes: Sequence[Probe], tokens: int 
 def choose(
     teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str = "parameters", count: int = 8
 ) -> list[tuple[str, ...]]:
-    """At most `count` lists of removals that save at least `saving` with little damage.
+    """At most `count` lists of removals that save at least `saving` with little sensitivity.
 
     by: what is saved, parameters, macs or latency; latencies add up only roughly.
-    The first is the greedy one, the others differ from it by one removal, the least sums of damages first: which of
-    them does the least damage as a whole, `score` tells. InputError: not so much can go.
+    The first is the greedy one, the others differ from it by one removal, the least sums of sensitivities first: which
+    of them has the least sensitivity as a whole, `score` tells. InputError: not so much can go.
     """
     taken = _greedy(teacher, scores, saving, by)
     found = []
@@ -104,12 +104,12 @@ def choose(
             apart = new not in taken and not any(s.weights & new.weights for s in rest)
             if apart and _saved(some, by) >= saving and _plan(teacher, _entries(some)):
                 found.append(some)
-    found.sort(key=lambda some: sum(s.damage for s in some))
+    found.sort(key=lambda some: sum(s.sensitivity for s in some))
     return [_entries(some) for some in [taken, *found][:count]]
 
 
 def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str) -> list[Score]:
-    """Each round takes what does the least damage for what it saves and fits what was taken before.
+    """Each round takes what does the least sensitivity for what it saves and fits what was taken before.
 
     A removal takes the place of those it overlaps. What turns out not to be needed at the end stays in the student.
     """
@@ -119,14 +119,14 @@ def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str
         for new in scores:
             apart = [old for old in taken if not old.weights & new.weights]
             more = _saved([*apart, new], by) - _saved(taken, by)
-            harm = sum(s.damage for s in [*apart, new]) - sum(s.damage for s in taken)
+            harm = sum(s.sensitivity for s in [*apart, new]) - sum(s.sensitivity for s in taken)
             if more > 0:
                 options.append((harm / min(more, short), [*apart, new]))
         options.sort(key=lambda option: option[0])
         taken = next((some for _, some in options if _plan(teacher, _entries(some))), [])
         if not taken:
             raise InputError(f"no list of removals saves so much ({by}): ask for a larger student")
-    for old in sorted(taken, key=lambda s: -s.damage):
+    for old in sorted(taken, key=lambda s: -s.sensitivity):
         rest = [s for s in taken if s is not old]
         if _saved(rest, by) >= saving and _plan(teacher, _entries(rest)):
             taken = rest

@@ -1,1 +1,1 @@
-"""How good are the pictures?"""
+"""How good are the images?"""

@@ -1,4 +1,4 @@
-"""CLIP: does a picture match a caption? Cosine similarity (CLIPScore, arXiv 2104.08718, without its factor 2.5)."""
+"""CLIP: does an image match a caption? Cosine similarity (CLIPScore, arXiv 2104.08718, without its factor 2.5)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidistill.data.scenes import Scenes
+from minidistill.miniature.scenes import Scenes
 from minidistill.models.clip import CLIPModel
 from minidistill.models.tokenizer import CLIPTokenizer
 
@@ -19,31 +19,31 @@ MEAN, STD = (
 )  # OpenAI's, of RGB in [0, 1]
 
 
-def clip_pixels(pictures: Sequence[Image.Image], size: int = 64) -> Tensor:
-    """RGB pictures -> (B, 3, size, size) float32, as CLIP reads them.
+def clip_pixels(images: Sequence[Image.Image], size: int = 64) -> Tensor:
+    """RGB images -> (B, 3, size, size) float32, as CLIP reads them.
 
     The short side is resized to `size` (bicubic), the centre cut out, the colours normalised.
     """
     rows = []
-    for picture in pictures:
-        short = min(picture.size)
+    for image in images:
+        short = min(image.size)
         if short != size:
-            shape = [side * size // short for side in picture.size]  # rounded down, as in OpenAI's code
-            picture = picture.resize(shape, Image.Resampling.BICUBIC)  # noqa: PLW2901
-        left, top = ((side - size) // 2 for side in picture.size)
-        rows.append(np.asarray(picture.crop((left, top, left + size, top + size)), np.float32) / 255)
+            shape = [side * size // short for side in image.size]  # rounded down, as in OpenAI's code
+            image = image.resize(shape, Image.Resampling.BICUBIC)  # noqa: PLW2901
+        left, top = ((side - size) // 2 for side in image.size)
+        rows.append(np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255)
     pixels = (np.stack(rows) - np.float32(MEAN)) / np.float32(STD)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
 def clip_scores(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Sequence[Image.Image], captions: list[str]
+    clip: CLIPModel, tokenizer: CLIPTokenizer, images: Sequence[Image.Image], captions: list[str]
 ) -> Tensor:
-    """Cosine similarity of every picture (rows) with every caption (columns): (N, M) float32."""
+    """Cosine similarity of every image (rows) with every caption (columns): (N, M) float32."""
     device = next(clip.parameters()).device
-    images = clip.encode_image(clip_pixels(pictures, clip.config.vision_config.image_size).to(device))
-    return (images @ clip.encode_text(tokenizer(captions).to(device)).T).float().cpu()
+    states = clip.encode_image(clip_pixels(images, clip.config.vision_config.image_size).to(device))
+    return (states @ clip.encode_text(tokenizer(captions).to(device)).T).float().cpu()
 
 
 def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 10, choices: int = 100) -> float:
@@ -53,8 +53,8 @@ def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 10, choic
     for _ in range(rounds):
         chosen: dict[str, Image.Image] = {}
         while len(chosen) < choices:
-            picture, caption = data[index]
-            chosen.setdefault(caption, picture)
+            image, caption = data[index]
+            chosen.setdefault(caption, image)
             index += 1
         scores = clip_scores(clip, tokenizer, list(chosen.values()), list(chosen))
         right += int((scores.argmax(1) == torch.arange(choices)).sum())

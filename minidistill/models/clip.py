@@ -1,11 +1,11 @@
-"""CLIP: the text encoders of Stable Diffusion, and the picture tower that goes with them.
+"""CLIP: the text encoders of Stable Diffusion, and the image tower that goes with them.
 
 One file, on torch alone. Radford et al., "Learning Transferable Visual Models From Natural Language
 Supervision" (arXiv 2103.00020), in the state-dict names of transformers 4.x files, so the official
 `text_encoder/model.safetensors` of SD 1.x (ViT-L/14), SD 2.x (ViT-H/14) and SDXL (ViT-L/14 and ViT-bigG/14)
 load as they are.
 
-Which output a diffusion model reads is part of the model, and a wrong choice only makes the pictures worse:
+Which output a diffusion model reads is part of the model, and a wrong choice only makes the images worse:
 - SD 1.x and 2.x: `last_hidden_state`, after the final LayerNorm;
 - SDXL: `hidden_states[-2]` of both encoders, without the final LayerNorm, and `pooled` of the second one.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU, up to 0.02 from the exact one: enough to change a picture."""
+    """OpenAI's approximation of GELU, up to 0.02 from the exact one: enough to change an image."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -89,7 +89,7 @@ class CLIPTextConfig(_ConfigFile):
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(_ConfigFile):
-    """The picture tower, in the names and with the defaults of transformers' `CLIPVisionConfig`."""
+    """The image tower, in the names and with the defaults of transformers' `CLIPVisionConfig`."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -328,7 +328,7 @@ class CLIPTextModel(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """The picture tower alone: transformers' `CLIPVisionModelWithProjection`."""
+    """The image tower alone: transformers' `CLIPVisionModelWithProjection`."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()

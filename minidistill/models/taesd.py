@@ -23,7 +23,7 @@ FIXED = {
     "act_fn": "relu",
     "upsample_fn": "nearest",
     "upsampling_scaling_factor": 2,
-    "latent_magnitude": 3,  # this and the next serve to store latents as pictures: no part of the network
+    "latent_magnitude": 3,  # this and the next serve to store latents as images: no part of the network
     "latent_shift": 0.5,
     "force_upcast": False,
     "shift_factor": 0.0,

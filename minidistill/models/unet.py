@@ -7,14 +7,12 @@ State-dict names are diffusers', so official weights load as they are. The netwo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from minidistill.models.layers import (
     Downsample,
@@ -414,26 +412,6 @@ def note_features(features: dict[str, Tensor], name: str, h: Tensor, proj_out: T
         features[f"{name}.proj_out"] = proj_out
 
 
-def count_macs(unet_or_config: UNet | UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
-    """Multiply-accumulates of one call on one latent of height x width, with `tokens` text tokens.
-
-    Returns {"conv_linear", "attention"}: the first is what BK-SDM's paper (and `thop`) counts, the second the
-    two matrix products inside every attention.
-    """
-    config = unet_or_config.config if isinstance(unet_or_config, UNet) else unet_or_config
-    return _macs(config, height, width, tokens)["Global"]
-
-
-def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
-    """Convolution and linear MACs of one call in every module, by its name; "" is the whole."""
-    counts = _macs(config, height, width, tokens)
-    return {
-        name.removeprefix("UNet").removeprefix("."): count["conv_linear"]
-        for name, count in counts.items()
-        if name != "Global"
-    }
-
-
 def random_inputs(
     config: UNetConfig, batch: int, height: int, width: int, tokens: int = 77
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
@@ -447,20 +425,6 @@ def random_inputs(
         torch.randn(batch, tokens, config.cross_attention_dim),
     )
     return x, torch.rand(batch) * 999, context, added_cond
-
-
-@lru_cache
-def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
-    """{"Global" | "UNet" | "UNet.<module>": counts}, on the meta device: no weights, no arithmetic."""
-    config = replace(config, upcast_attention=False)  # costs no MACs, and meta has no autocast
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        UNet(config)(*random_inputs(config, 1, height, width, tokens))
-    result = {}
-    for module, counts in counter.get_flop_counts().items():
-        flops = {str(op): n for op, n in counts.items()}
-        linear = sum(flops.get(op, 0) for op in ("aten.convolution", "aten.mm", "aten.addmm"))
-        result[module] = {"conv_linear": linear // 2, "attention": (sum(flops.values()) - linear) // 2}
-    return result
 
 
 SD15 = UNetConfig(sample_size=64, cross_attention_dim=768)

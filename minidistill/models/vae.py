@@ -313,7 +313,7 @@ def posterior_std(logvar: Tensor) -> Tensor:
 
 
 def decode_tiled(vae: AutoencoderKL, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-    """`vae.from_latents` in square tiles of `tile` latent pixels: the memory no longer grows with the picture.
+    """`vae.from_latents` in square tiles of `tile` latent pixels: the memory no longer grows with the image.
 
     Neighbouring tiles share `overlap` pixels, where one fades into the other. The norms see one tile at a time, so
     large even areas may differ a little between tiles. Latents no larger than a tile are decoded as always.
@@ -348,6 +348,6 @@ def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _fade(length: int, rise: int, like: Tensor) -> Tensor:
-    """1 inside, falling towards 0 over `rise` pixels at both ends; at the picture's own edges it cancels out."""
+    """1 inside, falling towards 0 over `rise` pixels at both ends; at the image's own edges it cancels out."""
     ramp = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / max(1, rise)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)

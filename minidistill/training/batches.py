@@ -19,21 +19,18 @@ from torch import Tensor, nn
 
 from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
-from minidistill.data.scenes import Scenes
+from minidistill.diffusion.noise import generator_for
 from minidistill.errors import InputError
-from minidistill.models.taesd import AutoencoderTiny
-from minidistill.models.vae import AutoencoderKL, posterior_std
-from minidistill.pipeline import Origin, Pipeline, TextStates, to_pixels
-from minidistill.training.seeds import generator_for
+from minidistill.miniature.scenes import Scenes
+from minidistill.models.vae import posterior_std
+from minidistill.pipeline import VAE, Origin, Pipeline, TextStates, to_pixels
 
-VAE = AutoencoderKL | AutoencoderTiny
-
-SMALL, TOGETHER = 64, 8  # pictures of so many pixels go through the VAE so many at once, larger ones alone (6 GiB else)
+SMALL, TOGETHER = 64, 8  # images of so many pixels go through the VAE so many at once, larger ones alone (6 GiB else)
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
 
 
 class Captioned(Protocol):
-    """Any data set of pictures with captions: `data.scenes.Scenes`, `data.folders.ImageFolder`."""
+    """Any data set of images with captions: `data.scenes.Scenes`, `data.folders.ImageFolder`."""
 
     def __len__(self) -> int: ...
 
@@ -50,10 +47,10 @@ class Batch(NamedTuple):
     eps: Tensor  # standard-normal noise (B, C, h, w)
     t: Tensor  # timesteps (B,), uniform in 0 .. T-1
     captions: list[str | None]  # None: trained without a prompt
-    added_cond: dict[str, Tensor] | None  # of SDXL: pooled text, and the sizes of the pictures
+    added_cond: dict[str, Tensor] | None  # of SDXL: pooled text, and the sizes of the images
 
     def with_text(self, text: TextStates) -> Batch:
-        """The same pictures, noise and timesteps under other text states."""
+        """The same images, noise and timesteps under other text states."""
         added_cond = self.added_cond and {**self.added_cond, "text_embeds": text.pooled}
         return self._replace(context=text.context, added_cond=added_cond)
 
@@ -73,7 +70,7 @@ class Batches:
         cache: bool | None = None,
         keep_text: bool = True,
     ) -> None:
-        """pipe: encodes pictures and captions. caption_dropout: share of samples trained without a prompt.
+        """pipe: encodes images and captions. caption_dropout: share of samples trained without a prompt.
 
         flip: show every other sample as its mirror image; not where captions say left and right.
         cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
@@ -90,7 +87,7 @@ class Batches:
         if isinstance(data, LatentCache | Latents):
             self._cache, self.size = data, data.size
         else:
-            self.size = width, height = data[0][0].size  # of the pictures
+            self.size = width, height = data[0][0].size  # of the images
             size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
             if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
                 self._cache = encode_all(data, pipe.vae, flip)
@@ -123,7 +120,7 @@ class Batches:
         return [captions_of(self.data, i)[0] for i in range(min(count, len(self.data)))]
 
     @property
-    def resting(self) -> list[nn.Module]:
+    def idle(self) -> list[nn.Module]:
         """The networks that no batch needs any more, since what they make is in memory or in a cache."""
         return [
             *([] if self._cache is None else [self.pipe.vae]),
@@ -177,7 +174,7 @@ class Latents:
     std: Tensor
     all_captions: list[tuple[str, ...]]
     origins: list[Origin]
-    size: tuple[int, int]  # width and height of the pictures
+    size: tuple[int, int]  # width and height of the images
 
     def __len__(self) -> int:
         return len(self.all_captions)
@@ -210,7 +207,7 @@ class KnownText:
 
 
 def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, ...]:
-    """All captions of entry i, without reading its picture if that can be helped."""
+    """All captions of entry i, without reading its image if that can be helped."""
     if isinstance(data, ImageFolder | LatentCache | Latents):
         return data.captions(i)
     return (data.caption(i),) if isinstance(data, Scenes) else (data[i][1],)
@@ -219,14 +216,14 @@ def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, .
 def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
     means, stds, captions, origins = [], [], [], []
-    with tqdm(total=len(data), desc="encoding pictures", unit="", disable=None, leave=False) as bar:
+    with tqdm(total=len(data), desc="encoding images", unit="", disable=None, leave=False) as bar:
         for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
             means.append(mean)
             stds.append(std)
             captions += [sample.captions for sample in chosen]
             origins += [(*sample.original, *sample.crop) for sample in chosen]
             bar.update(len(chosen))
-    return Latents(torch.cat(means), torch.cat(stds), captions, origins, chosen[0].picture.size)
+    return Latents(torch.cat(means), torch.cat(stds), captions, origins, chosen[0].image.size)
 
 
 def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> KnownText | None:
@@ -249,7 +246,7 @@ def encode_samples(
 ) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
     """(samples, posterior means, deviations) of one batch after the other; (n, 1 or 2, C, h, w), as in Latents.
 
-    batch_size: pictures that are encoded at once; None: `at_once`.
+    batch_size: images that are encoded at once; None: `at_once`.
     """
     samples = iter(samples)
     while chosen := list(islice(samples, batch_size or TOGETHER)):
@@ -259,7 +256,7 @@ def encode_samples(
 
 
 def at_once(size: tuple[int, int]) -> int:
-    """How many pictures of (width, height) pixels go through the VAE at a time."""
+    """How many images of (width, height) pixels go through the VAE at a time."""
     return TOGETHER if max(size) <= SMALL else 1
 
 
@@ -270,8 +267,8 @@ def _draw(count: int, seed: int, what: str, n: int) -> int:
 def _sample(data: Captioned, i: int) -> Sample:
     if isinstance(data, ImageFolder):
         return data.sample(i)
-    picture, caption = data[i]
-    return Sample(picture, (caption,), f"picture {i}", original=(picture.height, picture.width))
+    image, caption = data[i]
+    return Sample(image, (caption,), f"image {i}", original=(image.height, image.width))
 
 
 @torch.no_grad()
@@ -279,9 +276,9 @@ def _encode(
     vae: VAE, samples: Sequence[Sample], flipped: Sequence[bool], batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Posterior mean and deviation (B, C, h, w), unscaled, float32 on the CPU. batch_size: as in `encode_samples`."""
-    pictures = [ImageOps.mirror(s.picture) if flip else s.picture for s, flip in zip(samples, flipped, strict=True)]
+    images = [ImageOps.mirror(s.image) if flip else s.image for s, flip in zip(samples, flipped, strict=True)]
     weight = next(vae.parameters())
-    few = to_pixels(pictures).split(batch_size or at_once(pictures[0].size))
+    few = to_pixels(images).split(batch_size or at_once(images[0].size))
     encoded = [vae.encode(pixels.to(weight)) for pixels in few]
     mean, logvar = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     mean, std = mean.float().cpu(), posterior_std(logvar).float().cpu()

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from minidistill.data import cache
 from minidistill.data.cache import LatentCache
-from minidistill.data.scenes import SIDE, Scenes
 from minidistill.errors import InputError
+from minidistill.miniature.scenes import SIDE, Scenes
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Captioned
 
@@ -53,14 +53,14 @@ def resolution_for(pipe: Pipeline, asked: int | None, source: str) -> int:
 
 
 def open_data(data: str, resolution: int, scenes: Scenes) -> Captioned | LatentCache:
-    """The pictures of --data: `scenes`, which have one size, or a folder's, cropped to a square and resized, or cached.
+    """The images of --data: `scenes`, which have one size, or a folder's, cropped to a square and resized, or cached.
 
     scenes: those that the word `scenes` means here.
     """
     if data == "scenes":
         if resolution != SIDE:
             raise InputError(
-                f"scenes are {SIDE}x{SIDE} pictures, not {resolution}x{resolution} (the model's own size "
+                f"scenes are {SIDE}x{SIDE} images, not {resolution}x{resolution} (the model's own size "
                 f"if --resolution is not given): give --data a folder of images, or --resolution {SIDE}"
             )
         return scenes

@@ -3,7 +3,7 @@
     config.json                    all settings, resolved
     metrics.jsonl                  one JSON line per logged step (log.py)
     curves.png                     drawn from metrics.jsonl (curves.py)
-    samples/                       fixed-seed strips
+    samples/                       fixed-seed image grids
     checkpoints/step-000300/       state.safetensors   tensors
                                    state.json          step, meta, the size and the SHA-256 of all of it
 
@@ -110,12 +110,12 @@ class RunFolder:
             raise InputError(f"cannot write a run into {self.path}: {error.strerror}; take another --out") from error
         return self
 
-    def strip(self, step: int) -> Path:
-        """Where the strip of a step is, or will be."""
+    def image_grid(self, step: int) -> Path:
+        """Where the image grid of a step is, or will be."""
         return self.samples / f"step-{step:06d}.png"
 
-    def last_strip(self, step: int) -> Path:
-        """The newest strip up to a step: there may be later ones, of a run that has gone back and ended earlier."""
+    def last_image_grid(self, step: int) -> Path:
+        """The newest image grid up to a step; a run that went back and ended earlier may have left later ones."""
         return max((path for path in self.samples.glob("step-*.png") if _step_of(path) <= step), key=_step_of)
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
@@ -191,7 +191,7 @@ def _check_same_run(
     if refused := [describe(name) for name in changed if name not in may_change]:
         raise InputError(
             f"cannot go on with {out} under other settings: {', '.join(refused)}; "
-            "give it the same flags and pictures, or start anew in another --out"
+            "give it the same flags and images, or start anew in another --out"
         )
     for name in changed:
         print(f"going on with {describe(name)}", flush=True)

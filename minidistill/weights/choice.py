@@ -37,7 +37,7 @@ SINGLE_FILES = (".safetensors", ".ckpt")
 # Which weights to take where there are several, best first: (variant, suffix).
 FULL_FIRST = (("", "safetensors"), ("", "bin"), (".fp16", "safetensors"), (".fp16", "bin"))
 HALF_FIRST = ((".fp16", "safetensors"), ("", "safetensors"), (".fp16", "bin"), ("", "bin"))
-LAST_RESORT = ((".non_ema", "safetensors"), (".non_ema", "bin"))  # weights without their average: worse pictures
+LAST_RESORT = ((".non_ema", "safetensors"), (".non_ema", "bin"))  # weights without their average: worse images
 
 SHOWN = 12  # files named in a message; the rest are counted
 

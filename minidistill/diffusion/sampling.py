@@ -1,4 +1,4 @@
-"""How a checkpoint wants to be sampled. A distilled model gives good pictures with its own settings only.
+"""How a checkpoint wants to be sampled. A distilled model gives good images with its own settings only.
 
     sdxl_lightning_4step_unet.safetensors      4 Euler steps, trailing timesteps, guidance off
     sdxl_lightning_1step_x0.safetensors        1 step, and the network puts out x0, not eps

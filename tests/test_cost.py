@@ -12,11 +12,11 @@ from tiny import TINY, TINY_SDXL
 from torch import nn
 
 from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
-from minidistill.distill.memory import memory_rows, picture_peak, step_peak
+from minidistill.distill.memory import image_peak, memory_rows, step_peak
+from minidistill.metrics.cost import MemoryCount, format_bytes, on_device, peak_bytes
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.models.vae import AutoencoderKL, VAEConfig
-from minidistill.training.memory import MemoryCount, format_bytes, on_device, peak_bytes
 
 INPUTS = (2, 16, 16, 7)
 
@@ -42,7 +42,7 @@ def test_a_backward_pass_leaves_the_gradients_and_nothing_else():
 
 FAULTS = """
 import resource, sys, torch
-from minidistill.training.memory import keep_freed_memory
+from minidistill.metrics.cost import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for turn in range(30):
@@ -110,11 +110,11 @@ def test_the_table_adds_up():
 
 
 @pytest.mark.parametrize("vae", [AutoencoderKL(VAEConfig()), AutoencoderTiny(TinyConfig())], ids=["kl", "taesd"])
-def test_a_picture_that_takes_more_than_a_step_decides_what_is_printed(vae):
+def test_a_image_that_takes_more_than_a_step_decides_what_is_printed(vae):
     latents = torch.zeros(1, 4, 24, 24)
     with MemoryCount(vae.parameters()) as count, torch.no_grad():
         vae.from_latents(latents)
-    peak = picture_peak(vae, 24)
+    peak = image_peak(vae, 24)
     assert peak == pytest.approx(count.peak, rel=0.05)
     removal = plan_removal(TINY, RECIPES["bk-tiny"].remove)
     own = 4 * sum(p.numel() for p in UNet(removal.student).parameters())

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from minidistill.diffusion.schedule import PREDICTIONS
 from minidistill.errors import InputError
+from minidistill.interop.header import PREDICTION
 from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig
 from minidistill.models.taesd import TinyConfig
 from minidistill.models.unet import SD15, SD21, SDXL, UNetConfig
 from minidistill.models.vae import SD_VAE, VAEConfig
-from minidistill.weights.header import PREDICTION
 
 UNETS = {config.cross_attention_dim: config for config in (SD15, SD21, SDXL)}
 TEXT_ENCODERS = {config.hidden_size: config for config in (SD1_TEXT, SD2_TEXT, SDXL_TEXT_2)}

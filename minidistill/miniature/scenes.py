@@ -1,12 +1,12 @@
-"""Scenes: captioned 64x64 pictures, drawn on the fly. The data of the embedded miniature Stable Diffusion.
+"""Scenes: captioned 64x64 images, drawn on the fly. The data of the embedded miniature Stable Diffusion.
 
 One to three flat things on a plain or textured ground, and a caption that often leaves something out, so that
-one caption has many right pictures. Picture number `index` is always the same picture; there is no end of them.
+one caption has many right images. Image number `index` is always the same image; there is no end of them.
 
     a large red circle left of a small blue square on a striped grey background
 
-`draw_scene` makes the scene (what is where), `render` the picture, `describe` the caption, `parse` the way back from a
-caption to what it states, which is all the judge in `minidistill.metrics.scene_judge` needs.
+`draw_scene` makes the scene (what is where), `render` the image, `describe` the caption, `parse` the way back from a
+caption to what it states, which is all the judge in `minidistill.miniature.judge` needs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HOLDERS = ("circle", "square", "heart")  # shapes with room for another one insi
 SHARES = {"one": 32, "related": 26, "two": 8, "inside": 10, "counted": 10, "three": 14}
 
 # (shape, colour, texture of the ground): an eighth, one for each shape on each texture, is kept from training,
-# so that a picture of one shows composition, not memory. Not the size: a shape and colour that is only ever
+# so that an image of one shows composition, not memory. Not the size: a shape and colour that is only ever
 # seen large says "large" by itself, whatever the caption's word.
 HELD_OUT = frozenset(
     (shape, list(COLOURS)[(3 * i + k) % 8], texture)
@@ -102,7 +102,7 @@ class Scene:
 
 
 class Scenes:
-    """The embedded data set: `scenes[i]` is (PIL picture 64x64, caption), the same for ever.
+    """The embedded data set: `scenes[i]` is (PIL image 64x64, caption), the same for ever.
 
     split "train" never draws a HELD_OUT combination of shape, colour and texture; in split "test" the first thing is
     always one, and its caption says so. Both are unlimited; `length` only says where a pass ends. `shares` says how
@@ -122,8 +122,8 @@ class Scenes:
         return Image.fromarray(render(scene)), describe(scene.stated)
 
     def fingerprint(self) -> str:
-        """Which pictures these are, in a few words."""
-        return f"{self.length} pictures, split {self.split}"
+        """Which images these are, in a few words."""
+        return f"{self.length} images, split {self.split}"
 
     def scene(self, index: int) -> Scene:
         """The scene behind an entry."""
@@ -263,7 +263,7 @@ def describe_places(scene: Scene) -> str | None:
     """The caption that says of each thing where it is, or None where that is not one word.
 
     "a red circle left", "a red circle above and a blue square below": a lesson before "left of" and "above", in
-    which a word alone tells which part of the picture is meant. `parse` and the judge do not know these.
+    which a word alone tells which part of the image is meant. `parse` and the judge do not know these.
     """
     first, things = scene.places[0], scene.stated.things
     dx, dy = first.x - SIDE / 2, first.y - SIDE / 2
@@ -414,15 +414,15 @@ def _two_tone(wave: np.ndarray) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene: (64, 64, 3) uint8."""
+    """The image of a scene: (64, 64, 3) uint8."""
     rng = np.random.default_rng(scene.grain_seed)
-    picture = np.asarray(GROUNDS[scene.full.ground], np.float32) + pattern(scene.full.texture, rng)[..., None]
+    image = np.asarray(GROUNDS[scene.full.ground], np.float32) + pattern(scene.full.texture, rng)[..., None]
     order = range(len(scene.places))
     for i in reversed(order):  # the first thing is drawn last: it may be inside the second
         thing, place = scene.full.things[i], scene.places[i]
         left, top = (max(0, int(c - place.r) - 1) for c in (place.x, place.y))
         side = int(2 * place.r) + 4
         mask = shape_mask(thing.shape, side, place.x - left, place.y - top, place.r)[: SIDE - top, : SIDE - left, None]
-        patch = picture[top : top + side, left : left + side]
+        patch = image[top : top + side, left : left + side]
         patch += mask * (np.asarray(COLOURS[thing.colour], np.float32) + place.shade - patch)
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)

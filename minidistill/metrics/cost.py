@@ -1,4 +1,4 @@
-"""How much memory a step takes, before it takes any: networks run on fake tensors, which have shapes and no data."""
+"""What a network costs: multiply-accumulates of a call, and the memory of a step before it takes any."""
 
 from __future__ import annotations
 
@@ -7,15 +7,54 @@ import ctypes
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from minidistill.models.unet import UNet, UNetConfig, random_inputs
 
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def count_macs(unet_or_config: UNet | UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
+    """Multiply-accumulates of one call on one latent of height x width, with `tokens` text tokens.
+
+    Returns {"conv_linear", "attention"}: the first is what BK-SDM's paper (and `thop`) counts, the second the
+    two matrix products inside every attention.
+    """
+    config = unet_or_config.config if isinstance(unet_or_config, UNet) else unet_or_config
+    return _macs(config, height, width, tokens)["Global"]
+
+
+def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
+    """Convolution and linear MACs of one call in every module, by its name; "" is the whole."""
+    counts = _macs(config, height, width, tokens)
+    return {
+        name.removeprefix("UNet").removeprefix("."): count["conv_linear"]
+        for name, count in counts.items()
+        if name != "Global"
+    }
+
+
+@lru_cache
+def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
+    """{"Global" | "UNet" | "UNet.<module>": counts}, on the meta device: no weights, no arithmetic."""
+    config = replace(config, upcast_attention=False)  # costs no MACs, and meta has no autocast
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        UNet(config)(*random_inputs(config, 1, height, width, tokens))
+    result = {}
+    for module, counts in counter.get_flop_counts().items():
+        flops = {str(op): n for op, n in counts.items()}
+        linear = sum(flops.get(op, 0) for op in ("aten.convolution", "aten.mm", "aten.addmm"))
+        result[module] = {"conv_linear": linear // 2, "attention": (sum(flops.values()) - linear) // 2}
+    return result
 
 
 class MemoryCount(TorchDispatchMode):

@@ -20,13 +20,8 @@ from torch import Tensor, nn
 
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
-from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
-from minidistill.models.tokenizer import CLIPTokenizer
-from minidistill.models.unet import UNet, UNetConfig
-from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
-from minidistill.weights import ldm
-from minidistill.weights.files import read_metadata, read_tensors, write_safetensors
-from minidistill.weights.header import (
+from minidistill.interop import ldm
+from minidistill.interop.header import (
     HEADER_KEYS,
     PREDICTION,
     SCHEDULE,
@@ -37,13 +32,18 @@ from minidistill.weights.header import (
     read_config,
     write_configs,
 )
-from minidistill.weights.infer import (
+from minidistill.interop.infer import (
     infer_prediction,
     infer_text_config,
     infer_unet_config,
 )
+from minidistill.interop.vae_file import read_vae
+from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
+from minidistill.models.tokenizer import CLIPTokenizer
+from minidistill.models.unet import UNet, UNetConfig
+from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
+from minidistill.weights.files import read_metadata, read_tensors, write_safetensors
 from minidistill.weights.layouts import without_wrappers
-from minidistill.weights.vae_file import read_vae
 
 Tensors = dict[str, Tensor]
 

@@ -15,19 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from minidistill.diffusion.sampling import Sampling, find_sampling, sampling_metadata
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
+from minidistill.interop import lora_files
+from minidistill.interop.header import is_clip
+from minidistill.interop.single_file import SingleFile, read_single_file
+from minidistill.interop.vae_file import read_vae_file
 from minidistill.models.clip import CLIPTextModel
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, VAEConfig
-from minidistill.weights import folders, hub, lora_files
+from minidistill.weights import folders, hub
 from minidistill.weights.files import load_into, on_meta, read_metadata
-from minidistill.weights.header import is_clip
-from minidistill.weights.sampling import Sampling, find_sampling, sampling_metadata
-from minidistill.weights.single_file import SingleFile, read_single_file
-from minidistill.weights.vae_file import read_vae_file
 
 Device = str | torch.device
 DType = torch.dtype | None  # None keeps the file's

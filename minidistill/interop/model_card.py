@@ -1,4 +1,4 @@
-"""Model cards: the README.md and the picture beside the weights of a model that was trained here.
+"""Model cards: the README.md and the image beside the weights of a model that was trained here.
 
 Front matter (YAML) that the Hugging Face Hub reads, then text for people. Every setting and figure is from the run's
 own config.json and results.json. Of a path on this machine only the last name is told.
@@ -18,7 +18,7 @@ from minidistill.weights.choice import SINGLE_FILES
 from minidistill.weights.files import atomic_path
 from minidistill.weights.hub import MOVED, PLACE
 
-CARD, STRIP = "README.md", "strip.png"
+CARD, GRID = "README.md", "images.png"
 
 RAIL, RAIL_PLUS = "creativeml-openrail-m", "openrail++"
 LICENSES = {  # as the Hub spells them; of a folder with a card, that card's
@@ -45,7 +45,7 @@ MEASURES = {
     "ms_per_call": "milliseconds a U-Net call, where it was trained",
     "distance_to_teacher": "mean squared distance to the teacher's output",
     "loss": "denoising loss on one fixed batch",
-    "judge": "right in pictures of unseen scenes",
+    "judge": "right in images of unseen scenes",
 }
 
 # Settings that say nothing about the model, or are told elsewhere.
@@ -61,7 +61,7 @@ class Kind:
     base: str  # the setting that names the model it comes from
     title: str
     summary: str
-    strip: str  # what the picture shows
+    grid: str  # what the image shows
     tags: tuple[str, ...]
     relation: str | None = None  # to the base model, in the Hub's words
 
@@ -105,7 +105,7 @@ TEMPLATE = """\
 
 {summary}
 
-![{strip}]({strip_file})
+![{grid}]({grid_file})
 
 ## Results
 
@@ -142,16 +142,16 @@ def write_card(
     kind: str,
     config: Mapping[str, Any],
     results: Mapping[str, Mapping[str, Any]],
-    strip: str | Path,
+    grid: str | Path,
     repo: str | None = None,
 ) -> None:
-    """Write README.md and strip.png into the folder of a model.
+    """Write README.md and images.png into the folder of a model.
 
     Args:
         kind: "student", "finetuned" or "lora".
         config: all settings of the run, resolved: its config.json.
         results: what was measured, model by model: its results.json.
-        strip: the picture to show.
+        grid: the image to show.
         repo: owner/name on the Hub if it goes there, for the lines on how to use it.
 
     Raises:
@@ -165,15 +165,15 @@ def write_card(
         "samples": str(config["batch_size"] * config["accumulate"]),
         "trained": "U-Net and text encoder" if config.get("train_text_encoder") else "U-Net",
     }
-    left_out = NOT_TOLD if config["data"] == "scenes" else (*NOT_TOLD, "pictures")  # their number is the scenes'
+    left_out = NOT_TOLD if config["data"] == "scenes" else (*NOT_TOLD, "images")  # their number is the scenes'
     lines = {name: text for name, text in words.items() if name in config and name not in left_out}
     width = max(map(len, lines))
     text = TEMPLATE.format(
         front=_front_matter(about, hub_id(source), license),
         title=about.title.format(**words),
         summary=about.summary.format(**words),
-        strip=about.strip,
-        strip_file=STRIP,
+        grid=about.strip,
+        grid_file=GRID,
         results=_table(results),
         diffusers=_in_diffusers(kind, source, repo),
         command=_as_command(kind, source, repo),
@@ -182,8 +182,8 @@ def write_card(
         if license != "other"
         else f"That of {base}, whatever it is: name it here.",
     )
-    with atomic_path(folder / STRIP) as temporary:
-        shutil.copyfile(strip, temporary)
+    with atomic_path(folder / GRID) as temporary:
+        shutil.copyfile(grid, temporary)
     with atomic_path(folder / CARD) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -275,7 +275,7 @@ def _in_diffusers(kind: str, source: str, repo: str | None) -> str:
         elif revision:
             load = [f'pipe = DiffusionPipeline.from_pretrained("{hub_id(source)}", revision="{revision}")']
         load.append(f'pipe.load_lora_weights("{here}", weight_name="lora.safetensors")')
-    last = 'pipe("what it shows").images[0].save("picture.png")'
+    last = 'pipe("what it shows").images[0].save("image.png")'
     return "\n".join([f"from diffusers import {kinds}\n", *load, last])
 
 
@@ -285,7 +285,7 @@ def _as_command(kind: str, source: str, repo: str | None) -> str:
     if kind == "lora":
         base = source if source == "miniature" else _loadable(source)
         model = f"--model {base} --lora {here}/lora.safetensors"
-    return f'python -m minidistill.generate {model} --prompt "what it shows" --out picture.png'
+    return f'python -m minidistill.generate {model} --prompt "what it shows" --out image.png'
 
 
 def _loadable(source: str) -> str:

@@ -1,6 +1,6 @@
-"""The scene judge: does a picture show what its caption states? Plain image analysis, no network.
+"""The scene judge: does an image show what its caption states? Plain image analysis, no network.
 
-It is to the miniature what GenEval is to Stable Diffusion. `judge(picture, caption)` finds the things in the picture
+It is to the miniature what GenEval is to Stable Diffusion. `judge(image, caption)` finds the things in the image
 (`find_things`, `find_ground`), matches them to the stated ones and answers for every stated attribute: shape, colour,
 size, relation, count, background. What the caption leaves open is not asked.
 """
@@ -15,7 +15,7 @@ from itertools import permutations
 import numpy as np
 from PIL import Image
 
-from minidistill.data.scenes import (
+from minidistill.miniature.scenes import (
     CHECK_PERIOD,
     COLOURS,
     DOT_PERIOD,
@@ -45,7 +45,7 @@ GRADIENT_MATCH = 0.60  # share of a ground's variance that a linear slope must e
 
 @dataclass(frozen=True)
 class Found:
-    """A thing found in a picture."""
+    """A thing found in an image."""
 
     thing: Thing
     place: Place
@@ -62,12 +62,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All answers for one picture; `all_right` if each of them holds."""
+    """All answers for one image; `all_correct` if each of them holds."""
 
     answers: tuple[Answer, ...]
 
     @property
-    def all_right(self) -> bool:
+    def all_correct(self) -> bool:
         return all(answer.holds for answer in self.answers)
 
     def wrong(self) -> str:
@@ -75,14 +75,14 @@ class Verdict:
         return ", ".join(f"{a.kind} {a.stated}" for a in self.answers if not a.holds)
 
 
-def judge(picture: Image.Image | np.ndarray, caption: str) -> Verdict:
-    """Judge a 64x64 RGB picture (PIL, or uint8 (64, 64, 3)) by a caption of the scenes' grammar.
+def judge(image: Image.Image | np.ndarray, caption: str) -> Verdict:
+    """Judge a 64x64 RGB image (PIL, or uint8 (64, 64, 3)) by a caption of the scenes' grammar.
 
-    ValueError if the caption is not of the grammar or the picture not of the size.
+    ValueError if the caption is not of the grammar or the image not of the size.
     """
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     if pixels.shape != (SIDE, SIDE, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"the judge reads (64, 64, 3) uint8 pictures, not {pixels.shape} {pixels.dtype}")
+        raise ValueError(f"the judge reads (64, 64, 3) uint8 images, not {pixels.shape} {pixels.dtype}")
     stated = parse(caption)
     found = find_things(pixels)
     answers = [Answer("count", str(len(stated.things)), len(found) == len(stated.things))]
@@ -94,15 +94,15 @@ def judge(picture: Image.Image | np.ndarray, caption: str) -> Verdict:
     return Verdict(tuple(answers))
 
 
-def score(pictures: Sequence[Image.Image | np.ndarray], captions: Sequence[str]) -> dict[str, float]:
-    """Share of pictures with all attributes right ("all"), and of right answers for each kind that was asked."""
-    return score_verdicts([judge(p, c) for p, c in zip(pictures, captions, strict=True)])
+def score(images: Sequence[Image.Image | np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    """Share of images with all attributes right ("all"), and of right answers for each kind that was asked."""
+    return score_verdicts([judge(p, c) for p, c in zip(images, captions, strict=True)])
 
 
 def score_verdicts(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """`score`, from verdicts at hand."""
     verdicts = list(verdicts)
-    result = {"all": float(np.mean([v.all_right for v in verdicts]))}
+    result = {"all": float(np.mean([v.all_correct for v in verdicts]))}
     for kind in KINDS:
         holds = [a.holds for v in verdicts for a in v.answers if a.kind == kind]
         if holds:
@@ -138,7 +138,7 @@ def label_pixels(pixels: np.ndarray) -> np.ndarray:
 
 
 def find_things(pixels: np.ndarray) -> list[Found]:
-    """The things in a (64, 64, 3) uint8 picture: each connected region, and what lies inside it in another colour."""
+    """The things in a (64, 64, 3) uint8 image: each connected region, and what lies inside it in another colour."""
     labels, rgb = label_pixels(pixels), pixels.astype(np.float32)
     solid, ground = _solid(labels), labels < 0
     things = []
@@ -246,7 +246,7 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def find_ground(pixels: np.ndarray) -> tuple[str, str]:
-    """Texture and colour of the ground of a (64, 64, 3) uint8 picture: (one of TEXTURES, one of GROUNDS)."""
+    """Texture and colour of the ground of a (64, 64, 3) uint8 image: (one of TEXTURES, one of GROUNDS)."""
     labels = label_pixels(pixels)
     clear = ~_grow(_grow(labels >= 0))  # keep off the blended edges of things
     if clear.sum() < 200:

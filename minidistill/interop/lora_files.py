@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.errors import InputError
+from minidistill.interop.ldm import ldm_unet_names
 from minidistill.models.clip import SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import LoRAWeights, attach_lora, candidates, fit, lora_weights, merge_weights
 from minidistill.models.unet import SD15, SDXL, UNet, UNetConfig
 from minidistill.weights.files import on_meta, read_json, read_metadata, read_tensors, write_safetensors
-from minidistill.weights.ldm import ldm_unet_names
 
 Loras = dict[str, dict[str, LoRAWeights]]  # by part of the pipeline ("unet", "text_encoder", ...), by layer
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minidistill.errors import InputError
-from minidistill.training.memory import keep_freed_memory
+from minidistill.metrics.cost import keep_freed_memory
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import read_json
 

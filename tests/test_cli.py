@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from minidistill.cli import REQUIRED, option, parse, run_command
 from minidistill.errors import InputError
-from minidistill.training.config import REQUIRED, option, parse, run_command
 from minidistill.training.run_folder import RunFolder
 
 
@@ -18,7 +18,7 @@ class Config:
     recipe: str = option("bk-small", "which blocks to remove", choices=("bk-base", "bk-small", "bk-tiny"))
     stages: tuple[int, ...] = option((32, 8, 4), "step counts of the stages")
     lora_rank: int | None = option(None, "rank of the LoRA, none trains everything")
-    flip: bool = option(True, "mirror half of the pictures")
+    flip: bool = option(True, "mirror half of the images")
     resume: bool = option(False, "go on with the run in --out")
     out: str = option("runs/toy", "folder of the run")
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from minidistill.errors import InputError
+from minidistill.interop import ldm
+from minidistill.interop.header import VAE, read_config
+from minidistill.interop.infer import infer_tiny_config, infer_vae_config
 from minidistill.models.taesd import TinyConfig
 from minidistill.models.vae import SD_VAE, AutoencoderKL, VAEConfig
-from minidistill.weights import ldm
 from minidistill.weights.files import read_metadata, read_tensors
-from minidistill.weights.header import VAE, read_config
-from minidistill.weights.infer import infer_tiny_config, infer_vae_config
 from minidistill.weights.layouts import match_names, tiny_name, without_wrappers
 
 Tensors = dict[str, Tensor]

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from minidistill.training.seeds import generator_for
+from minidistill.diffusion.noise import generator_for
 
 
 def draw(*address):

@@ -244,7 +244,7 @@ def _pair_vae(stages: int, layers: int) -> Pairs:
         for ours, ldm in VAE_ATTENTION.items():
             pairs[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{ldm}"
     for i in range(stages):
-        up = stages - 1 - i  # LDM numbers the decoder's stages from the picture inwards
+        up = stages - 1 - i  # LDM numbers the decoder's stages from the image inwards
         for j in range(layers + 1):
             pairs |= _pair_parts(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}", VAE_RESNET)
             pairs |= _pair_parts(f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}", VAE_RESNET)

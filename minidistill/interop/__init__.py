@@ -1,0 +1,1 @@
+"""What other programs read and write: single files, LoRA files, TAESD, model cards, uploads."""
