@@ -23,8 +23,8 @@ setup(
         "safetensors>=0.4.5",
         "tokenizers>=0.20",
         "numpy>=1.26",
-        "pillow>=10.3",
-        "huggingface-hub>=0.25",
+        "pillow>=10.4",
+        "huggingface-hub>=0.34",
     ],
     extras_require={
         # diffusers, transformers and peft are oracles: the tests compare with them, the package never imports them.
