@@ -201,9 +201,14 @@ def assert_same_weights(found: dict[str, LoRAWeights], expected: dict[str, LoRAW
 def peft_unet(config: UNetConfig, **settings) -> tuple[UNet, UNet2DConditionModel]:
     """Ours, plain, and diffusers' with a random adapter of peft on every layer of the blocks."""
     ours, theirs = make_unets(config)
-    theirs.add_adapter(peft.LoraConfig(**{"r": RANK, "lora_alpha": 1, "target_modules": list(lora.ALL)} | settings))
-    randomise(theirs)
+    inject(theirs, **{"target_modules": list(lora.ALL)} | settings)
     return ours, theirs
+
+
+def inject(network: nn.Module, **settings) -> None:
+    """A random adapter of peft, made by peft itself: `add_adapter` of transformers and diffusers asks for versions."""
+    peft.inject_adapter_in_model(peft.LoraConfig(**{"r": RANK, "lora_alpha": 1} | settings), network)
+    randomise(network)
 
 
 def randomise(network: nn.Module) -> None:
@@ -519,13 +524,11 @@ def test_a_raw_state_of_peft_with_its_adapters_name_is_read(tmp_path):
 def test_pipelines_saved_by_diffusers_give_their_output(kind, with_metadata, spelling, tmp_path):
     networks, pipe = make_pipelines(kind)
     alpha = 1 if with_metadata else RANK  # without metadata nobody can know another
-    settings = {"r": RANK, "lora_alpha": alpha}
     layers, header = {}, {}
     for part in networks:
         theirs = getattr(pipe, part)
         targets = lora.ALL if part == "unet" else lora.TEXT_ALL
-        theirs.add_adapter(peft.LoraConfig(**settings, target_modules=list(targets)))
-        randomise(theirs)
+        inject(theirs, lora_alpha=alpha, target_modules=list(targets))
         state = get_peft_model_state_dict(theirs)
         layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(state) if spelling == "diffusers" else state
         header[f"{part}_lora_adapter_metadata"] = theirs.peft_config["default"].to_dict() if with_metadata else None
