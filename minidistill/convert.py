@@ -34,7 +34,7 @@ from minidistill.interop.sources import (
     schedule_of,
     with_scales,
 )
-from minidistill.training.optim import PRECISIONS
+from minidistill.training.device import PRECISIONS
 from minidistill.weights.files import existing_file, write_safetensors
 from minidistill.weights.folders import find_model, save_unet
 

@@ -20,8 +20,8 @@ from minidistill.miniature.judge import judge, score_verdicts
 from minidistill.miniature.scenes import SIDE, held_out_captions
 from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, load_pipeline
 from minidistill.report import save_image_grid
+from minidistill.training.device import get_device
 from minidistill.training.log import format_table
-from minidistill.training.optim import get_device
 from minidistill.weights import folders
 from minidistill.weights.files import write_json
 
@@ -38,7 +38,7 @@ class Config:
     seed: int = option(0, "decides the noise")
     batch_size: int = option(16, "images at a time; the result does not depend on it", minimum=1)
     parts: bool = option(False, "also judge the VAE's reconstructions and, where the folder has a clip/, its retrieval")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first there is of cuda, mps and cpu")
     out: str | None = option(None, "write the numbers to this JSON file")
     grid: str | None = option(None, "write the first 16 images, with their captions, to this PNG file")
 

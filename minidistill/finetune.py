@@ -36,19 +36,11 @@ from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import draw, drawing, save_image_grid
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.curves import draw_curves
+from minidistill.training.device import PRECISIONS, get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
-from minidistill.training.optim import (
-    PRECISIONS,
-    SCHEDULES,
-    adamw,
-    check_finite,
-    get_device,
-    get_precision,
-    lr_at,
-    optimizer_step,
-)
+from minidistill.training.optim import SCHEDULES, adamw, check_finite, lr_at, optimizer_step
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
@@ -88,7 +80,7 @@ class Config:
     caption_dropout: float = option(0.1, "share of samples with the empty caption, which guidance needs", minimum=0)
     gradient_checkpointing: bool = option(False, "recompute the U-Net's activations in backward: less memory, slower")
     seed: int = option(0, "decides everything random")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first there is of cuda, mps and cpu")
     precision: str = option("fp32", "of the forward passes", choices=PRECISIONS)
     judged: int = option(
         48, "held-out captions to judge the result on (scenes only); 0 for none", minimum=0, maximum=len(Scenes("test"))

@@ -24,7 +24,7 @@ from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
 from minidistill.interop.sources import with_scales
 from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, Pipeline, load_pipeline
-from minidistill.training.optim import PRECISIONS, get_device, get_dtype
+from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
 
 BATCH_SIZE = 8
@@ -58,7 +58,7 @@ class GenerateConfig:
     strength: float = option(0.8, "how far an image goes back to noise, above 0 to 1")
     height: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
     width: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
-    device: str = option("cpu", "cpu or cuda")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first there is of cuda, mps and cpu")
     precision: str = option("fp32", "of U-Net and text encoder", choices=PRECISIONS)
     vae_precision: str = option("fp32", "of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
     low_memory: bool = option(False, "free the text encoders after use, decode in tiles")

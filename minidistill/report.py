@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.distill.block_removal import format_count
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
-from minidistill.errors import InputError
+from minidistill.errors import InputError, NonFiniteLoss
 from minidistill.metrics.cost import count_macs, on_device
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import held_out_captions
@@ -25,7 +25,6 @@ from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batches, at_once
 from minidistill.training.log import format_table
-from minidistill.training.optim import NonFiniteLoss
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import atomic_path, read_json, write_json
 

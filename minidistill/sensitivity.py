@@ -30,9 +30,9 @@ from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import milliseconds
 from minidistill.training.batches import Batches
 from minidistill.training.curves import COLORS, INK, PAPER, SCALE
+from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.training.inputs import check_weights, open_data, resolution_for
 from minidistill.training.log import format_table
-from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, write_json
 
 
@@ -54,7 +54,7 @@ class Config:
     )
     guidance: float = option(4.0, "scale of classifier-free guidance in the images that are judged")
     seed: int = option(0, "decides images and noise")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first there is of cuda, mps and cpu")
     precision: str = option("fp32", "of the U-Net", choices=PRECISIONS)
     out: str = option("runs/sensitivity", "folder for sensitivity.json and sensitivity.png")
 

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 from minidistill import train_kd
 from minidistill.cli import option, run_command
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
+from minidistill.errors import NonFiniteLoss
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import load_pipeline
 from minidistill.report import SEED, STEPS, milliseconds
 from minidistill.training.batches import Batches
-from minidistill.training.optim import PRECISIONS, NonFiniteLoss, get_device
+from minidistill.training.device import PRECISIONS, get_device
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
@@ -73,13 +74,13 @@ class Config:
     )
     judged: int = option(200, "held-out captions that each model is judged on", minimum=1, maximum=len(Scenes("test")))
     precision: str = option("bf16", "of the forward passes", choices=PRECISIONS)
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first there is of cuda, mps and cpu")
     out: str = option("runs/study", "folder of the runs")
 
 
 def main(config: Config) -> None:
     """Do the runs that are missing, judge what is not judged yet, and write the tables."""
-    get_device(config.device)  # refuses
+    config = dataclasses.replace(config, device=str(get_device(config.device)))
     out = Path(config.out)
     chosen = {config.only: STUDIES[config.only]} if config.only else STUDIES
     lengths = {title: config.steps or study.steps for title, study in chosen.items()}

@@ -37,20 +37,11 @@ from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Comparison
 from minidistill.training.batches import Batches, Captioned, captions_of
 from minidistill.training.curves import draw_curves
+from minidistill.training.device import PRECISIONS, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
-from minidistill.training.optim import (
-    PRECISIONS,
-    SCHEDULES,
-    adamw,
-    best_precision,
-    check_finite,
-    get_device,
-    get_precision,
-    lr_at,
-    optimizer_step,
-)
+from minidistill.training.optim import SCHEDULES, adamw, check_finite, lr_at, optimizer_step
 from minidistill.training.run_folder import RunFolder
 
 LOSSES = ("task", "output", "feature")
@@ -98,7 +89,7 @@ class Config:
     caption_dropout: float = option(0.1, "share of samples with the empty caption, which guidance needs", minimum=0)
     gradient_checkpointing: bool = option(False, "recompute the student's activations in backward: less memory, slower")
     seed: int = option(0, "decides everything random")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first there is of cuda, mps and cpu")
     precision: str | None = option(
         None, "of the forward passes; none takes bf16 where the device computes in it, else fp32", choices=PRECISIONS
     )
@@ -192,7 +183,7 @@ PRESETS = {
 def main(config: Config) -> None:
     """Distil, as the configuration says; everything is checked before the first file is written."""
     # A dry run may be of a machine that this is not.
-    device = get_device("cpu" if config.dry_run else config.device)
+    device = get_device("cpu" if config.dry_run and config.device != "auto" else config.device)
     best = "bf16" if config.dry_run and config.device.startswith("cuda") else best_precision(device)
     config = dataclasses.replace(config, precision=config.precision or best)
     precision = get_precision("fp32" if config.dry_run else config.precision, device)

@@ -300,7 +300,7 @@ def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, images, tmp
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" killed\n") >= 4 and "damaged" not in done.stdout, done.stdout
-    assert done.stdout.count("going on at step") >= 3, done.stdout
+    assert done.stdout.count("resuming at step") >= 3, done.stdout
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert {name.split("/")[0] for name in checkpoint(whole, 6)} == {"student", "optimizer", "ema"}
@@ -318,7 +318,7 @@ def test_a_finished_run_goes_on_for_more_steps_but_not_for_fewer(train, plain, t
     assert train(run, "--resume", "--steps", "6") == 0
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert largest_difference(load_file(run / "student" / UNET), checkpoint(run, 6, "ema")) == 0
-    assert "going on at step 4" in capsys.readouterr().out
+    assert "resuming at step 4" in capsys.readouterr().out
     assert train(run, "--resume", "--steps", "2") == 2
     assert "has done 6 steps already" in capsys.readouterr().err
 
@@ -336,7 +336,7 @@ def test_a_run_is_not_gone_on_with_under_other_settings_nor_written_over(train, 
     for flags, reason in (
         (["--resume", "--recipe", "bk-base"], 'recipe "bk-base" (was "bk-small")'),
         (["--resume", "--learning-rate", "0.5"], "learning_rate 0.5 (was 0.001)"),
-        ([], "is in use (config.json exists): go on with that run by --resume, or take another --out"),
+        ([], "is in use (config.json exists): add --resume to continue it, or take another --out"),
     ):
         assert train(plain, *flags) == 2
         assert reason in capsys.readouterr().err

@@ -6,19 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from minidistill.errors import InputError
-from minidistill.training.optim import (
-    NonFiniteLoss,
-    adamw,
-    best_precision,
-    check_finite,
-    clip_grad_norm,
-    get_device,
-    get_precision,
-    lr_at,
-    optimizer_step,
-    set_lr,
-)
+from minidistill.errors import InputError, NonFiniteLoss
+from minidistill.training.device import best_precision, get_device, get_precision
+from minidistill.training.optim import adamw, check_finite, clip_grad_norm, lr_at, optimizer_step, set_lr
 
 CPU = torch.device("cpu")
 

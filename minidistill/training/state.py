@@ -1,4 +1,4 @@
-"""The live objects of a run <-> named tensors and JSON, exactly: no pickle, no name left over on either side.
+"""The live objects of a run <-> named tensors and JSON, exactly: no pickle, no name unused on either side.
 
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": scaler}
     run.save(step, parts)
@@ -9,6 +9,8 @@ Tensors are named part/name: "student/conv_in.weight", "optimizer/student.conv_i
 state goes by the name of its parameter, so every trained network must be among the parts: the bare one, not
 its DDP or compile wrapper.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +57,7 @@ def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], parts: Mappin
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         if part not in parts:
-            raise InputError(f"{ANOTHER_KIND}: it holds {key}, for which there is no place here")
+            raise InputError(f"{ANOTHER_KIND}: only the checkpoint has {key}")
         found[part][name] = tensor
     with_meta = [part for part, thing in parts.items() if isinstance(thing, Optimizer | EMA | torch.amp.GradScaler)]
     if different := set(with_meta) ^ set(meta):
@@ -104,10 +106,6 @@ def _copy_all(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tenso
         tensor.copy_(found[name])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# optimizers
-
-
 def _group_names(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
     groups = [group["params"] for group in optimizer.param_groups]
     if any(p not in names for group in groups for p in group):
@@ -124,11 +122,7 @@ def _pack_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[
 
 
 def _unpack_optimizer(
-    part: str,
-    found: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-    optimizer: Optimizer,
-    names: Mapping[Tensor, str],
+    part: str, found: Mapping[str, Tensor], meta: Mapping[str, Any], optimizer: Optimizer, names: Mapping[Tensor, str]
 ) -> None:
     """Back through load_state_dict, which numbers the parameters through all groups."""
     groups = _group_names(optimizer, names)
@@ -143,7 +137,7 @@ def _unpack_optimizer(
     for key, tensor in found.items():
         name, _, field = key.rpartition("/")
         if name not in number:
-            raise InputError(f"{ANOTHER_KIND}: it holds {part}/{key}, for which there is no place here")
+            raise InputError(f"{ANOTHER_KIND}: only the checkpoint has {part}/{key}")
         # In the parameter's memory layout (channels_last, say), which a file does not keep.
         like = tensor if field == "step" else parameters[name]
         state.setdefault(number[name], {})[field] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
