@@ -8,7 +8,7 @@
                                    state.json          step, meta, the size and the SHA-256 of all of it
 
 A checkpoint is written into a hidden folder beside its place, flushed to the disk and then renamed: a folder with its
-name is complete. Older ones are deleted only after that. Reading checks the hash, and takes the one before if it differs.
+name is complete. Older ones are deleted only after that. Reading checks the hash, or else takes the one before.
 """
 
 from __future__ import annotations
