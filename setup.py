@@ -17,7 +17,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["minidistill", "minidistill.*"]),
-    package_data={"minidistill": ["miniature/*.json", "miniature/*/*"]},
+    package_data={"minidistill": ["py.typed", "miniature/*.json", "miniature/*/*"]},
+    entry_points={"console_scripts": ["minidistill = minidistill.__main__:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     install_requires=[
         "torch>=2.6,<2.14",
         "safetensors>=0.4.5",
@@ -30,6 +39,8 @@ setup(
         # diffusers, transformers and peft are oracles: the tests compare with them, the package never imports them.
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
+            "mypy>=1.15",
             "diffusers>=0.35",
             "transformers>=4.48",
             "peft>=0.13",

@@ -93,7 +93,7 @@ def option(
 
     Args:
         default: REQUIRED if there is none.
-        help: one phrase; it ends in "(default: ...)" where None stands for something else.
+        help: one phrase; it says "default: ..." itself where None stands for something else.
         choices: the only words allowed.
         minimum, maximum: the smallest and the largest number allowed.
         positional: a word without dashes, as SOURCE in `convert SOURCE DEST`.
@@ -189,7 +189,7 @@ def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, hint: A
     flag, info, required = _flag(field), field.metadata, field.default is REQUIRED
     kind, is_tuple = _item_type(hint)
     text = info["help"]
-    if "(default: " not in text:
+    if "default: " not in text:
         text += " (required)" if required else f" (default: {_show(field.default)})"
     text = text.replace("%", "%%")
     if kind is bool:

@@ -1,6 +1,7 @@
 """What several test files need: a tiny Stable Diffusion 1.x with all four stages, and a folder of captioned images."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ CAPTIONS = [
     "a red ring above two circles",
 ]
 TOKENS = 16
+torch.set_num_threads(1)  # in each worker of pytest-xdist; tiny networks wait for threads most of the time
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # --device auto is the CPU, here and in what tests start
 
 
 def save_tiny_sd1(folder, stages: int = 4, layers: int = 2, side: int = 32) -> None:

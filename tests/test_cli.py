@@ -5,13 +5,14 @@ import dataclasses
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 
-from minidistill.__main__ import commands
+from minidistill.__main__ import commands, main
 from minidistill.cli import ELSEWHERE, GROUPS, REQUIRED, option, parse, run_command
 from minidistill.errors import InputError, NonFiniteLoss
 from minidistill.training.run_folder import RunFolder
@@ -126,11 +127,11 @@ def test_help_shows_sections_defaults_choices_and_presets_with_their_comments():
     text = help_of(lambda: parsed("--help"))
     for expected in (
         "A toy command.",
-        "optimizer steps (default: 300)",
-        "optimisation: --learning-rate X AdamW learning rate; 100% of it after the warm-up (default: 0.0001)",
+        "data: --flip, --no-flip random horizontal flip (default: on) optimisation: --learning-rate X AdamW",
+        "100% of it after the warm-up (default: 0.0001) run: --steps N optimizer steps (default: 300)",
         "--recipe bk-base|bk-small|bk-tiny",
         "(default: 32,8,4)",
-        "all weights are trained) data: --flip, --no-flip random horizontal flip (default: on) run:",
+        "rank of the LoRA (default: all weights are trained) data:",
         "toy: 20 steps, 5 s on 1 CPU core, 50% of nothing. steps 20, flip off",
     ):
         assert expected in text
@@ -138,12 +139,11 @@ def test_help_shows_sections_defaults_choices_and_presets_with_their_comments():
 
 
 @pytest.mark.parametrize("name", commands())
-def test_the_help_of_every_command_is_plain(name, monkeypatch):
+def test_the_help_of_every_command_is_plain(name):
     module = importlib.import_module(f"minidistill.{name}")
     configs = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
     text = help_of(lambda: parse(configs[0], getattr(module, "PRESETS", None), ["--help"], PROG, module.__doc__))
-    for private in ("none takes", "none:", "none leaves", "none keeps", "none goes", "nobody", "judged on", " goes,"):
-        assert private not in text, f"{name} --help says {private!r}"
+    assert not re.search("none (takes|leaves|keeps|goes|trains)|nobody|averages nothing", text)
 
 
 def test_sections_and_other_tools_names_are_of_flags_that_there_are():
@@ -161,17 +161,20 @@ def test_every_command_is_listed_without_loading_torch():
     code = "import sys, runpy; sys.argv[1:] = [{!r}]; runpy.run_module('minidistill', run_name='__main__')"
     check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
     for word, status, said in (("--help", 0, "train_kd "), ("train", 2, "error: no command train; there are cache,")):
-        done = subprocess.run([sys.executable, "-c", check + code.format(word)], capture_output=True, text=True)
+        words = [sys.executable, "-c", check + code.format(word)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.split()[-1]) == (status, "False"), done.stderr
         assert said in done.stdout + done.stderr
     assert {"train_kd", "finetune", "generate", "convert", "cache"} <= set(commands())
     assert all(commands().values())
 
 
-def test_a_command_is_run_by_its_name():
-    words = [sys.executable, "-m", "minidistill", "train-kd", "--stepz"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "did you mean --steps?" in done.stderr
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_command_is_run_by_its_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minidistill", "train-kd", "--stepz"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2 and "did you mean --steps?" in capsys.readouterr().err
 
 
 def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
@@ -192,17 +195,17 @@ def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
         open_as_told()
 
 
-def outcome(main, *words, capsys):
+def outcome(command, *words, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        run_command(main, Config, PRESETS, prog=PROG, argv=words)
+        run_command(command, Config, PRESETS, prog=PROG, argv=words)
     return exit_info.value.code, capsys.readouterr().err
 
 
 def raising(error):
-    def main(config):
+    def fail(config):
         raise error
 
-    return main
+    return fail
 
 
 def test_exit_codes(capsys, tmp_path):

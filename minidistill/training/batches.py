@@ -51,7 +51,9 @@ class Batch(NamedTuple):
 
     def with_text(self, text: TextStates) -> Batch:
         """The same images, noise and timesteps under other text states."""
-        added_cond = self.added_cond and {**self.added_cond, "text_embeds": text.pooled}
+        added_cond = self.added_cond
+        if added_cond is not None and text.pooled is not None:
+            added_cond = {**added_cond, "text_embeds": text.pooled}
         return self._replace(context=text.context, added_cond=added_cond)
 
 
@@ -126,7 +128,8 @@ class Batches:
         if isinstance(data, LatentCache | Latents):
             self._cache, self.size = data, data.size
         else:
-            self.size = width, height = data[0][0].size  # of the images
+            self._images, self.size = data, data[0][0].size
+            width, height = self.size
             size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
             if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
                 self._cache = encode_all(data, pipe.vae, flip)
@@ -184,7 +187,7 @@ class Batches:
             found = [self._cache.captions(i) for i in indices]
             origins = [self._cache.origin(i) for i in indices]
         else:
-            samples = [_sample(self.data, i) for i in indices]
+            samples = [_sample(self._images, i) for i in indices]
             mean, std = _encode(self.pipe.vae, samples, flipped)
             found, origins = _facts(samples)
         captions = [
@@ -203,12 +206,15 @@ def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, .
 
 def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
-    encoded, captions, origins = [], [], []
+    encoded: list[tuple[Tensor, Tensor]] = []
+    captions: list[tuple[str, ...]] = []
+    origins: list[Origin] = []
     with tqdm(total=len(data), desc="encoding images", unit="", disable=None, leave=False) as bar:
         for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
             encoded.append((mean, std))
-            for known, some in zip((captions, origins), _facts(chosen), strict=True):
-                known.extend(some)
+            facts = _facts(chosen)
+            captions += facts[0]
+            origins += facts[1]
             bar.update(len(chosen))
     mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     return Latents(mean, std, captions, origins, chosen[0].image.size)

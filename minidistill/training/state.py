@@ -32,7 +32,8 @@ def pack(parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     The tensors are the live ones, not copies: write them before the next step.
     """
     names = _parameter_names(parts)
-    tensors, meta = {}, {}
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, Any] = {}
     for part, thing in parts.items():
         if isinstance(thing, Optimizer):
             found, meta[part] = _pack_optimizer(thing, names)
@@ -85,7 +86,7 @@ def _tensors_of(thing: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _parameter_names(parts: Mapping[str, Part]) -> dict[Tensor, str]:
     """Parameter -> "part.name", over all networks and tensor sets among the parts."""
-    names = {}
+    names: dict[Tensor, str] = {}
     for part, thing in parts.items():
         if isinstance(thing, nn.Module | Mapping):
             named = thing.named_parameters() if isinstance(thing, nn.Module) else thing.items()
