@@ -101,6 +101,7 @@ def finished(tiny_sd1, images, tmp_path_factory):
     """(run folder, printed) of a run from the command line."""
     run = tmp_path_factory.mktemp("runs") / "deep" / "run"
     words = ["--teacher", tiny_sd1, "--data", images, "--out", run, *RUN, "--loss-weights", "1,0.5,0.25"]
+    words += ["--device", "cpu"]
     call = [sys.executable, "-m", "minidistill.train_kd", *map(str, words)]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD)
     assert (done.returncode, done.stderr) == (0, "")
@@ -375,7 +376,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_last_checkpoint_is_good
     run, lr_at = tmp_path / "run", train_kd.lr_at
     with monkeypatch.context() as patch:
         patch.setattr(train_kd, "lr_at", lambda step, *rest: 1e30 if step == 2 else lr_at(step, *rest))
-        assert train(run, "--sample-every", "100") == 2
+        assert train(run, "--sample-every", "100") == 3
     error = one_line(capsys)
     assert "at step 4 (timesteps " in error and "--learning-rate" in error
     named = {int(t) for t in error.split("timesteps ")[1].split(")")[0].split(", ")}
@@ -399,13 +400,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpo
 
     checked, optimizer_step = [], train_kd.optimizer_step
     monkeypatch.setattr(train_kd, "optimizer_step", with_a_bad_gradient)
-    assert train(tmp_path / "run", "--checkpoint-every", "1") == 2
+    assert train(tmp_path / "run", "--checkpoint-every", "1") == 3
     assert "nan at step 2 (timesteps " in one_line(capsys)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_student_that_makes_no_images_is_named_by_its_step(train, tmp_path, capsys):
-    assert train(tmp_path / "run", "--learning-rate", "1e30", "--sample-every", "1", "--checkpoint-every", "1") == 2
+    assert train(tmp_path / "run", "--learning-rate", "1e30", "--sample-every", "1", "--checkpoint-every", "1") == 3
     error = one_line(capsys)
     assert "the student of step 1 makes no images" in error and "--learning-rate" in error
     assert not list((tmp_path / "run/checkpoints").iterdir())
