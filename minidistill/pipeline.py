@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidistill.diffusion.noise import generator_for
+from minidistill.diffusion.noise import initial_noise
 from minidistill.diffusion.samplers import Callback, Model, ddim, euler, guide, sigmas_at
 from minidistill.diffusion.sampling import SAMPLERS, Sampling
 from minidistill.diffusion.schedule import ScheduleConfig, final_alpha_bar, make_alpha_bar, time_grid
@@ -57,11 +57,6 @@ def load_pipeline(
         InputError: something is missing, broken or does not fit together; the message says what.
     """
     return Pipeline(*sources.load_parts(source, device, dtype, vae_dtype, unet=unet, vae=vae, loras=loras, ema=ema))
-
-
-def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard-normal noise (N, *shape), float32, CPU, for N indices. Sample i depends on (seed, i) alone."""
-    return torch.stack([torch.randn(shape, generator=generator_for(seed, "image", i)) for i in indices])
 
 
 def to_pixels(images: Iterable[Image.Image]) -> Tensor:
