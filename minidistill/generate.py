@@ -12,18 +12,19 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 from torch import Tensor
 
 from minidistill.cli import option, run_command
 from minidistill.data.folders import to_rgb
-from minidistill.diffusion.sampling import Sampling
+from minidistill.diffusion.sampling import SAMPLERS, Sampling
 from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
-from minidistill.interop.sources import with_scales
-from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, Pipeline, load_pipeline
+from minidistill.pipeline import GUIDANCE, STEPS, Pipeline, load_pipeline
 from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
 
@@ -76,10 +77,7 @@ def generate(config: GenerateConfig) -> None:
     vae_dtype = get_dtype(config.vae_precision, device, "--vae-precision")
     noise = read_latents(config.latents) if config.latents else None
     image = read_image(config.image) if config.image else None
-    loras = with_scales(config.lora, config.lora_scale)
-    pipe = load_pipeline(
-        config.model, device, dtype, vae_dtype, unet=config.unet, vae=config.vae, loras=loras, ema=config.ema
-    )
+    pipe = load_model(config.model, config, device, dtype, vae_dtype)
     for text in (config.prompt, config.negative_prompt or ""):
         warn_if_cut(pipe, text)
     own = pipe.sampling.guidance if pipe.sampling else GUIDANCE
@@ -107,6 +105,39 @@ def generate(config: GenerateConfig) -> None:
         )
         side_by_side(images).save(temporary)
     print(out)
+
+
+class Edits(Protocol):
+    """The flags that change a model after it is loaded."""
+
+    unet: str | None
+    vae: str | None
+    lora: tuple[str, ...] | None
+    lora_scale: tuple[float, ...]
+    ema: bool
+
+
+def load_model(
+    source: str, edits: Edits, device: torch.device, dtype: torch.dtype | None, vae_dtype: torch.dtype | None
+) -> Pipeline:
+    """The pipeline of a SOURCE with another U-Net, its averaged weights, another VAE or LoRAs, where flags ask for it.
+
+    InputError: as in `load_pipeline` and in the steps after it.
+    """
+    unet = edits.unet or (source if edits.ema else None)
+    without = [part for part, other in (("unet", unet), ("vae", edits.vae)) if other]
+    if not without and not edits.lora:
+        return load_pipeline(source, device, dtype, vae_dtype)
+    from minidistill.interop import replace
+
+    loras = replace.with_scales(edits.lora, edits.lora_scale)
+    pipe = load_pipeline(source, device, dtype, vae_dtype, without)
+    if unet:
+        replace.replace_unet(pipe, unet, dtype, edits.ema)
+    if edits.vae:
+        replace.replace_vae(pipe, edits.vae, vae_dtype)
+    replace.merge_loras(pipe, loras)
+    return pipe
 
 
 def check_flags(config: GenerateConfig) -> None:

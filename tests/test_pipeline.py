@@ -430,7 +430,7 @@ def test_sources_that_are_no_folder_are_refused(tmp_path, sources):
 @pytest.fixture
 def miniature(sources, monkeypatch, tmp_path):
     """The tiny pipeline in the place of the embedded one, and a working folder of our own."""
-    monkeypatch.setattr(folders, "MINIATURE", sources["sd1"])
+    monkeypatch.setitem(folders.SHIPPED, "miniature", sources["sd1"])
     monkeypatch.chdir(tmp_path)
     return sources["sd1"]
 

@@ -1,4 +1,4 @@
-"""Any SOURCE to a pipeline, parts laid over it, and `convert`, there and back: always the same images."""
+"""Any SOURCE to a pipeline, parts replaced in it, and `convert`, there and back: always the same images."""
 
 import json
 import shutil
@@ -18,6 +18,7 @@ from minidistill.cli import run_command
 from minidistill.diffusion.sampling import Sampling, sampling_metadata
 from minidistill.distill.block_removal import RECIPES, plan_removal
 from minidistill.interop.lora_files import write_lora
+from minidistill.interop.replace import merge_loras, replace_unet, replace_vae
 from minidistill.models.lora import ATTENTION, add_lora
 from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.unet import UNet
@@ -128,7 +129,6 @@ def test_convert_changes_precision_only_on_request(sources, tmp_path):
 
 def test_a_single_file_without_a_vocabulary_takes_the_one_beside_it(sources, files, tmp_path, monkeypatch):
     monkeypatch.setattr("minidistill.weights.hub.fetch_files", offline)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for kind in KINDS:
         metadata = {k: v for k, v in read_metadata(files[kind]).items() if k != "minidistill.tokenizers"}
         save_file(load_file(files[kind]), tmp_path / f"{kind}.safetensors", metadata)
@@ -147,17 +147,28 @@ def offline(*_):
     raise InputError("offline")
 
 
-# parts laid over a model
+# parts that are replaced
+
+
+def edited(source, unet=None, vae=None, loras=(), ema=False, dtype=torch.float32):
+    """A pipeline after the steps of `interop.replace`, with no network read from disk that is replaced."""
+    pipe = load_pipeline(source, dtype=dtype, without=[*["unet"][: bool(unet)], *["vae"][: bool(vae)]])
+    if unet:
+        replace_unet(pipe, unet, dtype, ema)
+    if vae:
+        replace_vae(pipe, vae)
+    merge_loras(pipe, loras)
+    return pipe
 
 
 @pytest.mark.parametrize("form", ["folder", "unet folder", "file"])
-def test_another_unet_is_laid_over_a_model(sources, tmp_path, form):
+def test_another_unet_replaces_that_of_a_model(sources, tmp_path, form):
     other = altered(sources["sd1"], tmp_path / "other")
     source = {"folder": other, "unet folder": other / "unet", "file": tmp_path / "other.safetensors"}[form]
     if form == "file":
         assert run_convert(other, source) == 0
     expected, base = (load_pipeline(f)(PROMPTS, **SETTINGS) for f in (other, sources["sd1"]))
-    found = load_pipeline(sources["sd1"], unet=source)(PROMPTS, **SETTINGS)
+    found = edited(sources["sd1"], unet=source)(PROMPTS, **SETTINGS)
     assert same(found, expected) and not same(found, base)
 
 
@@ -166,7 +177,7 @@ def test_a_lightning_unet_brings_its_settings(sources, files, tmp_path):
     tensors = {n: t for n, t in load_file(files["sdxl"]).items() if n.startswith("model.diffusion_model.")}
     config = read_metadata(files["sdxl"])["minidistill.unet_config"]
     save_file(tensors, name, {"format": "pt", "minidistill.unet_config": config})
-    pipe = load_pipeline(sources["sdxl"], unet=name)
+    pipe = edited(sources["sdxl"], unet=name)
     assert pipe.sampling == Sampling(2)
     oracle = oracle_of(sources["sdxl"])
     oracle.scheduler = diffusers.EulerDiscreteScheduler.from_config(
@@ -209,7 +220,7 @@ def test_an_sdxl_file_that_predicts_v_has_the_marks_of_other_programs(files, vel
 
 @pytest.mark.parametrize("kind", ["folder", "file", "file of others", "unet alone"])
 def test_another_unet_brings_what_it_predicts(sources, velocity, tmp_path, kind):
-    pipe = load_pipeline(sources["sdxl"], unet=velocity[kind])
+    pipe = edited(sources["sdxl"], unet=velocity[kind])
     assert pipe.schedule == load_pipeline(velocity["folder"]).schedule
     assert same(pipe(PROMPTS, **SETTINGS), load_pipeline(velocity["folder"])(PROMPTS, **SETTINGS))
 
@@ -240,7 +251,7 @@ def test_a_taesd_takes_the_vaes_place(sources, tmp_path, form):
     source = tmp_path / "taesd"
     if form == "file":
         source = source / "diffusion_pytorch_model.safetensors"
-    pipe = load_pipeline(sources["sd1"], vae=source)
+    pipe = edited(sources["sd1"], vae=source)
     assert isinstance(pipe.vae, AutoencoderTiny)
     expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2, height=64, width=64).images
     assert np.abs(levels(pipe(PROMPTS, **SETTINGS)) - levels(expected)).max() <= 2
@@ -257,7 +268,7 @@ def test_a_lora_is_merged_as_diffusers_does(sources, tmp_path, capsys, scale):
             if name.endswith("lora_up"):
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
     write_lora(tmp_path / "lora.safetensors", {"unet": pipe.unet})
-    merged = load_pipeline(sources["sd1"], loras=[(tmp_path / "lora.safetensors", scale)])
+    merged = edited(sources["sd1"], loras=[(tmp_path / "lora.safetensors", scale)])
     assert "modules matched" in capsys.readouterr().err
     oracle = load_oracle(sources["sd1"])
     oracle.load_lora_weights(tmp_path, weight_name="lora.safetensors")
@@ -290,6 +301,6 @@ def test_sources_of_the_wrong_kind_are_refused_with_the_way_out(sources, files, 
     assert "web page" in refused(load_pipeline, tmp_path / "page.safetensors")
     assert "cut short" in refused(load_pipeline, tmp_path / "cut.safetensors")
     assert "--lora" in refused(load_pipeline, tmp_path / "lora.safetensors")
-    assert "not a VAE" in refused(load_pipeline, sources["sd1"], vae=tmp_path / "lora.safetensors")
+    assert "not a VAE" in refused(edited, sources["sd1"], vae=tmp_path / "lora.safetensors")
     for option in ({"unet": files["sd1"]}, {"loras": [(tmp_path / "none.safetensors", 1.0)]}):
-        assert refused(load_pipeline, sources["sdxl"], **option)
+        assert refused(edited, sources["sdxl"], **option)

@@ -5,8 +5,10 @@ processes. Hence checkpoints hold no random state, and after a resume step 300 d
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def generator_for(seed: int, *keys: int | str) -> torch.Generator:
@@ -18,3 +20,8 @@ def generator_for(seed: int, *keys: int | str) -> torch.Generator:
     address = (int(seed), *(key if isinstance(key, str) else int(key) for key in keys))
     digest = hashlib.sha256(repr(address).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard-normal noise (N, *shape), float32, CPU, for N indices. Sample i depends on (seed, i) alone."""
+    return torch.stack([torch.randn(shape, generator=generator_for(seed, "image", i)) for i in indices])

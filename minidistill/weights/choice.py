@@ -62,7 +62,7 @@ def pick_weights(names: Collection[str], stems: tuple[str, str], dtype: torch.dt
 
 def is_poorer(weights: str, dtype: torch.dtype | None) -> bool:
     """Whether a file that `pick_weights` found is worse than what `dtype` asks for; None asks for nothing."""
-    return dtype is not None and (".non_ema." in weights or (".fp16." in weights and dtype != torch.float16))
+    return dtype is not None and (".non_ema" in weights or (".fp16" in weights and dtype != torch.float16))
 
 
 def shards(index: str | Path) -> list[Path]:
