@@ -24,7 +24,7 @@ from minidistill.generate import load_model
 from minidistill.interop.header import UNET, prediction_entry
 from minidistill.interop.ldm import to_ldm_unet
 from minidistill.interop.lora_files import FORMS, rewrite_lora
-from minidistill.interop.replace import is_unet_alone, load_unet, merge_into, with_scales
+from minidistill.interop.replace import is_unet_alone, load_unet, merge_files, with_scales
 from minidistill.interop.single_file import marks, write_single_file
 from minidistill.training.optim import PRECISIONS
 from minidistill.weights.files import existing_file, write_safetensors
@@ -42,14 +42,14 @@ class Config:
     )
     dest: str = option(REQUIRED, "new folder, or .safetensors file, to write", positional=True)
     layout: str | None = option(
-        None, "of DEST; none goes by its name; kohya and peft are forms of LoRA files", choices=LAYOUTS
+        None, "layout of DEST; kohya and peft are for LoRA files (default: by its name)", choices=LAYOUTS
     )
-    dtype: str | None = option(None, "of all weights; none keeps them as they are", choices=PRECISIONS)
+    dtype: str | None = option(None, "precision of all weights (default: unchanged)", choices=PRECISIONS)
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
     vae: str | None = option(None, "SOURCE of another VAE for the model")
     lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
-    lora_scale: tuple[float, ...] = option((1.0,), "how strongly the LoRAs act: one for all, or one each")
-    ema: bool = option(False, "of a checkpoint with both, take the averaged weights")
+    lora_scale: tuple[float, ...] = option((1.0,), "scale of the LoRAs: one for all, or one each")
+    ema: bool = option(False, "use the averaged U-Net weights of a single file that has both kinds")
 
 
 def main(config: Config) -> None:
@@ -91,7 +91,7 @@ def convert_unet(config: Config, dest: Path, layout: str) -> None:
     """A U-Net alone to a folder of its own, which diffusers opens, or to a file in the layout of whole checkpoints."""
     dtype = PRECISIONS.get(config.dtype)
     unet, schedule, sampling = load_unet(config.source, "cpu", dtype, config.ema)
-    merged = merge_into({"unet": unet}, with_scales(config.lora, config.lora_scale))
+    merged = merge_files({"unet": unet}, with_scales(config.lora, config.lora_scale))
     header = sampling_metadata(merged or sampling)
     if layout == "folder":
         if schedule and schedule.prediction_type != "epsilon":

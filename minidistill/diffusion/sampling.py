@@ -1,9 +1,9 @@
-"""How a checkpoint wants to be sampled. A distilled model gives good images with its own settings only.
+"""The sampling settings of a distilled model, which gives good images with these only.
 
     sdxl_lightning_4step_unet.safetensors      4 Euler steps, trailing timesteps, guidance off
-    sdxl_lightning_1step_x0.safetensors        1 step, and the network puts out x0, not eps
+    sdxl_lightning_1step_x0.safetensors        1 step, and the network predicts x0, not eps
 
-Files made here say it themselves, in the metadata of the weights; of SDXL-Lightning's files it is known by their names.
+Files written by minidistill store them in the metadata of the weights; for SDXL-Lightning they follow from the name.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Sampling:
 
 
 def find_sampling(path: str | Path, metadata: Mapping[str, str]) -> Sampling | None:
-    """What a weights file asks for, by its metadata, else by its name; None if it asks for nothing.
+    """Settings from the metadata of a weights file, else from its name; None if neither has any.
 
-    ValueError: the metadata's entry is not what `sampling_metadata` writes.
+    ValueError: the metadata is not as written by `sampling_metadata`.
     """
     if METADATA_KEY in metadata:
         known = {field.name for field in fields(Sampling)}
@@ -74,7 +74,7 @@ def find_sampling(path: str | Path, metadata: Mapping[str, str]) -> Sampling | N
 
 
 def sampling_metadata(sampling: Sampling | None) -> dict[str, str]:
-    """What to write into a file so that `find_sampling` gives the same again."""
+    """Metadata for a weights file, from which `find_sampling` reads the settings."""
     return {} if sampling is None else {METADATA_KEY: json.dumps(asdict(sampling))}
 
 

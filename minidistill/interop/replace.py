@@ -80,10 +80,10 @@ def replace_vae(pipe: Pipeline, source: str | Path, dtype: DType = torch.float32
 
 def merge_loras(pipe: Pipeline, loras: Loras) -> None:
     """Merge LoRAs into a pipeline, one after the other; sampling settings are those of the last that has any."""
-    pipe.set_sampling(merge_into(pipe.networks, loras) or pipe.sampling)
+    pipe.set_sampling(merge_files(pipe.networks, loras) or pipe.sampling)
 
 
-def merge_into(networks: Mapping[str, nn.Module], loras: Loras) -> Sampling | None:
+def merge_files(networks: Mapping[str, nn.Module], loras: Loras) -> Sampling | None:
     """Merge LoRAs into networks by their names in model folders. What the last that says so was distilled for."""
     sampling = None
     for source, scale in loras:
