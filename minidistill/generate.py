@@ -59,7 +59,7 @@ class GenerateConfig:
     device: str = option("cpu", "cpu or cuda")
     precision: str = option("fp32", "precision of the U-Net and the text encoders", choices=PRECISIONS)
     vae_precision: str = option("fp32", "precision of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
-    low_memory: bool = option(False, "free the text encoders after use, decode in tiles")
+    low_memory: bool = option(False, "text encoders on the CPU while sampling, images decoded in tiles")
     out: str = option("generated.png", "the image, a .png file")
 
 

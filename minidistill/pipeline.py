@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -183,8 +184,6 @@ class Pipeline:
         SD 1.x and 2.x: the encoder's last state after the final norm. SDXL (arXiv 2307.01952, sec. 2.1): both encoders'
         last state but one, without the final norm, side by side, and the second one's pooled state, projected.
         """
-        if not self.text_encoders:
-            raise InputError("the text encoders were freed (low_memory): load the pipeline again for more prompts")
         texts = [prompt or "" for prompt in prompts]
         outputs = [
             encoder(tokenizer(texts).to(next(encoder.parameters()).device))
@@ -250,7 +249,7 @@ class Pipeline:
             height, width: of the images, in pixels; None takes the image's or the size the model was trained at.
             first_index: of the first prompt, so that prompts split over calls get the noise of one call.
             callback: called once per step of each batch: `diffusion.samplers.Callback`.
-            low_memory: free the text encoders once the prompts are read, and decode each image in tiles.
+            low_memory: keep the text encoders on the CPU while sampling, and decode each image in tiles.
             output: "images", or "latents": (B, C, h, w), float32, on the U-Net's device.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -263,18 +262,30 @@ class Pipeline:
         latents = self._noise(indices, seed, latents, started, (height, width))
         batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
         models = [self._guided(prompts[b], negatives[b], settings.guidance, latents.shape[2:]) for b in batches]
-        self.text_encoders = [] if low_memory else self.text_encoders
         done: list[Tensor] = []
         try:
             solve = solver(self.schedule, settings, callback, None if image is None else strength)
-            for model, b in zip(models, batches, strict=True):
-                noise, start = latents[b].to(self.device).float(), None if started is None else started[b]
-                done.append(self._finite(solve(model, noise, start), prompts, b.start))
+            with self._text_encoders_on_cpu() if low_memory else nullcontext():
+                for model, b in zip(models, batches, strict=True):
+                    noise, start = latents[b].to(self.device).float(), None if started is None else started[b]
+                    done.append(self._finite(solve(model, noise, start), prompts, b.start))
+                if output == "latents":
+                    return torch.cat(done)
+                return self.decode(torch.cat(done), 1 if low_memory else batch_size, tiled=low_memory)
         except ValueError as error:  # of a sampler or a network, about settings it cannot do
             raise InputError(str(error)) from error
-        if output == "latents":
-            return torch.cat(done)
-        return self.decode(torch.cat(done), 1 if low_memory else batch_size, tiled=low_memory)
+
+    @contextmanager
+    def _text_encoders_on_cpu(self) -> Iterator[None]:
+        """The text encoders leave their device for the block, and come back."""
+        home = [next(encoder.parameters()).device for encoder in self.text_encoders]
+        for encoder in self.text_encoders:
+            encoder.to("cpu")
+        try:
+            yield
+        finally:
+            for encoder, device in zip(self.text_encoders, home, strict=True):
+                encoder.to(device)
 
     def _settings(
         self, steps: int | None, guidance: float | None, sampler: str | None, spacing: str | None

@@ -128,16 +128,15 @@ def test_a_image_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
         generate.read_image(tmp_path / "bomb.png")
 
 
-def test_low_memory_frees_and_tiles_and_gives_the_same_images(run, monkeypatch):
-    usual, pipe = run("--count", "2")
-    assert len(pipe.text_encoders) == 1
+def test_low_memory_tiles_and_gives_the_same_images(run, monkeypatch):
+    usual, _ = run("--count", "2")
     tiled = []
     decode = generate.Pipeline.decode
     monkeypatch.setattr(
         generate.Pipeline, "decode", lambda *args, **kw: tiled.append(kw["tiled"]) or decode(*args, **kw)
     )
-    found, pipe = run("--count", "2", "--low-memory")
-    assert pipe.text_encoders == [] and tiled == [True]
+    found, _ = run("--count", "2", "--low-memory")
+    assert tiled == [True]
     assert np.abs(found - usual).max() <= 1
 
 
