@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from minidistill.diffusion.sampling import Sampling, as_distilled, solver
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.clip import CLIPTextModel
+from minidistill.models.conditioning import Origin, TextStates, micro_conditions
 from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet
@@ -28,7 +30,6 @@ from minidistill.models.vae import AutoencoderKL, decode_tiled
 from minidistill.weights import folders
 
 VAE = AutoencoderKL | AutoencoderTiny
-Origin = tuple[int, int, int, int]  # of an image: original height and width; what was cropped above and at the left
 Size = tuple[int | None, int | None]  # height and width in pixels
 STEPS, GUIDANCE = 25, 7.5  # where neither the caller nor the checkpoint says
 
@@ -52,6 +53,7 @@ def load_pipeline(
     Raises:
         InputError: something is missing, broken or does not fit together; the message says what.
     """
+    folders.check_placement(device, dtype, vae_dtype)
     path = folders.find_model(source, dtype)
     if path.is_file():
         from minidistill.interop.single_pipeline import load_parts
@@ -75,23 +77,6 @@ def to_pixels(images: Iterable[Image.Image]) -> Tensor:
     """RGB images of one size -> (B, 3, H, W) float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class TextStates(NamedTuple):
-    """What a U-Net reads of prompts."""
-
-    context: Tensor  # (B, L, D)
-    pooled: Tensor | None  # (B, D'), of SDXL only
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> TextStates:
-        """The same states, each tensor changed: moved, say, or with other rows."""
-        return TextStates(*(None if part is None else change(part) for part in self))
-
-    @classmethod
-    def join(cls, batches: Sequence[TextStates]) -> TextStates:
-        """The states of several batches as one."""
-        context, pooled = zip(*batches, strict=True)
-        return cls(torch.cat(context), None if pooled[0] is None else torch.cat(pooled))
 
 
 class Pipeline:
@@ -153,12 +138,11 @@ class Pipeline:
 
     def _misfits(self) -> Iterator[str]:
         """What keeps the parts from working together, the plainest first."""
-        unet, vae, encoders = self.unet.config, self.vae.config, self.text_encoders
+        unet, encoders = self.unet.config, self.text_encoders
         if not len(encoders) == len(self.tokenizers) == 1 + self.is_sdxl:
             yield f"a U-Net of this kind needs {1 + self.is_sdxl} text encoder(s), there are {len(encoders)}"
-        if (read := unet.in_channels) != (made := vae.latent_channels):
-            reason = "inpainting and editing models are not supported"
-            yield f"the U-Net reads {read} channels, the VAE's latents have {made} ({reason})"
+        if (read := unet.in_channels) != (made := self.vae.config.latent_channels):
+            yield f"the U-Net reads {read} channels, the VAE's latents have {made} (no inpainting or editing models)"
         if (read := unet.cross_attention_dim) != (made := sum(encoder.config.hidden_size for encoder in encoders)):
             reason = "they are of different models"
             yield f"the U-Net reads text states of width {read}, the text encoder makes {made}: {reason}"
@@ -168,8 +152,7 @@ class Pipeline:
         if self.is_sdxl:
             read = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
             if (made := getattr(encoders[-1].text_projection, "out_features", None)) != read:
-                reason = "an SDXL refiner is not supported"
-                yield f"the U-Net reads a pooled text of width {read}, the last text encoder makes {made} ({reason})"
+                yield f"the U-Net reads pooled text of width {read}, the last encoder makes {made} (no SDXL refiner)"
 
     # text
 
@@ -202,15 +185,8 @@ class Pipeline:
     def added_cond(
         self, pooled: Tensor | None, height: int, width: int, origins: Sequence[Origin] | None = None
     ) -> dict[str, Tensor] | None:
-        """SDXL's micro-conditions for images of height x width pixels (arXiv 2307.01952, sec. 2.2).
-
-        origins: what each was cut from; None: they are whole. None for other models than SDXL.
-        """
-        if pooled is None:
-            return None
-        origins = origins or [(height, width, 0, 0)] * len(pooled)
-        ids = [(*origin, height, width) for origin in origins]
-        return {"text_embeds": pooled, "time_ids": torch.tensor(ids, dtype=torch.float32, device=pooled.device)}
+        """`models.conditioning.micro_conditions` of SDXL; None for other models."""
+        return None if pooled is None else micro_conditions(pooled, height, width, origins)
 
     # sampling
 
@@ -252,19 +228,20 @@ class Pipeline:
             low_memory: keep the text encoders on the CPU while sampling, and decode each image in tiles.
             output: "images", or "latents": (B, C, h, w), float32, on the U-Net's device.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        negatives = _one_each(negative_prompts, len(prompts), "negative prompts")
+        prompts = _one_each(prompts, None, "prompts", str | None, "text")
+        negatives = _one_each(negative_prompts, len(prompts), "negative prompts", str | None, "text")
+        _check_integers(seed=seed, first_index=first_index, batch_size=batch_size)
         if not prompts or batch_size < 1 or output not in ("images", "latents"):
             raise InputError("one prompt or more, a batch size of 1 or more, and output images or latents are needed")
-        settings = self._settings(steps, guidance, sampler, spacing)
-        started = None if image is None else self._encode_images(_one_each(image, len(prompts), "images"), batch_size)
-        indices = range(first_index, first_index + len(prompts))
-        latents = self._noise(indices, seed, latents, started, (height, width))
         batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-        models = [self._guided(prompts[b], negatives[b], settings.guidance, latents.shape[2:]) for b in batches]
+        indices = range(first_index, first_index + len(prompts))
+        started = None if image is None else self._encode_images(image, len(prompts), batch_size)
+        latents = self._noise(indices, seed, latents, started, (height, width))
         done: list[Tensor] = []
         try:
+            settings = self._settings(steps, guidance, sampler, spacing)
             solve = solver(self.schedule, settings, callback, None if image is None else strength)
+            models = [self._guided(prompts[b], negatives[b], settings.guidance, latents.shape[2:]) for b in batches]
             with self._text_encoders_on_cpu() if low_memory else nullcontext():
                 for model, b in zip(models, batches, strict=True):
                     noise, start = latents[b].to(self.device).float(), None if started is None else started[b]
@@ -272,7 +249,7 @@ class Pipeline:
                 if output == "latents":
                     return torch.cat(done)
                 return self.decode(torch.cat(done), 1 if low_memory else batch_size, tiled=low_memory)
-        except ValueError as error:  # of a sampler or a network, about settings it cannot do
+        except ValueError as error:  # of settings, a sampler or a network, about what it cannot do
             raise InputError(str(error)) from error
 
     @contextmanager
@@ -293,10 +270,7 @@ class Pipeline:
         """What is asked for, else the checkpoint's own. A distilled model sampled otherwise gives poor images: warn."""
         own = self.sampling or Sampling(STEPS, "ddim", self.schedule.timestep_spacing, GUIDANCE)
         asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing}
-        try:
-            settings = replace(own, **{name: value for name, value in asked.items() if value is not None})
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        settings = replace(own, **{name: value for name, value in asked.items() if value is not None})
         if self.sampling and str(settings) != str(own):  # the text does not tell one guidance that is off from another
             warnings.warn(f"this model is made for {own}; you ask for {settings}: expect poor images", stacklevel=4)
         return settings
@@ -335,6 +309,7 @@ class Pipeline:
         if height is None or width is None:
             own_height, own_width = self.trained_size()
             height, width = own_height if height is None else height, own_width if width is None else width
+        _check_integers(height=height, width=width)
         if min(height, width) < factor or height % factor or width % factor:
             raise InputError(f"height and width must be multiples of {factor} for this model, got {height} and {width}")
         return self.unet.config.in_channels, height // factor, width // factor
@@ -342,6 +317,8 @@ class Pipeline:
     def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels of what `count` latents decode to. InputError: they do not fit."""
         channels, factor = self.unet.config.in_channels, self.vae.config.downscale
+        if not isinstance(latents, Tensor):
+            raise InputError(f"latents must be a torch.Tensor, not {type(latents).__name__}")
         if latents.ndim != 4 or tuple(latents.shape[:2]) != (count, channels):
             shape = tuple(latents.shape)
             raise InputError(f"initial latents must be ({count}, {channels}, h, w) for {count} prompts, got {shape}")
@@ -364,15 +341,15 @@ class Pipeline:
 
     # images and latents
 
-    def _encode_images(self, images: list[Image.Image], batch_size: int) -> Tensor:
-        """RGB images of one size -> their latents (B, C, h, w): the posterior's mean."""
+    def _encode_images(self, image: Image.Image | Sequence[Image.Image], count: int, batch_size: int) -> Tensor:
+        """RGB images of one size, one for all or one each -> their latents (count, C, h, w): the posterior's mean."""
+        images = _one_each(image, count, "images", Image.Image, "PIL images (Image.open reads a file)")
         factor, (width, height) = self.vae.config.downscale, images[0].size
         if any(image.size != (width, height) for image in images):
             raise InputError("all images of one call must have the same size")
         if min(width, height) < factor or width % factor or height % factor:
-            raise InputError(
-                f"the image is {width} wide and {height} high: both must be multiples of {factor}; resize or crop it"
-            )
+            size = f"{width} wide and {height} high"
+            raise InputError(f"the image is {size}: both must be multiples of {factor}; resize or crop it")
         weight = next(self.vae.parameters())
         pixels = to_pixels(image.convert("RGB") for image in images).to(weight.device, weight.dtype)
         return torch.cat([self.vae.to_latents(part) for part in pixels.split(batch_size)]).float()
@@ -400,13 +377,22 @@ class Pipeline:
         folders.save_pipeline(folder, *parts, self.sampling, self.zero_unconditional)
 
 
-def _one_each(given, count: int, what: str) -> list:
-    """A list of `count`, from one for all or from one each."""
-    if given is None or isinstance(given, str | Image.Image):
-        return [given] * count
-    if len(given) != count:
-        raise InputError(f"{len(given)} {what} for {count} prompts: give one for all, or one each")
-    return list(given)
+def _check_integers(**given: object) -> None:
+    """InputError: one of the arguments, by its name, is no integer."""
+    if wrong := [name for name, value in given.items() if not isinstance(value, Integral)]:
+        raise InputError(f"{wrong[0]} must be an integer, not {given[wrong[0]]!r}")
+
+
+def _one_each(given: Any, count: int | None, what: str, kind: Any, words: str) -> list:
+    """A list of `count`, from one for all or from one each; count None: as many as there are. `words`: of the kind."""
+    if isinstance(given, kind):
+        return [given] * (count or 1)
+    items = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(item, kind) for item in items):
+        raise InputError(f"{what} must be {words}, one or a list of them, not {given!r:.60}")
+    if count not in (None, len(items)):
+        raise InputError(f"{len(items)} {what} for {count} prompts: give one for all, or one each")
+    return items
 
 
 def _to_image(image: Tensor) -> Image.Image:

@@ -310,6 +310,15 @@ def test_a_sample_that_is_not_finite_is_named(sources):
         ({"latents": torch.zeros(2, 3, 8, 8)}, "(2, 4, h, w)"),
         ({"latents": torch.zeros(2, 4, 8, 8), "height": 64}, "leave out height"),
         ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "not finite"),
+        ({"latents": [[0.0]]}, "latents must be a torch.Tensor"),
+        ({"seed": None}, "seed must be an integer"),
+        ({"seed": 0.5}, "seed must be an integer"),
+        ({"height": "64"}, "height must be an integer"),
+        ({"steps": "5"}, "steps"),
+        ({"guidance": "7.5"}, "guidance"),
+        ({"image": "photo.png"}, "images must be PIL images"),
+        ({"image": Image.new("RGB", (32, 32)), "strength": "0.5"}, "strength"),
+        ({"negative_prompts": 3}, "negative prompts must be text"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(sources, settings, reason):
@@ -400,6 +409,20 @@ def test_parts_of_different_models_are_refused(copy):
 def test_sources_that_are_no_folder_are_refused(tmp_path, sources):
     assert "no such file or folder: nowhere" in refused(load_pipeline, "nowhere")
     assert "carries no config" in refused(load_pipeline, sources["sd1"] / UNET)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "fp16"}, "torch.float16"),
+        ({"vae_dtype": "float32"}, "torch.float16"),
+        ({"device": "gpu"}, "device 'gpu'"),
+        ({"device": "cuda:99"}, "device 'cuda:99'"),
+        ({"source": None}, "a SOURCE is text or a Path"),
+    ],
+)
+def test_what_no_pipeline_can_be_loaded_with_is_refused(sources, options, reason):
+    assert reason in refused(load_pipeline, **{"source": sources["sd1"], **options})
 
 
 # the command

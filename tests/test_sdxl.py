@@ -141,9 +141,7 @@ def test_low_memory_gives_the_same_images_and_leaves_the_pipeline_whole(sources,
     monkeypatch.setattr(CLIPTextModel, "to", lambda self, d: moves.append((str(d), len(steps))) or to(self, d))
     for _ in range(2):
         assert differ(pipe(PROMPTS, steps=2, low_memory=True, batch_size=1, callback=steps.append), expected) <= 1
-    assert moves == [("cpu", 0)] * 2 + [("cpu", 4)] * 4 + [("cpu", 8)] * 2, (
-        "away before the first step, back at the end"
-    )
+    assert moves == [("cpu", 0)] * 2 + [("cpu", 4)] * 4 + [("cpu", 8)] * 2, "away from the first step to the end"
     pipe.save(tmp_path)
     assert differ(load_pipeline(tmp_path)(PROMPTS, steps=2), expected) == 0
 

@@ -303,3 +303,40 @@ def test_sources_of_the_wrong_kind_are_refused_with_the_way_out(sources, files, 
     assert "not a VAE" in refused(edited, sources["sd1"], vae=tmp_path / "lora.safetensors")
     for option in ({"unet": files["sd1"]}, {"loras": [(tmp_path / "none.safetensors", 1.0)]}):
         assert refused(edited, sources["sdxl"], **option)
+
+
+def test_a_part_or_a_file_of_a_model_given_for_another_is_told_apart(sources):
+    sd1 = sources["sd1"]
+    assert "AutoencoderKL" in refused(edited, sd1, unet=sd1 / "vae") and "--vae" in refused(
+        edited, sd1, unet=sd1 / "vae"
+    )
+    assert "--unet" in refused(edited, sd1, vae=sd1 / "unet")
+    assert "CLIPTextModel" in refused(edited, sd1, vae=sd1 / "text_encoder")
+    assert f"its pipeline may be {sd1}" in refused(load_pipeline, sd1 / "unet")
+    assert f"give its folder, {sd1}" in refused(load_pipeline, sd1 / "model_index.json")
+    assert "is no model" in refused(load_pipeline, sd1 / "tokenizer/merges.txt")
+
+
+def test_of_a_folder_that_is_no_model_what_is_in_it_is_named(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/kd"
+    shutil.copytree(sources["sd1"], run / "student")
+    (run / "checkpoints").mkdir()
+    assert f"give {run / 'student'}" in refused(load_pipeline, run)
+    assert "give runs/kd/student" in refused(load_pipeline, "runs/kd")
+    (tmp_path / "owner/name").mkdir(parents=True)
+    assert "rename or remove it if the model owner/name on the Hub is meant" in refused(load_pipeline, "owner/name")
+    (run / "student").rename(tmp_path / "owner/half")
+    load_pipeline("owner/half")
+    (tmp_path / "owner/half" / UNET).unlink()
+    message = refused(load_pipeline, "owner/half")
+    assert "lacks unet/weights" in message and "on the Hub is meant" in message
+
+
+def test_a_folder_of_one_file_is_that_file_as_on_the_hub(sources, tmp_path):
+    pipe = load_pipeline(sources["sd1"])
+    add_lora(pipe.unet, ATTENTION, rank=2, alpha=4, generator=torch.Generator().manual_seed(0))
+    write_lora(tmp_path / "lora/lora.safetensors", {"unet": pipe.unet})
+    edited(sources["sd1"], loras=[(tmp_path / "lora", 1.0)])
+    write_lora(tmp_path / "lora/other.safetensors", {"unet": pipe.unet})
+    assert "other.safetensors" in refused(edited, sources["sd1"], loras=[(tmp_path / "lora", 1.0)])

@@ -97,9 +97,10 @@ def solver(
     total, offset = schedule.num_train_timesteps, schedule.steps_offset
     grid = time_grid(steps, settings.spacing, total, offset, fractional=is_euler)
     if strength is not None:
-        done = min(math.floor(steps * strength), steps) if 0 < strength <= 1 else 0
+        valid = isinstance(strength, int | float) and 0 < strength <= 1
+        done = min(math.floor(steps * strength), steps) if valid else 0
         if done < 1:
-            raise ValueError(f"strength must be above 0, at most 1 and 1 step at least: got {strength:g} of {steps}")
+            raise ValueError(f"strength must be above 0, at most 1 and 1 step at least: got {strength} of {steps}")
         grid = grid[steps - done :]
     alpha_bar = make_alpha_bar(schedule)
     if is_euler:

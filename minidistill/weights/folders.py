@@ -23,7 +23,18 @@ from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig
-from minidistill.weights.choice import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, is_poorer, pick_weights, shards
+from minidistill.weights.choice import (
+    DIFFUSERS_STEMS,
+    NETWORKS,
+    SINGLE_FILES,
+    TOKENIZERS,
+    TRANSFORMERS_STEMS,
+    is_poorer,
+    missing_files,
+    pick_weights,
+    shards,
+    some,
+)
 from minidistill.weights.files import (
     Model,
     load_into,
@@ -34,13 +45,15 @@ from minidistill.weights.files import (
     write_json,
     write_safetensors,
 )
-from minidistill.weights.hub import find_source
+from minidistill.weights.hub import PLACE, WEIGHTS, find_source
 
 Device = str | torch.device
 DType = torch.dtype | None  # None keeps the file's
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 SHIPPED = {"miniature": MINIATURE}  # models inside this package, by the names that mean them
+
+FLAGS = {"UNet2DConditionModel": "--unet", "AutoencoderKL": "--vae", "AutoencoderTiny": "--vae"}
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 
@@ -53,13 +66,52 @@ def find_model(source: str | Path, dtype: DType = torch.float32) -> Path:
     Raises:
         InputError: there is no such thing, or it cannot be had now.
     """
-    return SHIPPED.get(str(source)) or find_source(source, dtype)
+    if not isinstance(source, str | Path):
+        raise InputError(f"a SOURCE is text or a Path, not {type(source).__name__}")
+    if str(source) in SHIPPED:
+        return SHIPPED[str(source)]
+    path = find_source(source, dtype)
+    if path.is_dir():
+        return _model_in(path)
+    if path.suffix not in WEIGHTS:
+        hint = f"give its folder, {path.parent}" if path.suffix == ".json" else f"weights end in {', '.join(WEIGHTS)}"
+        raise InputError(f"{path} is no model: {hint}")
+    return path
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder, or the only weights file in it. InputError: it is no model, and what to give instead."""
+    match = PLACE.fullmatch(str(folder))
+    on_hub = f"; rename or remove it if the model {folder} on the Hub is meant" if match and not match["file"] else ""
+    inside = {path.name: path for path in folder.iterdir()}
+    if on_hub and {"model_index.json", "config.json"} & inside.keys() and (lacking := missing_files(folder)):
+        raise InputError(f"{folder} is not complete, it lacks {some(lacking)}{on_hub}")
+    if {"model_index.json", "config.json", *NETWORKS, *TOKENIZERS} & inside.keys():
+        return folder
+    files = [path for name, path in inside.items() if name.endswith(SINGLE_FILES)]
+    others = [path for path in inside.values() if (path / "model_index.json").is_file()] or files
+    if len(files) == 1 and others == files:
+        return files[0]
+    hint = f"give {some(map(str, others))}" if others else f"it has no model_index.json{on_hub}"
+    raise InputError(f"{folder} is not a model folder: {hint}")
+
+
+def check_placement(device: Device, *dtypes: DType) -> None:
+    """InputError: no device that can be used here, or no dtype."""
+    if wrong := [dtype for dtype in dtypes if not isinstance(dtype, DType)]:
+        raise InputError(f"a dtype such as torch.float16 is needed, not {wrong[0]!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
     """The index of a pipeline folder. InputError: it has none, or is of a kind that is not computed here."""
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json")
+        part = (folder / "config.json").is_file()
+        hint = f" (a part is for --unet or --vae; its pipeline may be {folder.absolute().parent})" if part else ""
+        raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in (SD, SDXL):
         raise InputError(f"{folder} is a {index.get('_class_name')}: a {SD} or {SDXL} is needed")
@@ -74,7 +126,12 @@ def load_unet(folder: str | Path, dtype: DType = torch.float32, device: Device =
 
     InputError: a file is missing, broken or at odds with config.json.
     """
-    return _load(Path(folder) / part, lambda c: UNet(UNetConfig.from_dict(c)), DIFFUSERS_STEMS, dtype, device)
+
+    def build(config: dict[str, Any]) -> UNet:
+        _check_class(config, "UNet2DConditionModel")
+        return UNet(UNetConfig.from_dict(config))
+
+    return _load(Path(folder) / part, build, DIFFUSERS_STEMS, dtype, device)
 
 
 def load_vae(
@@ -83,10 +140,19 @@ def load_vae(
     """The autoencoder of a pipeline folder, which may be a TAESD. "meta" and InputError as in `load_unet`."""
 
     def build(config: dict[str, Any]) -> AutoencoderKL | AutoencoderTiny:
+        _check_class(config, "AutoencoderKL", "AutoencoderTiny")
         is_tiny = config.get("_class_name") == "AutoencoderTiny"
         return AutoencoderTiny(TinyConfig.from_dict(config)) if is_tiny else AutoencoderKL(VAEConfig.from_dict(config))
 
     return _load(Path(folder) / part, build, DIFFUSERS_STEMS, dtype, device)
+
+
+def _check_class(config: Mapping[str, Any], *known: str) -> None:
+    """ValueError: a config is of another class; the oldest ones name none."""
+    name = config.get("_class_name") or (config.get("architectures") or known)[0]
+    if name not in known:
+        hint = f" (give it as {FLAGS[name]})" if name in FLAGS else ""
+        raise ValueError(f"a {' or '.join(known)} is needed, it is a {name}{hint}")
 
 
 def load_text_encoder(
