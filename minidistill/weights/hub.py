@@ -172,7 +172,7 @@ def _snapshot(place: Place, names: Sequence[str], local: bool = False) -> Path |
     options = {"revision": place.revision, "allow_patterns": patterns, "local_files_only": local, "tqdm_class": _Bar}
     try:
         return Path(huggingface_hub.snapshot_download(place.repo, **options))
-    except LocalEntryNotFoundError:
+    except OSError:  # LocalEntryNotFoundError is one
         if local:
             return None
         raise
