@@ -13,12 +13,13 @@ from pathlib import Path
 from huggingface_hub.utils import tqdm
 
 from minidistill.cli import option, run_command
+from minidistill.diffusion.sampling import SAMPLERS
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_scores, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.judge import judge, score_verdicts
 from minidistill.miniature.scenes import SIDE, held_out_captions
-from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, load_pipeline
+from minidistill.pipeline import GUIDANCE, STEPS, load_pipeline
 from minidistill.report import save_image_grid
 from minidistill.training.log import format_table
 from minidistill.training.optim import get_device

@@ -23,12 +23,12 @@ from tiny import PROMPTS, make_prompts_matter
 
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.interop.single_file import write_single_file
-from minidistill.interop.sources import Parts, save_parts
 from minidistill.models.clip import SD1_TEXT, SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import ALL, find_targets
 from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
 from minidistill.models.unet import SDXL, UNet
 from minidistill.models.vae import SDXL_VAE, AutoencoderKL
+from minidistill.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ SIZE = 32  # pixels; the latents' is a quarter of that
 MADE_FOR = "this model is made for 4 steps of euler with trailing timesteps, guidance off; you ask for "
 
 
-def make_parts() -> Parts:
+def make_parts() -> Pipeline:
     """An SDXL with its widths of text and few layers, float16."""
     torch.manual_seed(0)
     words = train_bpe(PROMPTS, vocab_size=600)
@@ -49,7 +49,7 @@ def make_parts() -> Parts:
     encoders = [CLIPTextModel(replace(SD1_TEXT, **few)), CLIPTextModel(replace(SDXL_TEXT_2, **few), True)]
     for encoder in encoders:
         make_prompts_matter(unet, encoder)
-    return Parts(
+    return Pipeline(
         unet.half(),
         AutoencoderKL(replace(SDXL_VAE, block_out_channels=(32, 32, 64))).half(),
         [encoder.half() for encoder in encoders],
@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
     """base/ is the pipeline folder; beside it lie the files, and the noise.safetensors all start from."""
     folder = tmp_path_factory.mktemp("lightning")
     parts = make_parts()
-    save_parts(folder / "base", parts)
+    parts.save(folder / "base")
     save_file(lightning_lora(parts.unet), folder / NAME.format("4step_lora"))
     with torch.no_grad():
         for weight in parts.unet.parameters():

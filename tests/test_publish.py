@@ -25,6 +25,7 @@ from minidistill.cli import run_command
 from minidistill.distill.block_removal import RECIPES
 from minidistill.interop.model_card import find_license, hub_id, public_name, write_card
 from minidistill.interop.publish import open_repo, push
+from minidistill.interop.replace import merge_loras
 from minidistill.pipeline import load_pipeline
 from minidistill.weights.hub import find_source
 
@@ -323,8 +324,9 @@ def test_what_is_trained_can_be_had_from_the_hub(server, tmp_path, tiny_sd1, ima
     assert "me/tuned" in sent["README.md"].read_text()
     if flags:
         assert sent.keys() == {"README.md", "images.png", "lora.safetensors", "lora_peft.safetensors"}
-        pipe = load_pipeline(tiny_sd1, loras=[("me/tuned/lora.safetensors", 1.0)])
-        here = load_pipeline(tiny_sd1, loras=[(tmp_path / "run/lora.safetensors", 1.0)])
+        pipe, here = load_pipeline(tiny_sd1), load_pipeline(tiny_sd1)
+        merge_loras(pipe, [("me/tuned/lora.safetensors", 1.0)])
+        merge_loras(here, [(tmp_path / "run/lora.safetensors", 1.0)])
     else:
         found = find_source("me/tuned")
         assert found.is_relative_to(tmp_path / "cache")

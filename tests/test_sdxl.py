@@ -16,6 +16,7 @@ from tiny import PROMPTS
 
 from minidistill.diffusion.sampling import Sampling, find_sampling, sampling_metadata
 from minidistill.miniature.scenes import Scenes
+from minidistill.models.clip import CLIPTextModel
 from minidistill.models.vae import decode_tiled
 from minidistill.pipeline import load_pipeline
 from minidistill.weights.files import read_json
@@ -125,12 +126,20 @@ def test_images_that_do_not_fit_are_refused(sources):
         assert "strength" in refused(pipe, "a", image=photo(), strength=strength)
 
 
-def test_low_memory_gives_the_same_images_and_frees_the_text_encoders(sources):
+# memory
+
+
+def test_low_memory_gives_the_same_images_and_leaves_the_pipeline_whole(sources, tmp_path, monkeypatch):
     pipe = load_pipeline(sources["sdxl"])
     expected = pipe(PROMPTS, steps=2)
-    assert differ(pipe(PROMPTS, steps=2, low_memory=True, batch_size=1), expected) <= 1
-    assert pipe.text_encoders == []
-    assert "load the pipeline again" in refused(pipe, PROMPTS)
+    moves, steps = [], []
+    to = CLIPTextModel.to
+    monkeypatch.setattr(CLIPTextModel, "to", lambda self, d: moves.append((str(d), len(steps))) or to(self, d))
+    for _ in range(2):
+        assert differ(pipe(PROMPTS, steps=2, low_memory=True, batch_size=1, callback=steps.append), expected) <= 1
+    assert moves == [("cpu", 0)] * 2 + [("cpu", 4)] * 4 + [("cpu", 8)] * 2, "away from the first step to the end"
+    pipe.save(tmp_path)
+    assert differ(load_pipeline(tmp_path)(PROMPTS, steps=2), expected) == 0
 
 
 class Local(torch.nn.Module):

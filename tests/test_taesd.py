@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minidistill.errors import InputError
+from minidistill.interop.replace import replace_vae
 from minidistill.interop.vae_file import read_vae_file
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.scenes import Scenes
@@ -64,7 +65,8 @@ def test_latents_and_images_are_diffusers(config):
 @torch.no_grad()
 def test_training_and_evaluation_use_its_latents(tmp_path):
     oracle().save_pretrained(tmp_path / "taesd")
-    pipe, data = load_pipeline("miniature", vae=tmp_path / "taesd"), Scenes("train", length=2)
+    pipe, data = load_pipeline("miniature", without=("vae",)), Scenes("train", length=2)
+    replace_vae(pipe, tmp_path / "taesd")
     for cache in (True, False):
         x0 = Batches(data, pipe, batch_size=2, seed=0, cache=cache)[0][0]
         expected = pipe.vae.to_latents(to_pixels([image for image, _ in data]))
