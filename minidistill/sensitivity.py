@@ -22,12 +22,11 @@ from minidistill.distill.block_removal import RECIPES, Removal, format_count, pl
 from minidistill.distill.probes import Probe, make_probes
 from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
 from minidistill.errors import InputError
-from minidistill.metrics.cost import count_macs
+from minidistill.metrics.cost import count_macs, milliseconds
 from minidistill.miniature import judge as scene_judge
 from minidistill.miniature.scenes import SIDE, Scenes, held_out_captions
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.pipeline import Pipeline, load_pipeline
-from minidistill.report import milliseconds
 from minidistill.training.batches import Batches
 from minidistill.training.curves import COLORS, INK, PAPER, SCALE
 from minidistill.training.inputs import check_weights, open_data, resolution_for
@@ -154,7 +153,7 @@ def make_folder(path: str) -> Path:
 
 def saved_latency(teacher: UNet, student: UNet, probe: Probe) -> float:
     """Share of the time of a call that the student saves, the median of some turns of the two."""
-    turns = [milliseconds(student, probe, rounds=1) / milliseconds(teacher, probe, rounds=1) for _ in range(3)]
+    turns = [milliseconds(student, probe[:4], rounds=1) / milliseconds(teacher, probe[:4], rounds=1) for _ in range(3)]
     return 1 - statistics.median(turns)
 
 

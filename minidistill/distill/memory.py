@@ -1,4 +1,4 @@
-"""The memory that a distillation takes, before it takes any."""
+"""How much memory a distillation will take, counted on fake tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,27 @@ from minidistill.distill import kd
 from minidistill.distill.block_removal import Removal, weight_shapes
 from minidistill.metrics.cost import format_bytes, peak_bytes
 from minidistill.models.unet import UNet, random_inputs
-from minidistill.pipeline import VAE
+from minidistill.pipeline import VAE, Pipeline
+
+
+def run_memory(
+    pipe: Pipeline,
+    removal: Removal,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int,
+    resolution: int,
+    half: bool,
+    checkpointing: bool,
+    averaged: bool,
+) -> list[tuple[str, str]]:
+    """The table of what a run takes on its device.
+
+    resolution: of the training images, in pixels; averaged: with an EMA.
+    """
+    side = resolution // pipe.vae.config.downscale
+    inputs = batch_size, side, side, pipe.tokenizers[0].max_length
+    step = step_peak(removal, pairs, inputs, half=half, checkpointing=checkpointing)
+    return memory_rows(removal, [pipe.vae, *pipe.text_encoders], step, image_peak(pipe.vae, side), averaged)
 
 
 def step_peak(
@@ -23,7 +43,7 @@ def step_peak(
     half: bool,
     checkpointing: bool,
 ) -> int:
-    """Bytes of one micro-batch at its peak: activations, gradients, what both networks need in passing.
+    """Peak memory of one micro-batch in bytes: activations, gradients and the temporaries of both networks.
 
     inputs: batch size, height and width of the latents, text tokens.
     """
@@ -47,7 +67,7 @@ def step_peak(
 
 
 def image_peak(vae: VAE, side: int) -> int:
-    """Bytes of decoding one image, whose latents are (side, side), at its peak."""
+    """Peak memory of decoding one image, whose latents are (side, side), in bytes."""
 
     def build() -> tuple[list[nn.Module], Callable[[], object]]:
         own = type(vae)(vae.config).requires_grad_(False)
@@ -71,7 +91,7 @@ def memory_rows(
         "AdamW's two averages": 2 * student,
         "averaged weights": student * averaged,
         "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
-        # Images are drawn by the averaged weights; the student's own are kept beside them for as long.
+        # Images are sampled with the averaged weights, while the student's own are kept beside them.
         "activations, gradients": max(step, image + student * averaged),
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
