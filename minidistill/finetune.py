@@ -35,6 +35,7 @@ from minidistill.training.batches import Batch, Batches
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog
+from minidistill.training.optim import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.run_folder import RunFolder
 
 LORA_TARGETS = {  # layers of the U-Net, of the text encoders
@@ -69,7 +70,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("cpu", "cpu, cuda or cuda:N")
-    precision: str = option("fp32", "precision of the forward passes", choices=optim.PRECISIONS)
+    precision: str = option("fp32", "precision of the forward passes", choices=PRECISIONS)
     judged: int = option(
         48, "held-out scenes to evaluate the model on; 0: none", minimum=0, maximum=len(Scenes("test"))
     )
@@ -117,7 +118,7 @@ class Run(NamedTuple):
     networks: nn.ModuleDict  # those that train
     trained: dict[str, nn.Parameter]
     batches: Batches
-    precision: optim.Precision
+    precision: Precision
     optimizer: torch.optim.Optimizer
     ema: EMA
     report: Report
@@ -193,8 +194,8 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> Path:
 
 def set_up(config: Config) -> Run:
     """Check all settings, build what trains, measure the model before training. No file is written."""
-    device = optim.get_device(config.device)
-    precision = optim.get_precision(config.precision, device)
+    device = get_device(config.device)
+    precision = get_precision(config.precision, device)
     check_lora(config)
     check_training(config)
     pipe = load_pipeline(config.model, device)

@@ -36,6 +36,7 @@ from minidistill.training.batches import Batches, Captioned, captions_of
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
+from minidistill.training.optim import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.run_folder import RunFolder
 
 LOSSES = ("task", "output", "feature")
@@ -79,9 +80,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("cpu", "cpu, cuda or cuda:N")
-    precision: str | None = option(
-        None, "of the forward passes (default: bf16 if hardware computes it)", optim.PRECISIONS
-    )
+    precision: str | None = option(None, "of the forward passes (default: bf16 if hardware computes it)", PRECISIONS)
     guidance: float = option(4.0, "classifier-free guidance of sampled images, and of --image-free latents")
     judged: int = option(
         48, "held-out scenes to evaluate the student on; 0: none", minimum=0, maximum=len(Scenes("test"))
@@ -118,7 +117,7 @@ class Run(NamedTuple):
     student: Pipeline
     pairs: list[tuple[str, str]]  # of features to compare: (teacher's, student's)
     batches: Batches
-    precision: optim.Precision
+    precision: Precision
     optimizer: torch.optim.Optimizer
     ema: EMA
     report: Report
@@ -183,9 +182,9 @@ def main(config: Config) -> None:
 
 def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
-    device = optim.get_device(config.device)
-    config = replace(config, precision=config.precision or optim.best_precision(device))
-    precision = optim.get_precision(config.precision, device)
+    device = get_device(config.device)
+    config = replace(config, precision=config.precision or best_precision(device))
+    precision = get_precision(config.precision, device)
     config, pipe, removal, data = plan(config, device)
     pairs = block_removal.feature_pairs(removal, config.pairing)
     settings = {**asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
@@ -275,7 +274,7 @@ def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) 
 
 def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
-    best = "bf16" if config.device.startswith("cuda") else optim.best_precision(torch.device("cpu"))
+    best = "bf16" if config.device.startswith("cuda") else best_precision(torch.device("cpu"))
     config, pipe, removal, data = plan(replace(config, precision=config.precision or best), torch.device("cpu"))
     half, checkpointing, averaged = config.precision != "fp32", config.gradient_checkpointing, config.ema_decay > 0
     pairs, sizes = block_removal.feature_pairs(removal, config.pairing), (config.batch_size, config.resolution)
