@@ -110,7 +110,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import diffusers, torch, transformers
 from pathlib import Path
-from conftest import save_tiny_sd1
+from tiny import save_tiny_sd1
 from safetensors.torch import load_file
 folder, form, small = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 save_tiny_sd1(folder)
