@@ -85,7 +85,7 @@ def save_image_grid(
             kind = Image.Resampling.NEAREST if image.width <= CELL else Image.Resampling.LANCZOS
             sheet.paste(image.resize((CELL, CELL), kind), (left + c * (CELL + GAP), y))
     for c, lines in enumerate(texts):
-        pen.multiline_text((left + c * (CELL + GAP), height - GAP), "\n".join(lines), INK, font, anchor="ld")
+        pen.multiline_text((left + c * (CELL + GAP), len(rows) * (CELL + GAP) + GAP), "\n".join(lines), INK, font)
     with atomic_path(path) as temporary:
         sheet.save(temporary, "PNG")
 

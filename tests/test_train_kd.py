@@ -8,6 +8,7 @@ in one line and exit code 2, with nothing written.
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def quick(one_thread):
     """Leave out what takes most of a tiny run and is tested elsewhere: counting, timing, many sampling steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "STEPS", 2)
+        patch.setattr(train_kd, "PROBES", 4)
         patch.setattr(report, "count_macs", lambda *_: {"conv_linear": 0})
         patch.setattr(report, "milliseconds", lambda *_: 0.0)
         patch.setattr(train_kd.block_removal, "removal_rows", lambda *_: [("removed",), ("",)])
@@ -186,10 +188,10 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(train, tmp_path, plain
 
 
 def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path):
-    flags = "--precision bf16 --recipe bk-tiny --steps 2"
+    flags = "--precision bf16 --recipe bk-tiny --steps 1"
     assert train(tmp_path / "kept", flags) == 0
     assert train(tmp_path / "recomputed", f"{flags} --gradient-checkpointing") == 0
-    assert largest_difference(checkpoint(tmp_path / "kept", 2), checkpoint(tmp_path / "recomputed", 2)) < 1e-6
+    assert largest_difference(checkpoint(tmp_path / "kept", 1), checkpoint(tmp_path / "recomputed", 1)) < 1e-6
 
 
 def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(train, tmp_path, plain):
@@ -218,6 +220,7 @@ from minidistill import pipeline, report, train_kd
 from minidistill.cli import run_command
 
 pipeline.STEPS = 2
+train_kd.PROBES = 4
 report.count_macs = lambda *_: {"conv_linear": 0}
 report.milliseconds = lambda *_: 0.0
 train_kd.block_removal.removal_rows = lambda *_: [("removed",), ("",)]
@@ -265,21 +268,21 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(out / "killed", "--resume"),
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows does not have")
 def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, images, tmp_path):
-    flags = "--steps 5 --checkpoint-every 1 --batch-size 2 --accumulate 2 --precision bf16"
+    flags = "--steps 4 --checkpoint-every 1 --batch-size 2 --accumulate 2 --precision bf16"
     numbers = random.Random(flags)
-    moments = ["lines 2", "writing", *(f"file {numbers.randint(5, 60)}" for _ in range(2)), "lines 4"]
+    moments = ["lines 1", "writing", *(f"file {numbers.randint(5, 60)}" for _ in range(2))]
     call = [sys.executable, "-c", KILLER, tmp_path, ",".join(moments), "--teacher", tiny_sd1, "--data", images]
     words = [*call, *RUN.split(), *flags.split()]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" killed\n") >= 4 and "damaged" not in done.stdout, done.stdout
-    assert done.stdout.count("at step") >= 3, done.stdout
+    assert done.stdout.count(" killed\n") >= 3 and "damaged" not in done.stdout, done.stdout
+    assert len(re.findall(" at step [1-9]", done.stdout)) >= 2, done.stdout
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert {name.split("/")[0] for name in checkpoint(whole, 5)} == {"student", "optimizer", "ema"}
-    same = [f"checkpoints/step-000005/state.{suffix}" for suffix in ("safetensors", "json")]
+    assert {name.split("/")[0] for name in checkpoint(whole)} == {"student", "optimizer", "ema"}
+    same = [f"checkpoints/step-000004/state.{suffix}" for suffix in ("safetensors", "json")]
     same += [f"student/{name}" for name in contents(whole / "student")]
-    same += [f"samples/step-00000{step}.png" for step in (0, 3, 5)]
+    same += [f"samples/step-00000{step}.png" for step in (0, 3, 4)]
     assert len(same) > 12
     assert_same_files(whole, killed, same)
     assert metrics(whole) == metrics(killed) and results(whole) == results(killed)
