@@ -276,12 +276,20 @@ def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
     best = "bf16" if config.device.startswith("cuda") else best_precision(torch.device("cpu"))
     config, pipe, removal, data = plan(replace(config, precision=config.precision or best), torch.device("cpu"))
-    half, checkpointing, averaged = config.precision != "fp32", config.gradient_checkpointing, config.ema_decay > 0
-    pairs, sizes = block_removal.feature_pairs(removal, config.pairing), (config.batch_size, config.resolution)
-    print(format_table(run_memory(pipe, removal, pairs, *sizes, half, checkpointing, averaged)))
+    rows = run_memory(
+        pipe,
+        removal,
+        block_removal.feature_pairs(removal, config.pairing),
+        config.batch_size,
+        config.resolution,
+        half=config.precision != "fp32",
+        checkpointing=config.gradient_checkpointing,
+        accumulate=config.accumulate > 1,
+        averaged=config.ema_decay > 0,
+    )
     images, samples = config.image_free or len(data), config.steps * config.accumulate * config.batch_size
     shape = f"{config.steps} steps of {config.accumulate} x {config.batch_size} samples"
-    print(f"\n{shape}: each of {images} images is seen {samples / images:.1f} times")
+    print(f"{format_table(rows)}\n\n{shape}: each of {images} images is seen {samples / images:.1f} times")
 
 
 def command(config: Config) -> None:

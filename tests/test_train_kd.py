@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, counting_pipe, save_images
+from conftest import CAPTIONS, TOKENS, counting_pipe, save_images
 from PIL import Image
 from runs import (
     UNET,
@@ -39,8 +40,11 @@ from tiny import save_tiny_sd1
 from minidistill import pipeline, report, train_kd
 from minidistill.cli import parse
 from minidistill.diffusion.noise import generator_for
-from minidistill.distill.block_removal import RECIPES
+from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
+from minidistill.distill.memory import step_peak
+from minidistill.metrics.cost import MemoryCount
 from minidistill.pipeline import load_pipeline
+from minidistill.training.log import MetricsLog
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--recipe bk-small --steps 4 --batch-size 4 --warmup 0 --log-every 1 --checkpoint-every 2 --sample-every 3"
@@ -455,7 +459,7 @@ def test_a_dry_run_prints_memory_and_samples_and_writes_nothing(train, tmp_path,
 def test_a_dry_run_makes_no_repository_counts_latents_and_takes_a_gpu_for_one_with_bf16(
     tiny_sd1, images, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train_kd, "run_memory", lambda *words: halves.append(words[-3]) or [("",)])
+    monkeypatch.setattr(train_kd, "run_memory", lambda *_, half, **__: halves.append(half) or [("",)])
     monkeypatch.setattr(train_kd, "best_precision", lambda device: "fp32")  # of this machine
     monkeypatch.setattr(train_kd, "open_repo", lambda *_: pytest.fail("a repository was made"))
     halves, words = [], ("--teacher", tiny_sd1, "--data", images, "--out", tmp_path / "run", "--dry-run")
@@ -464,6 +468,41 @@ def test_a_dry_run_makes_no_repository_counts_latents_and_takes_a_gpu_for_one_wi
     assert "each of 64 images is seen 72.0 times" in capsys.readouterr().out
     assert exit_code(train_kd, *words, main="command") == 0
     assert halves == [True, False]
+
+
+@pytest.mark.parametrize("flags", ["", "--accumulate 2", "--gradient-checkpointing"])
+def test_no_step_takes_more_memory_than_a_dry_run_says(train, tiny_sd1, tmp_path, monkeypatch, flags):
+    class CountedLog(MetricsLog):
+        """Notes the peak of every step beyond what was there before it."""
+
+        def __enter__(self):
+            self.count = stack.enter_context(MemoryCount(weights))
+            self.before = 0
+            return super().__enter__()
+
+        def end_step(self, step, **about):
+            peaks.append(self.count.peak - self.before)
+            super().end_step(step, **about)
+            self.before = self.count.peak = self.count.now
+
+    def set_up(config):
+        run = train_kd_set_up(config)
+        weights.extend([*run.teacher.unet.parameters(), *run.student.unet.parameters(), *run.ema.shadow.values()])
+        return run
+
+    train_kd_set_up, peaks, weights = train_kd.set_up, [], []
+    monkeypatch.setattr(train_kd, "set_up", set_up)
+    monkeypatch.setattr(train_kd, "MetricsLog", CountedLog)
+    rare = "--batch-size 16 --checkpoint-every 100 --sample-every 100 --steps 3"
+    with ExitStack() as stack:
+        assert train(tmp_path / "run", f"{rare} {flags}") == 0
+    teacher = load_pipeline(tiny_sd1)
+    removal = plan_removal(teacher.unet.config, RECIPES["bk-small"].remove)
+    checkpointing, accumulate = "checkpointing" in flags, "accumulate" in flags
+    settings = {"half": False, "checkpointing": checkpointing, "accumulate": accumulate}
+    promise = step_peak(removal, feature_pairs(removal), (16, 8, 8, TOKENS), **settings)
+    assert len(peaks) >= 3 and max(peaks[:3]) <= 1.05 * promise, (peaks, promise)
+    assert promise <= 1.1 * max(peaks[:3]), (peaks, promise)
 
 
 def test_large_images_are_drawn_one_by_one():

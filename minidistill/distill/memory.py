@@ -21,17 +21,19 @@ def run_memory(
     pairs: Sequence[tuple[str, str]],
     batch_size: int,
     resolution: int,
+    *,
     half: bool,
     checkpointing: bool,
+    accumulate: bool,
     averaged: bool,
 ) -> list[tuple[str, str]]:
     """The table of what a run takes on its device.
 
-    resolution: of the training images, in pixels; averaged: with an EMA.
+    resolution: of the training images, in pixels; averaged: with an EMA; the others as in `step_peak`.
     """
     side = resolution // pipe.vae.config.downscale
     inputs = batch_size, side, side, pipe.tokenizers[0].max_length
-    step = step_peak(removal, pairs, inputs, half=half, checkpointing=checkpointing)
+    step = step_peak(removal, pairs, inputs, half=half, checkpointing=checkpointing, accumulate=accumulate)
     return memory_rows(removal, [pipe.vae, *pipe.text_encoders], step, image_peak(pipe.vae, side), averaged)
 
 
@@ -42,10 +44,11 @@ def step_peak(
     *,
     half: bool,
     checkpointing: bool,
+    accumulate: bool = False,
 ) -> int:
-    """Peak memory of one micro-batch in bytes: activations, gradients and the temporaries of both networks.
+    """Peak memory of one optimizer step in bytes: activations, gradients and the temporaries of both networks.
 
-    inputs: batch size, height and width of the latents, text tokens.
+    inputs: batch size, height and width of the latents, text tokens. accumulate: over several micro-batches.
     """
 
     def build() -> tuple[list[nn.Module], Callable[[], None]]:
@@ -54,12 +57,13 @@ def step_peak(
         x, t, context, added_cond = random_inputs(removal.teacher, *inputs)
 
         def run() -> None:
-            with torch.autocast("cpu", torch.float16, enabled=half):  # bfloat16 has a way of its own on CPUs
-                with torch.no_grad():
-                    teacher_out, teacher_features = teacher(x, t, context, added_cond, return_features=True)
-                student_out, student_features = student(x, t, context, added_cond, return_features=True)
-            loss = kd.task_loss(student_out, x) + kd.output_loss(student_out, teacher_out)
-            (loss + kd.feature_loss(student_features, teacher_features, pairs)).mean().backward()
+            for _ in range(1 + accumulate):  # the second micro-batch already finds gradients
+                with torch.autocast("cpu", torch.float16, enabled=half):  # bfloat16 has a way of its own on CPUs
+                    with torch.no_grad():
+                        teacher_out, teacher_features = teacher(x, t, context, added_cond, return_features=True)
+                    student_out, student_features = student(x, t, context, added_cond, return_features=True)
+                loss = kd.task_loss(student_out, x) + kd.output_loss(student_out, teacher_out)
+                (loss + kd.feature_loss(student_features, teacher_features, pairs)).mean().backward()
 
         return [teacher, student], run
 
