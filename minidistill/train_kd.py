@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ from minidistill.training.run_folder import RunFolder
 
 LOSSES = ("task", "output", "feature")
 PROBES = 64  # noisy latents, at least, on which the predictions of student and teacher are compared
+SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature, are distilled within minutes
+FEW = 100_000  # samples: too few for a larger teacher; published runs took 6 to 16 million
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Config:
     teacher: str = option("miniature", "teacher: a model folder, a Hub id, a single file, or miniature")
     recipe: str | None = option(
         None,
-        "pruning recipe: blocks to remove and default loss weights (default: inner for the miniature, else bk-tiny)",
+        "pruning recipe: blocks to remove and default loss weights (default: bk-tiny, for small teachers inner)",
         choices=RECIPES,
     )
     remove: tuple[str, ...] | None = option(None, "blocks to remove: down.1.1,mid,stage.3 (default: from the recipe)")
@@ -69,7 +72,7 @@ class Config:
     batch_size: int = option(16, "samples per micro-batch", minimum=1)
     accumulate: int = option(1, "micro-batches per optimizer step (gradient accumulation)", minimum=1)
     learning_rate: float | None = option(
-        None, "peak learning rate (default: 4e-3 for the miniature, else the paper's 5e-5)", minimum=0
+        None, "peak learning rate (default: the paper's 5e-5, for small teachers 4e-3)", minimum=0
     )
     lr_schedule: str = option("cosine", "learning rate after the warm-up", choices=optim.SCHEDULES)
     warmup: int = option(40, "steps of linear warm-up", minimum=0)
@@ -236,7 +239,13 @@ def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Remova
 
 def resolve(config: Config, pipe: Pipeline) -> Config:
     """Settings left open take the recipe's or the teacher's values, so that config.json records what was done."""
-    usual, rate = ("inner", 4e-3) if config.teacher == "miniature" else ("bk-tiny", 5e-5)
+    size, samples = sum(p.numel() for p in pipe.unet.parameters()), config.steps * config.accumulate * config.batch_size
+    usual, rate = ("inner", 4e-3) if size < SMALL else ("bk-tiny", 5e-5)
+    if size >= SMALL and samples < FEW:
+        what = (
+            f"{samples:,} samples (steps x batch size) are far too few for a teacher of {size / 1e6:.0f} M parameters"
+        )
+        warnings.warn(f"{what}: published runs took 6 to 16 million (--preset nota-sd15)", stacklevel=2)
     recipe = RECIPES[config.recipe or usual]
     return replace(
         config,

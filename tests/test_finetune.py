@@ -361,6 +361,16 @@ def test_a_model_of_few_steps_is_warned_about(tiny_sd1):
         finetune.warn_if_distilled(pipe)
 
 
+def test_a_zero_terminal_snr_model_trains_or_is_refused_before_a_file_is_written(train, tiny_sd1, tmp_path):
+    """Prediction of eps with trailing timesteps: DDIM's first step divides by alpha_bar = 0."""
+    model = shutil.copytree(tiny_sd1, tmp_path / "zero")
+    scheduler = model / "scheduler/scheduler_config.json"
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler.write_text(json.dumps({**read(scheduler), **zero}))
+    code = train(tmp_path / "run", "--steps 1", model)
+    assert code == 0 or not (tmp_path / "run").exists()
+
+
 REFUSED = {  # flags: words of the message; what all training commands check is tested with train_kd
     "--model none/here/at/all": ["none/here/at/all"],
     "--data none": ["data folder", "does not exist"],

@@ -15,6 +15,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -42,7 +43,9 @@ from minidistill.cli import parse
 from minidistill.diffusion.noise import generator_for
 from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
 from minidistill.distill.memory import step_peak
+from minidistill.errors import InputError
 from minidistill.metrics.cost import MemoryCount
+from minidistill.models.unet import SD15, UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.training.log import MetricsLog
 
@@ -377,6 +380,15 @@ def test_a_student_that_makes_no_images_is_named_by_its_step(train, tmp_path, ca
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
+def test_a_teacher_that_cannot_be_drawn_is_refused_before_a_file_is_written(train, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise InputError("no sampler can do this")
+
+    monkeypatch.setattr(report, "draw", refuse)
+    assert train(tmp_path / "run") == 2
+    assert "no sampler can do this" in one_line(capsys) and not (tmp_path / "run").exists()
+
+
 REFUSED = {  # flags: words of the message
     "--teacher none": ["no such file or folder", "none"],
     "--recipe bk-smal": ["--recipe takes", "did you mean bk-small?"],
@@ -528,12 +540,23 @@ def test_presets_are_as_published():
     assert all(preset(name).caption_dropout == 0 and preset(name).flip for name in samples)
 
 
-def test_what_is_left_open_is_the_papers_but_for_the_miniature(tiny_sd1):
-    for teacher, recipe, rate in (("miniature", "inner", 4e-3), (str(tiny_sd1), "bk-tiny", 5e-5)):
-        config = train_kd.resolve(train_kd.Config(teacher=teacher), load_pipeline(teacher))
+def test_defaults_depend_on_the_size_of_the_teacher_not_on_its_name(tiny_sd1, recwarn):
+    with torch.device("meta"):
+        large = SimpleNamespace(unet=UNet(SD15), vae=load_pipeline(tiny_sd1).vae)
+    small = load_pipeline("miniature")
+    for name, pipe, recipe, rate in (
+        ("miniature", small, "inner", 4e-3),
+        ("a/folder/of/it", small, "inner", 4e-3),
+        ("someone/sd15", large, "bk-tiny", 5e-5),
+    ):
+        config = train_kd.resolve(train_kd.Config(teacher=name), pipe)
         assert (config.recipe, config.remove, config.learning_rate) == (recipe, RECIPES[recipe].remove, rate)
-        chosen = train_kd.resolve(replace(config, recipe="bk-base", remove=None), load_pipeline(teacher))
+        chosen = train_kd.resolve(replace(config, recipe="bk-base", remove=None), pipe)
         assert chosen.recipe == "bk-base" and chosen.remove == RECIPES["bk-base"].remove
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == 2 and "4,608 samples" in told[0] and "too few for a teacher of 860 M" in told[0]
+    train_kd.resolve(train_kd.Config(teacher="someone/sd15", steps=50_000, batch_size=256), large)
+    assert len(recwarn) == 2, "a run of the published length"
 
 
 def test_a_teacher_that_does_not_name_its_size_needs_a_resolution(train, tiny_sd1, tmp_path, capsys):
