@@ -177,7 +177,8 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
         return
     metavar = "|".join(info["choices"]) if info["choices"] else METAVARS[kind] + (",..." if is_tuple else "")
     required = field.default is REQUIRED
-    text += " (required)" if required else f" (default: {_show(field.default)})".replace("%", "%%")
+    if "(default:" not in text:  # of None the help says itself what is taken
+        text += " (required)" if required else f" (default: {_show(field.default)})".replace("%", "%%")
     convert = _converter(flag, hint, info["choices"], info["minimum"], info["maximum"])
     if info["positional"]:
         parser.add_argument(flag, type=convert, nargs=None if required else "?", metavar=flag.upper(), help=text)

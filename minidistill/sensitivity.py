@@ -21,11 +21,10 @@ from minidistill.distill.block_removal import RECIPES, Removal, format_count, pl
 from minidistill.distill.probes import Probe, make_probes
 from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
 from minidistill.errors import InputError
-from minidistill.metrics.cost import count_macs
+from minidistill.metrics.cost import count_macs, milliseconds
 from minidistill.miniature.scenes import Scenes
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.pipeline import load_pipeline
-from minidistill.report import milliseconds
 from minidistill.training.batches import Batches
 from minidistill.training.curves import COLORS, INK, PAPER, SCALE
 from minidistill.training.inputs import check_weights, open_data, resolution_for
@@ -111,7 +110,10 @@ def measured(removal: Removal, teacher: UNet, probes: Sequence[Probe], config: C
     if config.by != "latency":
         return result
     student = share_weights(removal, teacher)
-    ratios = [milliseconds(student, probes[0], rounds=1) / milliseconds(teacher, probes[0], rounds=1) for _ in range(3)]
+    ratios = [
+        milliseconds(student, probes[0][:4], rounds=1) / milliseconds(teacher, probes[0][:4], rounds=1)
+        for _ in range(3)
+    ]
     return replace(result, latency=1 - statistics.median(ratios))
 
 

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 from minidistill import train_kd
 from minidistill.cli import option, run_command
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
+from minidistill.metrics.cost import milliseconds
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
-from minidistill.pipeline import load_pipeline
-from minidistill.report import SEED, STEPS, milliseconds
+from minidistill.pipeline import STEPS, load_pipeline
+from minidistill.report import SEED
 from minidistill.training.batches import Batches
 from minidistill.training.optim import PRECISIONS, NonFiniteLoss, get_device
 from minidistill.training.run_folder import RunFolder
@@ -156,7 +157,7 @@ def measured(source: str, file: Path, config: Config, probes: Sequence[Probe]) -
 def time_students(sources: Mapping[str, str], probe: Probe, config: Config) -> dict[str, float]:
     """Latency in milliseconds of a U-Net call at batch 32, for each model; measured in turns, so that they compare."""
     unets = {name: load_pipeline(source, config.device).unet for name, source in sources.items()}
-    rounds = [{name: milliseconds(unet, probe, rounds=3) for name, unet in unets.items()} for _ in range(5)]
+    rounds = [{name: milliseconds(unet, probe[:4], rounds=3) for name, unet in unets.items()} for _ in range(5)]
     return {name: statistics.median(r[name] for r in rounds) for name in unets}
 
 
