@@ -28,8 +28,8 @@ from minidistill.data.folders import ImageFolder, Sample, scan
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
 from minidistill.training.batches import SMALL, TOGETHER, at_once, encode_samples
+from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.training.inputs import resolution_for
-from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CacheConfig:
         minimum=1,
     )
     shard: int = option(1024, "examples in a file", minimum=1)
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "of the VAE; several overflow in fp16", choices=PRECISIONS)
     scan_only: bool = option(
         False, "encode nothing: decode every image once, and leave a list of the broken ones in DATA"

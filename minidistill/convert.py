@@ -26,7 +26,7 @@ from minidistill.interop.ldm import to_ldm_unet
 from minidistill.interop.lora_files import FORMS, rewrite_lora
 from minidistill.interop.replace import is_unet_alone, load_unet, merge_files, with_scales
 from minidistill.interop.single_file import marks, write_single_file
-from minidistill.training.optim import PRECISIONS
+from minidistill.training.device import PRECISIONS
 from minidistill.weights.files import existing_file, write_safetensors
 from minidistill.weights.folders import find_model, read_sampling, save_unet
 

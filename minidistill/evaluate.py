@@ -21,8 +21,8 @@ from minidistill.miniature.judge import judge, score_verdicts
 from minidistill.miniature.scenes import SIDE, held_out_captions
 from minidistill.pipeline import GUIDANCE, STEPS, load_pipeline
 from minidistill.report import save_image_grid
+from minidistill.training.device import get_device
 from minidistill.training.log import format_table
-from minidistill.training.optim import get_device
 from minidistill.weights import folders
 from minidistill.weights.files import write_json
 
@@ -39,7 +39,7 @@ class Config:
     seed: int = option(0, "seed of the noise")
     batch_size: int = option(16, "images per batch; the result does not depend on it", minimum=1)
     parts: bool = option(False, "evaluate the VAE's reconstructions too, and retrieval if the folder has a clip/")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     out: str | None = option(None, "write the numbers to this JSON file")
     grid: str | None = option(None, "write an image grid of the first 16 images with their captions to this PNG file")
 

@@ -32,10 +32,10 @@ from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report
 from minidistill.training import optim
 from minidistill.training.batches import Batch, Batches
+from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog
-from minidistill.training.optim import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.run_folder import RunFolder
 
 LORA_TARGETS = {  # layers of the U-Net, of the text encoders
@@ -69,7 +69,7 @@ class Config:
     caption_dropout: float = option(0.1, "share of samples with an empty caption, for guidance", minimum=0)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "precision of the forward passes", choices=PRECISIONS)
     judged: int = option(
         48, "held-out scenes to evaluate the model on; 0: none", minimum=0, maximum=len(Scenes("test"))

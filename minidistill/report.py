@@ -15,7 +15,7 @@ from torch import nn
 
 from minidistill.distill.block_removal import format_count
 from minidistill.distill.probes import Probe, distance_to_teacher
-from minidistill.errors import InputError
+from minidistill.errors import InputError, NonFiniteLoss
 from minidistill.interop.model_card import write_card
 from minidistill.interop.publish import push
 from minidistill.metrics.cost import count_macs, milliseconds, on_device
@@ -26,7 +26,6 @@ from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batches, at_once
 from minidistill.training.curves import draw_curves
 from minidistill.training.log import format_table
-from minidistill.training.optim import NonFiniteLoss
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import atomic_path, read_json, write_json
 

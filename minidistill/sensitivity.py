@@ -27,9 +27,9 @@ from minidistill.models.unet import UNet, UNetConfig
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches
 from minidistill.training.curves import COLORS, INK, PAPER, SCALE
+from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.training.inputs import check_weights, open_data, resolution_for
 from minidistill.training.log import format_table
-from minidistill.training.optim import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, write_json
 
 SAVINGS = ("parameters", "macs", "latency")
@@ -47,7 +47,7 @@ class Config:
     )
     by: str = option("parameters", "what the lists save; latency is measured on --device", choices=SAVINGS)
     seed: int = option(0, "seed of images and noise")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "precision of the U-Net", choices=PRECISIONS)
     out: str = option("runs/sensitivity", "folder for sensitivity.json and sensitivity.png")
 

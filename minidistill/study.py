@@ -13,20 +13,21 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minidistill import train_kd
 from minidistill.cli import option, run_command
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
+from minidistill.errors import NonFiniteLoss
 from minidistill.metrics.cost import milliseconds
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import STEPS, load_pipeline
 from minidistill.report import SEED
 from minidistill.training.batches import Batches
-from minidistill.training.optim import PRECISIONS, NonFiniteLoss, get_device
+from minidistill.training.device import PRECISIONS, get_device
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
@@ -72,13 +73,13 @@ class Config:
     )
     judged: int = option(200, "held-out captions judged for each model", minimum=1, maximum=len(Scenes("test")))
     precision: str = option("bf16", "precision of the forward passes", choices=PRECISIONS)
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     out: str = option("runs/study", "folder for the runs, study.md and study.json")
 
 
 def main(config: Config) -> None:
     """Train and evaluate what is not done yet, and write the tables."""
-    get_device(config.device)  # InputError if it is not there
+    config = replace(config, device=str(get_device(config.device)))
     out = Path(config.out)
     chosen = {config.only: STUDIES[config.only]} if config.only else STUDIES
     lengths = {title: config.steps or study.steps for title, study in chosen.items()}

@@ -34,10 +34,10 @@ from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report, unet_numbers
 from minidistill.training import optim
 from minidistill.training.batches import Batches, Captioned, captions_of
+from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
-from minidistill.training.optim import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.run_folder import RunFolder
 
 LOSSES = ("task", "output", "feature")
@@ -82,7 +82,7 @@ class Config:
     caption_dropout: float = option(0.1, "share of samples with an empty caption, for guidance", minimum=0)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str | None = option(None, "of the forward passes (default: bf16 if hardware computes it)", PRECISIONS)
     guidance: float = option(4.0, "classifier-free guidance of sampled images, and of --image-free latents")
     judged: int = option(

@@ -40,9 +40,10 @@ from minidistill.pipeline import Pipeline
 from minidistill.report import save_image_grid
 from minidistill.training.batches import Batches, to_pixels
 from minidistill.training.curves import draw_curves
+from minidistill.training.device import get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog
-from minidistill.training.optim import adamw, check_finite, get_device, get_precision, lr_at, optimizer_step
+from minidistill.training.optim import adamw, check_finite, lr_at, optimizer_step
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
 
@@ -80,7 +81,7 @@ class Config:
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
     layout_steps: int = option(1000, "initial steps of the U-Net on layout only", minimum=0)
     seed: int = option(0, "random seed")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("bf16", "of the forward pass", choices=("fp32", "bf16", "fp16"))
     judged: int = option(1000, "held-out scenes for the evaluation of CLIP and VAE", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)

@@ -1,6 +1,7 @@
 """What several test files need: tiny Stable Diffusions, and a folder of captioned images."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ CAPTIONS = [
     "a red ring above two circles",
 ]
 TOKENS = 16
+torch.set_num_threads(1)  # in each worker of pytest-xdist; tiny networks wait for threads most of the time
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # --device auto is the CPU, here and in what tests start
 
 
 def save_images(folder, captions_in: str = "jsonl") -> None:

@@ -26,7 +26,8 @@ from minidistill.miniature.scenes import Scenes
 from minidistill.models.unet import UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches, captions_of
-from minidistill.training.optim import adamw, get_precision, optimizer_step
+from minidistill.training.device import get_precision
+from minidistill.training.optim import adamw, optimizer_step
 
 TINY = {"sd15": tiny.TINY, "sd21": tiny.TINY_SD21}
 # Where the original codes hook (teacher's module, student's module), read from both repositories.
