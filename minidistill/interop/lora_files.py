@@ -4,6 +4,8 @@
     sgm        lora_unet_input_blocks_1_1_... and so on: the same with the block names of Stability AI's own code
     PEFT       unet.down_blocks.0....to_q.lora_A.weight, .lora_B.weight; base_model.model.down_blocks.0....
     diffusers  unet.down_blocks.0....to_q.lora.down.weight; ...attn1.processor.to_q_lora.down.weight
+    ComfyUI    diffusion_model.input_blocks.1.1....to_q.lora_down.weight; text_encoders.clip_l.transformer....
+    LyCORIS    lycoris_down_blocks_..._to_q.lora_down.weight, the names its own wrapper gives (of these, plain LoCon)
 
 kohya's underscores cannot be undone: "to_out_0" may be to_out.0 or to.out_0. So no name is taken apart here. All the
 spellings of all the layers of the networks at hand are written down in a table, and a file's names are looked up in it.
@@ -35,10 +37,17 @@ Modules = dict[str, dict[str, Tensor]]  # the tensors of a file by module, as it
 Loras = dict[str, dict[str, LoRAWeights]]  # by part of the pipeline ("unet", "text_encoder", ...), by layer
 
 FORMS = ("kohya", "peft")  # that are written
-KOHYA_PREFIXES = {
-    "unet": ("lora_unet_",),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
+# Before the name of a layer with its dots: of PEFT and diffusers (or nothing), and of ComfyUI.
+DOTTED = {
+    "unet": ("unet.", "", "diffusion_model."),
+    "text_encoder": ("text_encoder.", "", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "", "text_encoders.clip_g.transformer."),
+}
+# Before one with underscores: of kohya's scripts, and of LyCORIS.
+FLAT = {
+    "unet": ("lora_unet_", "lycoris_"),
+    "text_encoder": ("lora_te_", "lora_te1_", "lycoris_"),
+    "text_encoder_2": ("lora_te2_", "lycoris_"),
 }
 ROLES = {"down": "down", "A": "down", "up": "up", "B": "up"}
 TENSOR = re.compile(  # the module and the role; PEFT's own state has the adapter's name too: .lora_A.default.weight
@@ -48,7 +57,15 @@ TENSOR = re.compile(  # the module and the role; PEFT's own state has the adapte
 OLD_ENDS = {".to_out.0": ".to_out", ".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out"}
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' since mid-2025: the LoraConfig, as json, in the header of the file
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "mica")  # PEFT's init_lora_weights that leave the base weights
+KEEPS_BASE = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    "mica",
+)  # PEFT's init_lora_weights that leave the base weights
 
 # By the width of a model's text states: its name, and what A1111 looks for in the header before it lists a file.
 FAMILIES = {
@@ -76,7 +93,7 @@ WIDEST = replace(
 def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     """Every spelling of every layer of the networks -> (part, name of the layer)."""
     table = {}
-    for part in KOHYA_PREFIXES:
+    for part in DOTTED:
         if part in networks:
             pairs = unet_pairs(networks[part].config) if part == "unet" else {}
             for name in candidates(networks[part]):
@@ -102,11 +119,9 @@ def _spellings(part: str, name: str, pairs: Pairs) -> Iterator[str]:
     dotted = [name, name.removeprefix("text_model.")]  # transformers 5.6 dropped that prefix
     for end, old in OLD_ENDS.items():
         dotted += [d.removesuffix(end) + old for d in dotted if d.endswith(end)]
-    for d in dotted:
-        yield from (f"{part}.{d}", d)
-    for official in (name, swap(name, pairs)):
-        for prefix in KOHYA_PREFIXES[part]:
-            yield prefix + official.replace(".", "_")
+    sgm = swap(name, pairs)
+    yield from (prefix + spelling for prefix in DOTTED[part] for spelling in (*dotted, sgm))
+    yield from (prefix + spelling.replace(".", "_") for prefix in FLAT[part] for spelling in (name, sgm))
 
 
 # reading
@@ -177,11 +192,10 @@ def _read(path: Path, table: Mapping[str, tuple[str, str]], networks: Mapping[st
         modules = _by_module(tensors)
         unknown = [spelling for spelling in modules if spelling not in table]
         if unknown:
-            where = "this model" if networks else "any Stable Diffusion or student of one"
+            some, where = len(unknown) < len(modules), "this model" if networks else "any Stable Diffusion or student"
             what = f"{len(unknown)} of {len(modules)} modules do not exist in {where}"
-            if len(unknown) == len(modules):
-                what = f"0 of {len(modules)} modules matched"
-            raise InputError(f"{what} ({first_few(unknown)}){_verdict(modules, networks)}")
+            what = what if some else f"0 of {len(modules)} modules matched"
+            raise InputError(f"{what} ({first_few(unknown)}){_verdict(modules, networks, some)}")
         torn = [spelling for spelling, roles in modules.items() if not _halves_fit(**roles)]
         if torn:
             what = f"of {len(torn)} of {len(modules)} modules a half, down or up, is missing or does not fit the other"
@@ -227,18 +241,18 @@ def _halves_fit(down: Tensor | None = None, up: Tensor | None = None, alpha: Ten
     return down is not None and up is not None and min(down.dim(), up.dim()) > 1 and len(down) == up.shape[1] > 0
 
 
-def _verdict(modules: Modules, networks: Mapping[str, nn.Module]) -> str:
-    """What the file is for and what the model is, where the width of the text states tells."""
+def _verdict(modules: Modules, networks: Mapping[str, nn.Module], some_matched: bool = True) -> str:
+    """What the file is for and what the model is, where the width of the text states tells; else nothing."""
     width = _text_width({name: roles["down"] for name, roles in modules.items() if "down" in roles})
-    if width is None:
-        return ""
     model = networks["unet"].config.cross_attention_dim if "unet" in networks else None
     theirs, ours = (FAMILIES.get(w, (f"a model of text width {w}",))[0] for w in (width, model))
+    if width is None:
+        return ""
     if model is None:
         return f": it is a LoRA for {theirs}"
-    if ours == theirs:
-        return f": it is a LoRA for {theirs}, as this model is, but for one with other layers"
-    return f": it is a LoRA for {theirs}, this model is {ours}"
+    if width != model:
+        return f": it is a LoRA for {theirs}, this model is {ours}"
+    return f": it is a LoRA for {theirs}, as this model is, but for one with other layers" if some_matched else ""
 
 
 def _text_width(downs: Mapping[str, Tensor]) -> int | None:
@@ -336,7 +350,7 @@ def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str,
     tensors = {}
     for part, weights in loras.items():
         # SD's one text encoder is te, SDXL's two are te1 and te2
-        prefix = KOHYA_PREFIXES[part][-1 if "text_encoder_2" in loras else 0]
+        prefix = FLAT[part][1 if part == "text_encoder" and "text_encoder_2" in loras else 0]
         for name, (down, up, alpha) in weights.items():
             key = prefix + name.replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
