@@ -23,7 +23,7 @@ from minidistill.errors import InputError
 from minidistill.interop.header import UNET, prediction_entry
 from minidistill.interop.ldm import to_ldm_unet
 from minidistill.interop.lora_files import FORMS, rewrite_lora
-from minidistill.interop.single_file import marks, write_single_file
+from minidistill.interop.single_file import CPP, marks, write_single_file
 from minidistill.interop.sources import (
     is_unet_alone,
     load_parts,
@@ -38,7 +38,7 @@ from minidistill.training.optim import PRECISIONS
 from minidistill.weights.files import existing_file, write_safetensors
 from minidistill.weights.folders import find_model, save_unet
 
-LAYOUTS = ("folder", "single-file", *FORMS)
+LAYOUTS = ("folder", "single-file", CPP, *FORMS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Config:
     )
     dest: str = option(REQUIRED, "new folder, or .safetensors file, to write", positional=True)
     layout: str | None = option(
-        None, "of DEST; none goes by its name; kohya and peft are forms of LoRA files", choices=LAYOUTS
+        None,
+        "of DEST; none goes by its name; stable-diffusion.cpp: a single file for that program; kohya and peft: LoRAs",
+        choices=LAYOUTS,
     )
     dtype: str | None = option(None, "of all weights; none keeps them as they are", choices=PRECISIONS)
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
@@ -65,7 +67,7 @@ def main(config: Config) -> None:
     dest = Path(config.dest)
     layout = config.layout or ("single-file" if dest.suffix == ".safetensors" else "folder")
     if layout != "folder" and dest.suffix != ".safetensors":
-        what = "a single file" if layout == "single-file" else "a LoRA"
+        what = "a LoRA" if layout in FORMS else "a single file"
         raise InputError(f"{dest}: {what} is written as .safetensors: end its name so, or leave out --layout")
     if layout != config.layout and dest.suffix in (".ckpt", ".bin", ".pt", ".pth"):
         raise InputError(
@@ -78,6 +80,8 @@ def main(config: Config) -> None:
         convert_lora(config, dest)
     elif is_unet_alone(config.source, PRECISIONS.get(config.dtype)):
         refuse(config, ("unet", "vae"), f"{config.source} is a U-Net alone")
+        if layout == CPP:
+            raise InputError(f"{config.source} is a U-Net alone: {CPP} opens whole models")
         convert_unet(config, dest, layout)
     else:
         convert_pipeline(config, dest, layout)
@@ -102,6 +106,7 @@ def convert_pipeline(config: Config, dest: Path, layout: str) -> None:
         parts.schedule,
         parts.tokenizers,
         metadata=sampling_metadata(parts.sampling),
+        for_cpp=layout == CPP,
     )
 
 

@@ -82,6 +82,8 @@ def test_a_students_card_has_its_teacher_recipe_settings_results_and_grid(tmp_pa
     assert "| correct in images of unseen scenes: shape | 0.75 |  |" in card.text
     assert 'DiffusionPipeline.from_pretrained("me/bk-tiny")' in card.text
     assert "minidistill.generate --model me/bk-tiny " in card.text
+    for words in ("convert me/bk-tiny cpp.safetensors --layout stable-diffusion.cpp", "this student has not"):
+        assert words in card.text, words
     assert "\nlearning_rate           0.001\n" in card.text and "\nloss_weights            1,1,1\n" in card.text
     assert (tmp_path / "student/images.png").read_bytes() == grid.read_bytes()
 

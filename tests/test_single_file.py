@@ -14,12 +14,13 @@ from diffusers.loaders import single_file_utils as oracle
 from safetensors.torch import load_file, save_file
 from test_pipeline import refused
 
+from minidistill import convert
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
-from minidistill.interop import ldm
+from minidistill.interop import ldm, single_file
 from minidistill.interop.header import CLIP_IDS
 from minidistill.interop.infer import infer_prediction, infer_text_config, infer_unet_config, infer_vae_config
-from minidistill.interop.single_file import read_single_file, write_single_file
+from minidistill.interop.single_file import BK_TINY, read_single_file, write_single_file
 from minidistill.interop.vae_file import read_vae_file
 from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig, CLIPTextModel
 from minidistill.models.taesd import AutoencoderTiny
@@ -132,12 +133,8 @@ def test_names_are_those_of_official_files(name, ours, official):
 
 
 def gapped(config: UNetConfig) -> dict[str, str]:
-    """{our name: name} as diffusers' conversion script writes a student: numbers as if it had two layers a stage.
-
-    The attentions of up_blocks.0, which SD 1.x does not have, it leaves as they are.
-    """
-    names = {}
-    pairs = ldm.unet_pairs(config)
+    """{our name: name}, numbered as if there were two layers a stage: diffusers' script writes students so."""
+    names, pairs = {}, ldm.unet_pairs(config)
     for name in empty(UNet, config):
         dense, parts = ldm.swap(name, pairs), name.split(".")
         i, j = (int(parts[1]), int(parts[3])) if parts[0] in ("down_blocks", "up_blocks") else (0, 0)
@@ -147,20 +144,34 @@ def gapped(config: UNetConfig) -> dict[str, str]:
             ("down_blocks", "attentions"): f"input_blocks.{3 * i + j + 1}.1.{rest}",
             ("down_blocks", "downsamplers"): f"input_blocks.{3 * (i + 1)}.0.{rest}",
             ("up_blocks", "resnets"): f"output_blocks.{3 * i + j}.0.{rest}",
-            ("up_blocks", "attentions"): f"output_blocks.{3 * i + j}.1.{rest}" if i else name,
+            ("up_blocks", "attentions"): f"output_blocks.{3 * i + j}.1.{rest}",
             ("up_blocks", "upsamplers"): f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}.{rest}",
         }.get((parts[0], parts[2] if len(parts) > 2 else ""), dense)
     return names
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_students_numbered_with_gaps_are_read(name):
-    ours = empty(UNet, FULL_SIZE[name])
-    names = gapped(FULL_SIZE[name])
-    file = {names[n]: tensor for n, tensor in ours.items()}
-    assert file.keys() != ldm.to_ldm_unet(ours, FULL_SIZE[name]).keys() and len(file) == len(ours)
-    back = ldm.from_ldm_unet(file)
-    assert back.keys() == ours.keys() and all(back[n] is ours[n] for n in ours)
+def test_students_numbered_with_gaps_are_written_and_read(name):
+    """diffusers' script leaves the attentions of up_blocks.0, which SD 1.x does not have, in its own names."""
+    config, names = FULL_SIZE[name], gapped(FULL_SIZE[name])
+    ours = empty(UNet, config)
+    file = ldm.to_ldm_unet(ours, config, gaps=True)
+    assert file.keys() == set(names.values()) != ldm.to_ldm_unet(ours, config).keys()
+    left = {n if "up_blocks.0.attentions" in n else names[n]: tensor for n, tensor in ours.items()}
+    for back in (ldm.from_ldm_unet(file), ldm.from_ldm_unet(left)):
+        assert back.keys() == ours.keys() and all(back[n] is ours[n] for n in ours)
+
+
+def test_stable_diffusion_cpp_knows_bk_tiny_by_the_numbers_of_its_teacher():
+    """The tensors its source asks for: input and output blocks 0, 1, 3, 4, 6, 7, upsamplers apart."""
+    config = FULL_SIZE["bk-tiny-v1"]
+    names = ldm.to_ldm_unet(empty(UNet, config), config, gaps=True)
+    blocks = {side: {int(n.split(".")[1]) for n in names if n.startswith(side)} for side in ("input_", "output_")}
+    assert blocks == {"input_": {0, 1, 3, 4, 6, 7}, "output_": {0, 1, 2, 3, 4, 5, 6, 7}}
+    upsamplers = {n for n in names if n.startswith(("output_blocks.2.", "output_blocks.5."))}
+    assert upsamplers == {f"output_blocks.{p}.conv.{end}" for p in ("2.1", "5.2") for end in ("weight", "bias")}
+    assert not any(n.startswith("middle_block.1") for n in names) and any("output_blocks.7.1." in n for n in names)
+    assert config == BK_TINY
 
 
 def test_the_vaes_names_and_shapes_are_those_diffusers_converts():
@@ -325,6 +336,19 @@ def test_an_sdxl_file_in_the_names_of_diffusers_script_is_read(sources, tmp_path
     assert_same(file.unet[1], parts["unet"].state_dict())
     for (_, found), encoder in zip(file.text_encoders, parts["text_encoders"], strict=True):
         assert_same(found, encoder.state_dict())
+
+
+def test_a_file_for_stable_diffusion_cpp_has_the_same_weights_and_other_students_are_refused(
+    student, tmp_path, monkeypatch
+):
+    dest = tmp_path / "x.safetensors"
+    config = convert.Config(source=str(student), dest=str(dest), layout="stable-diffusion.cpp")
+    assert "bk-tiny of SD 1.x" in refused(convert.main, config) and not dest.exists()
+    unet = folders.load_unet(student)
+    monkeypatch.setattr(single_file, "BK_TINY", replace(unet.config, sample_size=SD15.sample_size))
+    convert.main(config)
+    assert_same(read_single_file(dest).unet[1], unet.state_dict())
+    assert any("output_blocks.2.1.conv" in name for name in load_file(dest))
 
 
 def test_reading_copies_nothing(sources, tmp_path):

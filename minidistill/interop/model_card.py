@@ -123,7 +123,7 @@ With minidistill, which made it:
 ```
 python -m minidistill.generate {model} --prompt "what it shows" --out image.png
 ```
-
+{others}
 ## Settings
 
 ```
@@ -133,6 +133,20 @@ python -m minidistill.generate {model} --prompt "what it shows" --out image.png
 ## License
 
 {license}
+"""
+
+
+# Which file is for whom; of students only, whose blocks other programs do not expect.
+OTHERS = """
+With other programs, in a single file:
+
+```
+python -m minidistill.convert {here} comfyui.safetensors
+python -m minidistill.convert {here} cpp.safetensors --layout stable-diffusion.cpp
+```
+
+The first is for ComfyUI, the second for stable-diffusion.cpp, which of the students of SD 1.x knows bk-tiny alone, and
+by other block numbers. DeepCache needs a mid block, which {mid}.
 """
 
 
@@ -178,6 +192,7 @@ def write_card(
     load, model = [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{here}")'], f"--model {here}"
     if kind == "lora":
         load, model = _with_lora(source, here)
+    mid = "bk-base has and this student has not" if "mid" in config.get("remove", ()) else "this student has"
     text = TEMPLATE.format(
         front=front.to_yaml(),
         title=about.title.format(**words),
@@ -187,6 +202,7 @@ def write_card(
         results=_table(results),
         diffusers="\n".join(load),
         model=model,
+        others=OTHERS.format(here=here, mid=mid) if kind == "student" else "",
         settings="\n".join(f"{name:{width}}  {text}" for name, text in lines.items()),
         license=f"That of {base}" + (": name it here." if license == "other" else f": {license}."),
     )

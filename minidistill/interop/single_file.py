@@ -36,7 +36,7 @@ from minidistill.interop.infer import infer_prediction, infer_text_config, infer
 from minidistill.interop.vae_file import read_file, read_vae
 from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
 from minidistill.models.tokenizer import CLIPTokenizer
-from minidistill.models.unet import UNet, UNetConfig
+from minidistill.models.unet import SD15, UNet, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
 from minidistill.weights.files import write_safetensors
 from minidistill.weights.layouts import without_wrappers
@@ -81,6 +81,21 @@ KINDS = {
     r"(coder\.conv_in|decoder\.layers\.0)\.weight$": "a VAE alone: use it as --vae",
     r"token_embedding\.weight$": "a text encoder alone: a whole checkpoint, or a U-Net, is needed",
 }
+# The only student of SD 1.x that stable-diffusion.cpp knows, and that by the block numbers of its teacher.
+CPP = "stable-diffusion.cpp"
+BK_TINY = replace(
+    SD15,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("CrossAttnDownBlock2D",) * 3,
+    mid_block_type=None,
+    up_block_types=("CrossAttnUpBlock2D",) * 3,
+    **{name: getattr(SD15, name)[:3] for name in ("attention_head_dim", "transformer_layers_per_block")},
+    layers_per_block=1,
+)
+NOT_FOR_CPP = (
+    "stable-diffusion.cpp wants a layout of its own for bk-tiny of SD 1.x alone; SD 1.x, SD 2.x, SDXL, ssd-1b and "
+    "segmind-vega it opens as --layout single-file, other students not at all"
+)
 
 
 @dataclass(frozen=True)
@@ -231,17 +246,18 @@ def write_single_file(
     schedule: ScheduleConfig,
     tokenizers: Sequence[CLIPTokenizer] = (),
     metadata: Mapping[str, str] | None = None,
+    for_cpp: bool = False,
 ) -> None:
     """Write a pipeline as one .safetensors file in LDM's layout (sgm's for SDXL), atomically.
 
-    diffusers' `from_single_file` does not read the configs in the header. It takes every student for a full model and
-    stops at the first shape that differs, unless it is given the student's configs: `config=FOLDER`, a pipeline folder
-    of the student (`minidistill.convert` makes one of the file; diffusers then reads its json files only). A student
-    whose stages differ in their number of layers opens in diffusers as a folder, not as a file.
+    diffusers' `from_single_file` does not read the configs in the header: of a student it needs `config=FOLDER`, a
+    pipeline folder of that student. One whose stages differ in their number of layers it opens as a folder only.
 
     Args:
         tokenizers: kept in the file's header, unless their vocabulary is CLIP's own.
         metadata: text to carry along in the header.
+        for_cpp: for stable-diffusion.cpp, which wants BK-Tiny's blocks in the numbers of its teacher; ComfyUI and
+            diffusers want them without gaps.
 
     Raises:
         InputError: parts this layout has no place for, a name that does not end in .safetensors, a full disk.
@@ -251,6 +267,7 @@ def write_single_file(
     for fits, problem in (
         (Path(path).suffix == ".safetensors", "a single file is written as .safetensors only"),
         (isinstance(vae, AutoencoderKL), "a tiny VAE (TAESD) has no place in a single file: use the full one"),
+        (not for_cpp or replace(unet.config, sample_size=SD15.sample_size) == BK_TINY, NOT_FOR_CPP),
         (len(text_encoders) == len(prefixes), f"{family} has {len(prefixes)} text encoders, not {len(text_encoders)}"),
     ):
         if not fits:
@@ -260,7 +277,7 @@ def write_single_file(
         for model in (unet, vae, *text_encoders)
     )
     parts = {
-        "model.diffusion_model.": ldm.to_ldm_unet(weights, unet.config),
+        "model.diffusion_model.": ldm.to_ldm_unet(weights, unet.config, gaps=for_cpp),
         "first_stage_model.": ldm.to_ldm_vae(vae_weights),
     }
     for prefix, text in zip(prefixes, texts, strict=True):
