@@ -4,9 +4,13 @@ Full-size architectures are compared by name, on `meta`; numbers are compared on
 """
 
 import shutil
+import sys
+from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -669,6 +673,30 @@ def test_a_file_cut_short_is_refused_by_name(foreign, tmp_path, suffix):
     path.write_bytes(path.read_bytes()[:9999])
     for read in (read_single_file, read_vae_file):
         assert str(path) in refused(read, path)
+
+
+class Callback:
+    """As Lightning's, of a package that is not installed where the file is read."""
+
+    def __init__(self):
+        self.best, self.path = np.float64(0.5), Path("x")
+
+
+class Settings(dict):
+    """As Lightning's hyperparameters: a mapping with a name of its own."""
+
+
+def test_a_checkpoint_with_a_training_programs_objects_is_read_without_them(foreign, tmp_path, monkeypatch):
+    beside = {"callbacks": {Callback: Callback()}, "loss": np.float32(3), "best": np.zeros(2), "hparams": Settings(a=1)}
+    beside["defaults"] = defaultdict(list, x=[1])
+    for class_ in (Callback, Settings):
+        monkeypatch.setattr(class_, "__module__", "not_installed")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "not_installed", sys.modules[__name__])
+        torch.save({"state_dict": foreign[0], **beside}, tmp_path / "x.ckpt")
+    assert_foreign(read_single_file(tmp_path / "x.ckpt"), foreign[1])
+    torch.save({"state_dict": foreign[0] | {"a": np.float64(1)}}, tmp_path / "x.ckpt")
+    assert "is not a state dict" in refused(read_single_file, tmp_path / "x.ckpt")
 
 
 class RunsCode:
