@@ -307,8 +307,7 @@ def test_without_its_flag_the_text_encoder_gets_no_lora_and_attention_is_the_usu
 
 
 def test_a_cache_trains_the_text_encoder_as_its_folder_does(train, images, tiny_sd1, with_lora, tmp_path):
-    """Its text states are of the text encoders as they came; those that train must be asked again."""
-    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(images), out=str(tmp_path / "cache"), text_states=True))
+    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(images), out=str(tmp_path / "cache")))
     assert train(tmp_path / "run", "--data", tmp_path / "cache", *LORA.split()) == 0
     assert largest_difference(*(load_file(run / LORA_FILES[0]) for run in (tmp_path / "run", with_lora))) < 1e-4
 

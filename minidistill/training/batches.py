@@ -91,10 +91,8 @@ class Batches:
             size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
             if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
                 self._cache = encode_all(data, pipe.vae, flip)
-        self._text: KnownText | LatentCache | None = None
-        if isinstance(data, LatentCache) and data.has_text:
-            self._text = data
-        elif self._cache is not None and keep_text:
+        self._text: KnownText | None = None
+        if self._cache is not None and keep_text:
             self._text = encode_captions(self._cache, pipe)
 
     def __getitem__(self, k: int) -> Batch:
