@@ -75,7 +75,7 @@ class LatentCache:
             if unfinished and not file.exists():
                 break
             self._shards.append(read_safetensors(file))
-            text = _unpack_text(self._shards[-1]["text"])
+            text = json.loads(self._shards[-1]["text"].numpy().tobytes())
             self.names += text["names"]
             self._captions += text["captions"]
         if unfinished:
@@ -192,6 +192,7 @@ def write_shard(
     stat = [folder.stat(i) for i in numbers]  # before the content is read: what changes later, looks changed
     digests = [list(_digest(folder, i)) for i in numbers]
     text = {"names": [folder.name(i) for i in numbers], "captions": [list(sample.captions) for sample in samples]}
+    content = bytearray(json.dumps(text, ensure_ascii=False).encode())
     tensors = {
         "mean": mean.to(dtype),
         "std": std.to(dtype),
@@ -200,7 +201,8 @@ def write_shard(
         "shown": torch.tensor([sample.number for sample in samples]),
         "stat": torch.tensor(stat, dtype=torch.int64),
         "digest": torch.tensor(digests, dtype=torch.uint8),
-        "text": _pack_text(text),
+        # A tensor: safetensors writes its own metadata in a random order, and the same data should be the same bytes.
+        "text": torch.frombuffer(content, dtype=torch.uint8),
     }
     if not tensors["mean"].isfinite().all():
         worst = samples[int(mean.flatten(1).abs().amax(1).argmax())].name
@@ -226,12 +228,3 @@ def _digest(folder: ImageFolder, i: int) -> bytes:
     except OSError:
         content = b""
     return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _pack_text(content: dict) -> Tensor:
-    # A tensor: safetensors writes its own metadata in a random order, and the same data should be the same bytes.
-    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
-
-
-def _unpack_text(tensor: Tensor) -> dict:
-    return json.loads(tensor.numpy().tobytes())
