@@ -231,11 +231,11 @@ def test_no_folder_no_images_no_captions(tmp_path):
     assert "resolution" in refusal(lambda: ImageFolder(tmp_path, 0))
 
 
-@pytest.mark.parametrize("name", ["metadata.json1", "Metadata.jsonl", "metadata.parquet", "meta_data.jsonl", "x.csv"])
+@pytest.mark.parametrize("name", ["metadata.json1", "Metadata.jsonl", "meta_data.jsonl", "x.csv"])
 def test_a_metadata_file_with_another_name_is_pointed_at(tmp_path, name):
     save(tmp_path / "a.png")
     write_jsonl(tmp_path / name, rows("a.png"))
-    said = f"1 not read, as their name is not metadata.jsonl or metadata.csv: {name}"
+    said = f"1 not read: rename to metadata.jsonl or metadata.csv: {name}"
     assert said in refusal(lambda: find_examples(tmp_path))
     (tmp_path / "a.txt").write_text("a")
     assert said in find_examples(tmp_path).summary()

@@ -16,9 +16,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from minidistill.data.listing import FolderReport, Place, find_examples, fingerprint, printable, some
+from minidistill.data.listing import Example, FolderReport, find_examples, fingerprint, printable, some
 from minidistill.errors import InputError
 from minidistill.weights.files import write_json
 
@@ -46,11 +46,14 @@ class ImageFolder:
     images turn out to be unreadable.
     """
 
-    def __init__(self, path: str | Path, resolution: int) -> None:
+    def __init__(
+        self, path: str | Path, resolution: int, split: str | None = None, caption_column: str | None = None
+    ) -> None:
+        """split, caption_column: as in `find_examples`."""
         if resolution < 1:
             raise InputError(f"resolution must be at least 1 pixel, got {resolution}")
         self.resolution = resolution
-        self.report = find_examples(path)
+        self.report = find_examples(path, split, caption_column)
         self._broken: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -77,7 +80,10 @@ class ImageFolder:
         return self.report.summary()
 
     def fingerprint(self) -> str:
-        """Which files and captions these are, in a few words; nothing is read."""
+        """Which examples these are, in a few words: their files' names in the folder and captions, in order.
+
+        Not their pixels (nothing is read), and neither where the folder is nor when it was changed.
+        """
         return fingerprint(len(self), ((self.name(i), self.captions(i)) for i in range(len(self))))
 
     def name(self, i: int) -> str:
@@ -102,11 +108,15 @@ class ImageFolder:
         return status.st_size if place.size < 0 else place.size, status.st_mtime_ns
 
     def _read(self, i: int) -> Sample:
+        example = self.report.examples[i]
         with Image.open(io.BytesIO(self.read_bytes(i))) as stored:
+            orientation = stored.getexif().setdefault(ExifTags.Base.Orientation, example.orientation)
             image = to_rgb(stored)
         side = min(image.size)
         left, top = (round((length - side) / 2 * self.resolution / side) for length in image.size)
-        original = self.report.examples[i].original or (image.height, image.width)
+        original = example.original or (image.height, image.width)
+        if example.original and orientation >= 5:  # on its side: that size is of the image as it was stored
+            original = original[::-1]
         return Sample(to_square(image, self.resolution), self.captions(i), self.name(i), i, original, (top, left))
 
     def _note_broken(self, i: int, reason: str) -> None:
@@ -122,16 +132,18 @@ class ImageFolder:
                 print(f"note: {self._broken[i]} cannot be read, the next image stands in for it{last}", flush=True)
 
 
-def scan(path: str | Path, resolution: int | None = None) -> FolderReport:
+def scan(
+    path: str | Path, resolution: int | None = None, split: str | None = None, caption_column: str | None = None
+) -> FolderReport:
     """Find the captioned images under `path` and decode each once, with a progress bar on terminals.
 
     The report, every name in it, is also written into the folder. `resolution` only makes it name the images with a
     shorter side. InputError: as `find_examples`, or more than 10 % of the images unreadable.
     """
-    report = find_examples(path)
-    places = {example.name: example.place for example in report.examples}
-    broken, total = [], len(places)
-    tried = read_ahead(lambda name: (name, *_try(report, places[name])), places, 1024)
+    report = find_examples(path, split, caption_column)
+    examples = {example.name: example for example in report.examples}  # some have several rows
+    broken, total = [], len(examples)
+    tried = read_ahead(lambda name: (name, *_try(report, examples[name])), examples, 1024)
     for name, reason, short_side in tqdm(tried, "scan", total, disable=None):
         if reason:
             broken.append(f"{printable(name)} ({reason})")
@@ -166,10 +178,10 @@ def _refuse_too_many(path: str, unreadable: list[str], total: int) -> None:
         raise InputError(f"{path}: {found}: repair or remove {some(unreadable)}")
 
 
-def _try(report: FolderReport, place: Place) -> tuple[str, int]:
+def _try(report: FolderReport, example: Example) -> tuple[str, int]:
     """(why the image cannot be read, "" if it can; its shorter side in pixels)."""
     try:
-        with Image.open(io.BytesIO(report.read(place))) as image:
+        with Image.open(io.BytesIO(report.read(example.place))) as image:
             short_side = min(image.size)
             image.draft(image.mode, (64, 64))  # JPEG: read everything, compute an eighth of the pixels
             to_rgb(image)
