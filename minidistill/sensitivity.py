@@ -17,6 +17,7 @@ from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.cli import option, run_command
+from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.distill.block_removal import RECIPES, Removal, format_count, plan_removal
 from minidistill.distill.probes import Probe, make_probes
 from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
@@ -39,6 +40,8 @@ SAVINGS = ("parameters", "macs", "latency")
 class Config:
     teacher: str = option("miniature", "SOURCE of the teacher")
     data: str = option("scenes", "scenes (held-out ones), a folder of images with captions, or its latent cache")
+    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     resolution: int | None = option(None, "image size in pixels; none: that of the teacher", minimum=8)
     samples: int = option(64, "noisy latents to measure on, one timestep each; rounded up to full batches", minimum=1)
     batch_size: int = option(16, "samples per batch", minimum=1)
@@ -94,7 +97,8 @@ def prepare(config: Config) -> tuple[UNet, list[Probe]]:
     if not smallest_removals(pipe.unet.config):
         raise InputError(f"{config.teacher}: no block can be removed from this model; use a larger --teacher")
     side = resolution_for(pipe, config.resolution, config.teacher)
-    data = open_data(config.data, side, Scenes("test", length=config.samples))
+    scenes = Scenes("test", length=config.samples)
+    data = open_data(config.data, side, scenes, config.split, config.caption_column)
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)
     # Not the text encoders: caches of their outputs are identified by their weights.
     teacher = pipe.unet.eval().requires_grad_(False).to(dtype)

@@ -20,6 +20,7 @@ import torch
 
 from minidistill.cli import option, run_command
 from minidistill.data.cache import LatentCache
+from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import block_removal, kd
 from minidistill.distill.block_removal import PAIRINGS, RECIPES, Removal
@@ -62,6 +63,8 @@ class Config:
     feature_norm: bool = option(False, "divide each feature's loss by the teacher's mean square, as in LAPTOP-Diff")
     copy_weights: bool = option(True, "initialise the student with the teacher's weights, not at random")
     data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
+    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     images: int = option(4096, "number of scenes to train on", minimum=1)
     resolution: int | None = option(None, "training resolution in pixels (default: the teacher's)", minimum=8)
     random_conditioning: bool = option(False, "replace captions by random ones with probability exp(-5 (1 - t/T))")
@@ -229,7 +232,8 @@ def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Remova
     check_weights(pipe, config.teacher)
     config = resolve(config, pipe)
     removal = check_removal(config, pipe)
-    data = open_data(config.data, config.resolution, Scenes("train", length=config.images))
+    scenes = Scenes("train", length=config.images)
+    data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
     side = config.resolution // pipe.vae.config.downscale
     print(
         format_table(block_removal.removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n", flush=True
