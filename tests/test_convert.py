@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_pipeline import change_json
-from test_sources import UNET, altered, run_convert
+from test_sources import UNET, altered, edited, run_convert
 
 from minidistill.diffusion.sampling import Sampling, find_sampling, sampling_metadata
 from minidistill.interop.lora_files import write_lora
@@ -75,7 +75,7 @@ def test_a_name_of_a_file_that_is_not_written_makes_no_folder(tmp_path, capsys):
     assert not (tmp_path / "student.ckpt").exists()
 
 
-# laid over a whole model
+# replaced a whole model
 
 
 def test_every_part_that_is_laid_over_is_in_what_is_written(sources, parts, tmp_path):
@@ -83,7 +83,7 @@ def test_every_part_that_is_laid_over_is_in_what_is_written(sources, parts, tmp_
     loras = f"{parts['style']},{parts['pose']}"
     words = ("--unet", other, "--vae", parts["taesd"], "--lora", loras, "--lora-scale", "0.5,-1")
     assert run_convert(sources["sd1"], tmp_path / "made", *words) == 0
-    expected = load_pipeline(
+    expected = edited(
         sources["sd1"], unet=other, vae=parts["taesd"], loras=[(parts["style"], 0.5), (parts["pose"], -1.0)]
     )
     found = load_pipeline(tmp_path / "made")
@@ -94,7 +94,7 @@ def test_every_part_that_is_laid_over_is_in_what_is_written(sources, parts, tmp_
     assert isinstance(oracle.vae, diffusers.AutoencoderTiny)
     # One scale is for all; and each of the flags has its effect.
     assert run_convert(sources["sd1"], tmp_path / "alike", "--lora", loras, "--lora-scale", "0.5") == 0
-    alike = load_pipeline(sources["sd1"], loras=[(parts["style"], 0.5), (parts["pose"], 0.5)])
+    alike = edited(sources["sd1"], loras=[(parts["style"], 0.5), (parts["pose"], 0.5)])
     assert same(load_file(tmp_path / "alike" / UNET), alike.unet.state_dict())
     assert not same(alike.unet.state_dict(), load_pipeline(sources["sd1"]).unet.state_dict())
 
@@ -170,7 +170,9 @@ def test_a_unet_alone_takes_a_precision_an_average_loras_and_keeps_its_settings(
     write_lora(tmp_path / "lora.safetensors", {"unet": made_lora(pipe.unet, 5)})
     words = ("--ema", "--dtype", "bf16", "--lora", tmp_path / "lora.safetensors", "--lora-scale", "2")
     assert run_convert(one, tmp_path / "a", *words) == 0
-    merged = load_pipeline(parts["both"], dtype=torch.bfloat16, ema=True, loras=[(tmp_path / "lora.safetensors", 2.0)])
+    merged = edited(
+        parts["both"], unet=parts["both"], dtype=torch.bfloat16, ema=True, loras=[(tmp_path / "lora.safetensors", 2.0)]
+    )
     assert same(load_file(tmp_path / "a" / WEIGHTS), merged.unet.state_dict())
     assert run_convert(tmp_path / "a", tmp_path / "b.safetensors") == 0
     for path in (tmp_path / "a" / WEIGHTS, tmp_path / "b.safetensors"):
@@ -207,7 +209,7 @@ def test_a_lora_goes_from_form_to_form(sources, parts, tmp_path, capsys):
     assert any(name.endswith(".lora_A.weight") for name in load_file(in_peft))
     assert same(load_file(again), load_file(parts["style"]))
     assert read_metadata(again) == read_metadata(parts["style"])
-    one, other = (load_pipeline(sources["sd1"], loras=[(file, 1.0)]) for file in (parts["style"], in_peft))
+    one, other = (edited(sources["sd1"], loras=[(file, 1.0)]) for file in (parts["style"], in_peft))
     for part, network in one.networks.items():
         assert same(other.networks[part].state_dict(), network.state_dict())
     assert run_convert(parts["style"], tmp_path / "half.safetensors", "--layout", "peft", "--dtype", "fp16") == 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
+from minidistill.data.text_cache import TextCache
 from minidistill.diffusion.noise import generator_for
 from minidistill.errors import InputError
 from minidistill.miniature.scenes import Scenes
@@ -122,7 +123,7 @@ class Batches:
         self.caption_dropout, self.flip, self.device = caption_dropout, flip, pipe.device
         self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
         self._cache: Latents | LatentCache | None = None
-        self._text: KnownText | LatentCache | None = None
+        self._text: KnownText | TextCache | None = None
         if isinstance(data, LatentCache):
             data.check(pipe, flip)
         if isinstance(data, LatentCache | Latents):
@@ -133,8 +134,8 @@ class Batches:
             size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
             if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
                 self._cache = encode_all(data, pipe.vae, flip)
-        if isinstance(data, LatentCache) and data.has_text:
-            self._text = data
+        if isinstance(data, LatentCache) and data.text:
+            self._text = data.text
         elif self._cache is not None and keep_text:
             self._text = encode_captions(self._cache, pipe)
 
