@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
+
+import torch
 
 from minidistill.data import cache
 from minidistill.data.cache import LatentCache
@@ -40,6 +43,29 @@ def check_weights(pipe: Pipeline, source: str) -> None:
         for name, weight in network.named_parameters():
             if not weight.isfinite().all():
                 raise InputError(f"{source}: {part}/ {name} is not finite; download or save this model again")
+
+
+def content_of(pipe: Pipeline, data: Captioned | LatentCache) -> dict[str, str]:
+    """What --resume compares in place of paths: the weights that a run starts from, and its examples."""
+    return {"weights": weights_fingerprint(pipe), "examples": data.fingerprint()}
+
+
+def weights_fingerprint(pipe: Pipeline) -> str:
+    """A hash of a model's tokenizers, schedule and weights, the same on every device and under every path.
+
+    Of each tensor it takes the name, shape and dtype, the sum of all bytes, eight at a time as integers, which is exact
+    in any order, and 256 bytes as they are. As fast as memory is read: seconds for SDXL.
+    """
+    texts = [(sorted(t.vocab.items()), t.merges, t.max_length, t.pad_token) for t in pipe.tokenizers]
+    digest = hashlib.sha256(repr((texts, pipe.schedule, pipe.zero_unconditional)).encode())
+    for part, network in sorted({**pipe.networks, "vae": pipe.vae}.items()):
+        for name, tensor in sorted(network.state_dict().items()):
+            octets = tensor.detach().flatten().view(torch.uint8)
+            eights = octets[: len(octets) // 8 * 8].view(torch.int64)
+            some = eights[torch.arange(32, device=eights.device) * len(eights) // 32] if len(eights) else eights
+            content = part, name, tuple(tensor.shape), str(tensor.dtype), int(eights.sum()), some.tolist()
+            digest.update(repr((*content, octets[8 * len(eights) :].tolist())).encode())
+    return digest.hexdigest()[:16]
 
 
 def resolution_for(pipe: Pipeline, asked: int | None, source: str) -> int:

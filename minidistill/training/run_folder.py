@@ -27,9 +27,11 @@ from torch import Tensor
 from minidistill.errors import InputError
 from minidistill.training.state import Part, pack, unpack
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
+from minidistill.weights.folders import SHIPPED
 
-# What may differ when a run is resumed: how long, how often it reports, where it runs. Anything else changes the
-# result. (With a cosine schedule, new `steps` bend the learning rate from there on; every change is printed.)
+# What may differ when a run is resumed: how long, how often it reports, where it runs, where its model and its images
+# are (`weights` and `examples` say which they are). Anything else changes the result. (With a cosine schedule, new
+# `steps` bend the learning rate from there on; every change is printed.)
 MAY_CHANGE = (
     "steps",
     "log_every",
@@ -37,12 +39,15 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "device",
-    "data",  # where the examples are: which they are (`examples`, with split and column) is compared
+    "teacher",
+    "model",
+    "data",
     "split",
     "caption_column",
     "push_to_hub",
     "private",
 )
+SOURCES = ("teacher", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
 
@@ -172,15 +177,20 @@ def _check_same_run(out: str | Path, stored: dict[str, Any], config: dict[str, A
     if refused := [describe(name) for name in changed if name not in MAY_CHANGE]:
         raise InputError(
             f"cannot resume {out} under other settings: {', '.join(refused)}; "
-            "give it the same flags and images, or start anew in another --out"
+            "give it the same flags, model and images, or start anew in another --out"
         )
     for name in changed:
         print(f"resuming with {describe(name)}", flush=True)
 
 
 def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Tuples become lists, as in the stored file."""
-    return json.loads(json.dumps(config))
+    """Settings as config.json has them: tuples are lists, paths of this machine do not depend on the current folder."""
+    stored = json.loads(json.dumps(config))
+    for name in SOURCES:
+        path = os.path.expanduser(stored.get(name) or "")
+        if path not in ("scenes", *SHIPPED) and os.path.exists(path):
+            stored[name] = os.path.abspath(path)
+    return stored
 
 
 def _step_of(path: Path) -> int:
