@@ -84,6 +84,28 @@ def test_resume_allows_longer_and_elsewhere_and_says_so(tmp_path, capsys):
     assert json.loads(run.config.read_text())["steps"] == 600
 
 
+HOLDER = """
+import sys, time
+from minidistill.training.run_folder import RunFolder
+RunFolder.find(sys.argv[1], {}).begin({})
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked on Windows")
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
+    words = [sys.executable, "-c", HOLDER, tmp_path / "run"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as first:
+        assert first.stdout.readline() == "begun\n"
+        with pytest.raises(InputError, match=r"another process is writing .*run: wait for it, or take another --out"):
+            RunFolder.find(tmp_path / "run", {}, resume=True)
+        first.kill()
+        first.wait()
+        RunFolder.find(tmp_path / "run", {}, resume=True).begin({})
+        RunFolder.find(tmp_path / "run", {}, resume=True)  # the same process may, again
+
+
 def test_a_source_may_move_and_be_spelt_otherwise_its_content_may_not(tmp_path, monkeypatch, capsys):
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
