@@ -6,8 +6,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minidistill import finetune, train_kd
+from minidistill.errors import InputError
 from minidistill.pipeline import load_pipeline
-from minidistill.training.inputs import weights_fingerprint
+from minidistill.training.inputs import check_training, weights_fingerprint
+from minidistill.training.optim import adamw
+
+
+@pytest.mark.parametrize("command", [train_kd, finetune])
+def test_a_learning_rate_that_trains_nothing_is_refused_and_one_that_is_not_reached_is_noted(command, recwarn):
+    with pytest.raises(InputError, match="--learning-rate must be above 0"):
+        check_training(command.Config(learning_rate=0.0))
+    check_training(command.Config(steps=40, warmup=40))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="--warmup 40 is longer than --steps 20: 50% of --learning-rate is all"):
+        check_training(command.Config(steps=20, warmup=40))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-3])
+def test_no_optimizer_is_made_with_a_learning_rate_of_zero_or_below(rate):
+    with pytest.raises(InputError, match="--learning-rate must be above 0"):
+        adamw([torch.nn.Parameter(torch.ones(1))], lr=rate)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Protocol
 
 import torch
@@ -23,10 +24,19 @@ class Training(Protocol):
     max_grad_norm: float | None
     ema_decay: float | None
     caption_dropout: float
+    learning_rate: float | None
+    warmup: int
+    steps: int
 
 
 def check_training(config: Training) -> None:
-    """InputError: settings that no flag's minimum can refuse."""
+    """InputError: settings that no flag's minimum can refuse. A warning: a learning rate that is never reached."""
+    if config.learning_rate == 0:
+        raise InputError("--learning-rate must be above 0, or nothing trains")
+    if config.warmup > config.steps:
+        short = f"--warmup {config.warmup} is longer than --steps {config.steps}"
+        reached = f"{config.steps / config.warmup:.0%} of --learning-rate is all that is reached"
+        warnings.warn(f"{short}: {reached}; give a shorter --warmup", stacklevel=2)
     if config.ema_decay is not None and config.ema_decay >= 1:
         raise InputError(f"--ema-decay must be below 1, not {config.ema_decay:g}: the average would never move")
     if config.caption_dropout > 1:
