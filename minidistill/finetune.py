@@ -35,7 +35,14 @@ from minidistill.training import optim
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_training, check_weights, content_of, open_data, resolution_for
+from minidistill.training.inputs import (
+    check_training,
+    check_weights,
+    content_of,
+    open_data,
+    resolution_for,
+    smallest_map,
+)
 from minidistill.training.log import MetricsLog
 from minidistill.training.run_folder import RunFolder
 
@@ -197,7 +204,6 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> Path:
 def set_up(config: Config) -> Run:
     """Check all settings, build what trains, measure the model before training. No file is written."""
     device = get_device(config.device)
-    precision = get_precision(config.precision, device)
     check_lora(config)
     check_training(config)
     pipe = load_pipeline(config.model, device)
@@ -206,6 +212,8 @@ def set_up(config: Config) -> Run:
     config = resolve(config, pipe)
     scenes = Scenes("train", length=config.images)
     data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
+    smallest = smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
+    precision = get_precision(config.precision, device, smallest)
     settings = {**asdict(config), **content_of(pipe, data)}
     folder = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:

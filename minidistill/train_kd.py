@@ -37,7 +37,14 @@ from minidistill.training import optim
 from minidistill.training.batches import Batches, Captioned, captions_of
 from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_training, check_weights, content_of, open_data, resolution_for
+from minidistill.training.inputs import (
+    check_training,
+    check_weights,
+    content_of,
+    open_data,
+    resolution_for,
+    smallest_map,
+)
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.run_folder import RunFolder
 
@@ -188,9 +195,10 @@ def main(config: Config) -> None:
 def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
     device = get_device(config.device)
-    config = replace(config, precision=config.precision or best_precision(device))
-    precision = get_precision(config.precision, device)
     config, pipe, removal, data = plan(config, device)
+    smallest = smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
+    config = replace(config, precision=config.precision or best_precision(device, smallest))
+    precision = get_precision(config.precision, device, smallest)
     pairs = block_removal.feature_pairs(removal, config.pairing)
     settings = {**asdict(config), **content_of(pipe, data)}
     folder = RunFolder.find(config.out, settings, config.resume)

@@ -37,23 +37,32 @@ def get_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def get_precision(name: str, device: torch.device) -> Precision:
+def get_precision(name: str, device: torch.device, smallest: int = 2) -> Precision:
     """Mixed precision: weights stay float32, the forward pass runs in `name` ("fp32", "bf16", "fp16").
 
-    fp16 gradients underflow without loss scaling. InputError: as in `get_dtype`, or fp16 not on CUDA.
+    fp16 gradients underflow without loss scaling.
+
+    Args:
+        smallest: pixels across the smallest feature map that is downsampled, as `inputs.smallest_map` counts them.
+
+    Raises:
+        InputError: as in `get_dtype`; fp16 not on CUDA; bf16 on a CPU where its gradients are wrong.
     """
     dtype = get_dtype(name, device)
     if name == "fp16" and device.type != "cuda":
         raise InputError("--precision fp16: training in fp16 needs a CUDA device; use fp32")
+    if name == "bf16" and not _has_bf16_gradients(device, smallest):
+        what = "PyTorch's bf16 gradients on a CPU are wrong where feature maps of one pixel are downsampled, as here"
+        raise InputError(f"--precision bf16: {what}; use fp32, or a larger --resolution")
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     if name == "fp32":
         return Precision(contextlib.nullcontext(), scaler)
     return Precision(torch.autocast(device.type, dtype=dtype), scaler)
 
 
-def best_precision(device: torch.device) -> str:
-    """Name of the fastest safe one."""
-    return "bf16" if _computes_bf16(device) else "fp32"
+def best_precision(device: torch.device, smallest: int = 2) -> str:
+    """Name of the fastest safe one. smallest: as in `get_precision`."""
+    return "bf16" if _computes_bf16(device) and _has_bf16_gradients(device, smallest) else "fp32"
 
 
 def get_dtype(name: str, device: torch.device, flag: str = "--precision") -> torch.dtype:
@@ -65,6 +74,11 @@ def get_dtype(name: str, device: torch.device, flag: str = "--precision") -> tor
     if name == "bf16" and device.type == "cuda" and not _computes_bf16(device):
         raise InputError(f"{flag} bf16: this GPU has no bf16; use fp16 or fp32")
     return PRECISIONS[name]
+
+
+def _has_bf16_gradients(device: torch.device, smallest: int) -> bool:
+    """Not those of a stride-2 convolution of a map one pixel wide on a CPU: findings/torch_bf16_conv_1x1_cpu.sh."""
+    return device.type != "cpu" or smallest > 1
 
 
 def _computes_bf16(device: torch.device) -> bool:
