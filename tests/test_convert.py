@@ -73,7 +73,7 @@ def refused(capsys, *words) -> str:
 # replaced a whole model
 
 
-def test_every_part_that_is_laid_over_is_in_what_is_written(sources, parts, tmp_path):
+def test_every_part_that_is_replaced_is_in_what_is_written(sources, parts, tmp_path):
     other = altered(sources["sd1"], tmp_path / "other")
     loras = f"{parts['style']},{parts['pose']}"
     words = ("--unet", other, "--vae", parts["taesd"], "--lora", loras, "--lora-scale", "0.5,-1")
@@ -147,7 +147,7 @@ def test_a_unet_alone_becomes_a_folder_and_a_file_and_stays_the_same(sources, pa
         theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / dest)
         assert same(theirs.state_dict(), expected)
         assert theirs.config.cross_attention_dim == 24
-        assert run_convert(sources["sd1"], tmp_path / f"{dest}-model", "--unet", tmp_path / dest) == 0  # it goes on
+        assert run_convert(sources["sd1"], tmp_path / f"{dest}-model", "--unet", tmp_path / dest) == 0
 
 
 def test_diffusers_opens_the_file_of_a_unet_alone(sources, tmp_path):

@@ -410,7 +410,7 @@ def run_generate(*words: str) -> int:
     return info.value.code
 
 
-def test_generate_without_flags_writes_a_image_and_prints_its_path(miniature, tmp_path, capsys):
+def test_generate_without_flags_writes_an_image_and_prints_its_path(miniature, tmp_path, capsys):
     assert run_generate() == 0
     assert capsys.readouterr().out == "generated.png\n"
     expected = load_pipeline(miniature)(generate.GenerateConfig().prompt)
