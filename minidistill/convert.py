@@ -25,12 +25,12 @@ from minidistill.interop.header import UNET, prediction_entry
 from minidistill.interop.ldm import to_ldm_unet
 from minidistill.interop.lora_files import FORMS, rewrite_lora
 from minidistill.interop.replace import is_unet_alone, load_unet, merge_files, with_scales
-from minidistill.interop.single_file import marks, write_single_file
-from minidistill.training.optim import PRECISIONS
+from minidistill.interop.single_file import CPP, marks, write_single_file
+from minidistill.training.device import PRECISIONS
 from minidistill.weights.files import existing_file, write_safetensors
 from minidistill.weights.folders import find_model, read_sampling, save_unet
 
-LAYOUTS = ("folder", "single-file", *FORMS)
+LAYOUTS = ("folder", "single-file", CPP, *FORMS)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Config:
     )
     dest: str = option(REQUIRED, "new folder, or .safetensors file, to write", positional=True)
     layout: str | None = option(
-        None, "layout of DEST; kohya and peft are for LoRA files (default: by its name)", choices=LAYOUTS
+        None,
+        "layout of DEST; stable-diffusion.cpp: a file for that program; kohya, peft: LoRA files (default: by DEST)",
+        choices=LAYOUTS,
     )
     dtype: str | None = option(None, "precision of all weights (default: unchanged)", choices=PRECISIONS)
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
@@ -57,7 +59,7 @@ def main(config: Config) -> None:
     dest = Path(config.dest)
     layout = config.layout or ("single-file" if dest.suffix == ".safetensors" else "folder")
     if layout != "folder" and dest.suffix != ".safetensors":
-        what = "a single file" if layout == "single-file" else "a LoRA"
+        what = "a LoRA" if layout in FORMS else "a single file"
         raise InputError(f"{dest}: {what} is written as .safetensors: end its name so, or leave out --layout")
     if layout != config.layout and dest.suffix in (".ckpt", ".bin", ".pt", ".pth"):
         raise InputError(
@@ -70,6 +72,8 @@ def main(config: Config) -> None:
         convert_lora(config, dest)
     elif is_unet_alone(config.source, PRECISIONS.get(config.dtype)):
         refuse(config, ("unet", "vae"), f"{config.source} is a U-Net alone")
+        if layout == CPP:
+            raise InputError(f"{config.source} is a U-Net alone: {CPP} opens whole models")
         convert_unet(config, dest, layout)
     else:
         convert_pipeline(config, dest, layout)
@@ -84,7 +88,7 @@ def convert_pipeline(config: Config, dest: Path, layout: str) -> None:
         pipe.save(dest)
         return
     parts = (pipe.unet, pipe.vae, pipe.text_encoders, pipe.schedule, pipe.tokenizers)
-    write_single_file(dest, *parts, metadata=sampling_metadata(pipe.sampling))
+    write_single_file(dest, *parts, metadata=sampling_metadata(pipe.sampling), for_cpp=config.layout == CPP)
 
 
 def convert_unet(config: Config, dest: Path, layout: str) -> None:

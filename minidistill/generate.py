@@ -24,7 +24,7 @@ from minidistill.diffusion.sampling import SAMPLERS, Sampling
 from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
 from minidistill.pipeline import GUIDANCE, STEPS, Pipeline, load_pipeline
-from minidistill.training.optim import PRECISIONS, get_device, get_dtype
+from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
 from minidistill.weights.folders import Device, DType
 
@@ -56,7 +56,7 @@ class GenerateConfig:
     strength: float = option(0.8, "share of the steps done from the noised image on, above 0 to 1")
     height: int | None = option(None, "height in pixels (default: what the model was trained at)", minimum=1)
     width: int | None = option(None, "width in pixels (default: what the model was trained at)", minimum=1)
-    device: str = option("cpu", "cpu or cuda")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "precision of the U-Net and the text encoders", choices=PRECISIONS)
     vae_precision: str = option("fp32", "precision of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
     low_memory: bool = option(False, "text encoders on the CPU while sampling, images decoded in tiles")

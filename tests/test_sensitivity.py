@@ -260,11 +260,11 @@ def test_scenes_can_be_judged(tiny_sd1, tmp_path, monkeypatch):
     assert 0 <= entry["judge"] <= 1
 
 
-def test_half_precision_takes_a_cache_of_text_states_too(tiny_sd1, images, tmp_path, monkeypatch):
+def test_half_precision_takes_a_cache_too(tiny_sd1, images, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "smallest_removals", lambda config: [plan_removal(config, ("mid",))])
     monkeypatch.setattr(command, "RECIPES", {})
     path = str(tmp_path / "cache")
-    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(images), out=path, text_states=True))
+    cache.main(cache.CacheConfig(model=str(tiny_sd1), data=str(images), out=path))
     sensitivities = []
     for precision in ("fp32", "bf16"):
         words = ("--teacher", tiny_sd1, "--data", path, "--samples", 4, "--batch-size", 4, "--precision", precision)

@@ -6,10 +6,9 @@ import pytest
 
 from minidistill import study, train_kd
 from minidistill.cli import run_command
-from minidistill.errors import InputError
+from minidistill.errors import InputError, NonFiniteLoss
 from minidistill.pipeline import load_pipeline
 from minidistill.report import drawing
-from minidistill.training.optim import NonFiniteLoss
 
 
 def result(parameters: int, macs: int, distance: float) -> dict:

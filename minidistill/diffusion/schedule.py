@@ -1,17 +1,16 @@
-"""The noise schedule and every conversion between eps, x0, v and x_t.
+"""The noise schedule and all conversions between eps, x0, v and x_t.
 
-One convention throughout: timesteps are 0-based integers t = 0 .. T-1 and t = -1 is the clean latent
-(alpha_bar = 1). The papers count 1 .. T with 0 for clean; subtract one. `alpha_bar` is the cumulative product
-of 1 - beta, float32, shape (T,).
+Timesteps are 0-based integers t = 0 .. T-1; t = -1 is the clean latent (alpha_bar = 1). The papers count 1 .. T, with 0
+for clean. `alpha_bar` is the cumulative product of 1 - beta, float32, shape (T,).
 
     x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps        (DDPM, arXiv 2006.11239, eq. 4)
     v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x0        (progressive distillation, arXiv 2202.00512, app. D)
 
-Functions on latents take (B, ...) tensors and t as an int, a 0-d or a (B,) integer tensor. They return
-float32 (float64 for float64 input) whatever the latents' dtype: at t = 999 an error in eps reaches x0 14.6
-times larger, so half precision is not enough. Divisions by zero (eps -> x0 at abar = 0, x0 -> eps at
-abar = 1) raise ValueError on the CPU; on an accelerator asking would make every call wait for the device, so
-there the result is inf or nan (the samplers check their grid first).
+Functions of latents take (B, ...) tensors, and t as an int, a 0-d or a (B,) integer tensor. They return float32
+(float64 for float64 input) for any dtype of the latents: at t = 999 an error in eps is amplified 14.6 times in x0, so
+half precision is not enough. Divisions by zero (eps -> x0 at abar = 0, x0 -> eps at abar = 1) raise ValueError on the
+CPU; on an accelerator the check would synchronise the device, so there the result is inf or nan (the samplers check
+their grid first).
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
-# Settings of other schedulers that would change the results, with the only value that we compute.
+# Settings of other schedulers that change the results, with the only supported value.
 _ONLY_VALUE = {
     "trained_betas": None,
     "clip_sample": False,
@@ -45,7 +44,7 @@ _LEADING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMSched
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What defines the noise in a diffusers scheduler_config.json. The defaults are Stable Diffusion's."""
+    """The noise schedule of a diffusers scheduler_config.json. Defaults: those of Stable Diffusion."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -95,14 +94,14 @@ class ScheduleConfig:
         return cls(**(absent | {name: config[name] for name in names if name in config}))
 
     def to_dict(self) -> dict:
-        """A scheduler_config.json from which diffusers builds the same DDIMScheduler."""
+        """A scheduler_config.json for diffusers' DDIMScheduler."""
         return {"_class_name": "DDIMScheduler", **asdict(self), "clip_sample": False, "trained_betas": None}
 
 
 def make_alpha_bar(config: ScheduleConfig) -> Tensor:
-    """abar_t for t = 0 .. T-1: (T,) float32 on the CPU. `rescale_betas_zero_snr` makes the last exactly 0."""
+    """abar_t for t = 0 .. T-1: (T,) float32 on the CPU. With `rescale_betas_zero_snr` the last is exactly 0."""
     T = config.num_train_timesteps
-    if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Stable Diffusion's, not DDPM's
+    if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Stable Diffusion, not DDPM
         betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float32) ** 2
     else:
         betas = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float32)
@@ -112,7 +111,7 @@ def make_alpha_bar(config: ScheduleConfig) -> Tensor:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas (T,) whose abar_{T-1} is 0 while abar_0 stays (arXiv 2305.08891, algorithm 1). T >= 2."""
+    """Betas (T,) rescaled so that abar_{T-1} = 0, with abar_0 unchanged (arXiv 2305.08891, algorithm 1). T >= 2."""
     if len(betas) < 2:
         raise ValueError("zero terminal SNR needs at least 2 timesteps")
     root = torch.cumprod(1 - betas, dim=0).sqrt()
@@ -123,14 +122,14 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def final_alpha_bar(config: ScheduleConfig, alpha_bar: Tensor) -> float:
-    """Where DDIM's last step goes: 1 (clean), or abar_0 if `set_alpha_to_one` is false (Stable Diffusion)."""
+    """Target of DDIM's last step: 1 (clean), or abar_0 if `set_alpha_to_one` is false (Stable Diffusion)."""
     return 1.0 if config.set_alpha_to_one else float(alpha_bar[0])
 
 
 def alpha_at(alpha_bar: Tensor, t: int | Tensor, like: Tensor) -> Tensor:
-    """abar_t to broadcast over `like`, on its device: (B, 1, ..., 1), or (1, ..., 1) for a single t.
+    """abar_t on the device of `like`, broadcastable to it: (B, 1, ..., 1), or (1, ..., 1) for a single t.
 
-    t = -1 gives 1 (clean). ValueError: t is not an integer, or (seen on the CPU only) outside -1 .. T-1.
+    t = -1 gives 1 (clean). ValueError: t is not an integer, or (checked on the CPU only) outside -1 .. T-1.
     """
     t = torch.as_tensor(t, device=like.device)
     if t.is_floating_point():
@@ -139,15 +138,15 @@ def alpha_at(alpha_bar: Tensor, t: int | Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"t must be -1 .. {len(alpha_bar) - 1}, got {t.tolist()}")
     alpha_bar = alpha_bar.to(like.device)
     a = torch.where(t < 0, torch.ones_like(alpha_bar[0]), alpha_bar[t.clamp(min=0)])
-    # Dimensions even for a single t: a 0-d factor would not widen half-precision latents to float32.
+    # Not 0-d for a single t: a 0-d factor would not promote half-precision latents to float32.
     return a.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: int | Tensor, alpha_bar: Tensor, pure_noise_at_end: bool = False) -> Tensor:
     """x_t (B, ...) from clean x0 and standard-normal eps (DDPM eq. 4; SDXL-Lightning, 2402.13929, eq. 1).
 
-    `pure_noise_at_end` gives x_t = eps at t = T-1 (SDXL-Lightning eq. 24): sampling starts from pure noise
-    although abar_{T-1} is not 0, and a student must be trained on the input it will get.
+    pure_noise_at_end: x_t = eps at t = T-1 (SDXL-Lightning eq. 24). Sampling starts from pure noise although abar_{T-1}
+    is not 0, and a student must be trained on the same input.
     """
     a = alpha_at(alpha_bar, t, x0)
     if pure_noise_at_end:
@@ -157,7 +156,7 @@ def add_noise(x0: Tensor, eps: Tensor, t: int | Tensor, alpha_bar: Tensor, pure_
 
 
 def to_x0(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """The clean latents that an output implies (eps: SDXL-Lightning eq. 3). Undefined for eps at abar = 0."""
+    """Model output -> x0 (from eps: SDXL-Lightning eq. 3). Undefined for eps at abar = 0."""
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "epsilon":
@@ -169,7 +168,7 @@ def to_x0(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predicti
 
 
 def to_eps(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """The noise that an output implies (x0: SDXL-Lightning eq. 4). Undefined for x0 at abar = 1 (t = -1)."""
+    """Model output -> eps (from x0: SDXL-Lightning eq. 4). Undefined for x0 at abar = 1 (t = -1)."""
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "sample":
@@ -181,7 +180,7 @@ def to_eps(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predict
 
 
 def to_v(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """The velocity v that an output implies. Undefined for eps at abar = 0 and for x0 at abar = 1."""
+    """Model output -> v. Undefined for eps at abar = 0 and for x0 at abar = 1."""
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "epsilon":
@@ -194,7 +193,7 @@ def to_v(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predictio
 
 
 def training_target(x0: Tensor, eps: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """What the network's output is regressed on: eps, x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
+    """The regression target of the network: eps, x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
     _check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "epsilon":
         return eps
@@ -212,25 +211,25 @@ def move(
     alpha_bar: Tensor,
     prediction: str = "epsilon",
 ) -> Tensor:
-    """x_t moved along the flow to any other t, -1 = clean (SDXL-Lightning eq. 5; DDIM with eta = 0)."""
+    """x_t moved along the probability flow to t_next, -1 = clean (SDXL-Lightning eq. 5; DDIM with eta = 0)."""
     a_next = alpha_at(alpha_bar, t_next, x_t)
     x0 = to_x0(out, x_t, t, alpha_bar, prediction)
     if isinstance(t_next, int) and t_next == -1:
-        return x0  # also from t = -1, where eps is undefined for x0-prediction and not needed
+        return x0  # also for t = -1, where x0-prediction has no eps
     return a_next.sqrt() * x0 + (1 - a_next).sqrt() * to_eps(out, x_t, t, alpha_bar, prediction)
 
 
 def time_grid(
     steps: int, spacing: str, num_train_timesteps: int = 1000, offset: int = 1, fractional: bool = False
 ) -> Tensor:
-    """The `steps` timesteps of a sampler, descending: (steps,) int64. Spacings: arXiv 2305.08891, table 2.
+    """The timesteps of a sampler, descending: (steps,) int64. Spacings: arXiv 2305.08891, table 2.
 
-    With T = 1000 and 4 steps: leading 751 501 251 1, trailing 999 749 499 249, linspace 999 666 333 0. The
-    end (-1, clean) is not part of the grid. One step is t = offset (leading), T-1 (trailing), 0 (linspace):
-    only trailing can sample in one. `offset`, scheduler_config's steps_offset, concerns leading only.
-    `fractional` returns float32 and leaves linspace unrounded: Euler's grid; the others keep their values.
+    With T = 1000 and 4 steps: leading 751 501 251 1, trailing 999 749 499 249, linspace 999 666 333 0. The end (-1,
+    clean) is not part of the grid. A single step is at t = offset (leading), T-1 (trailing) or 0 (linspace), so only
+    trailing can sample in one. offset: steps_offset of scheduler_config.json, for leading only. fractional: float32,
+    and linspace is not rounded, as Euler uses it.
 
-    ValueError: steps outside 1 .. T, an unknown spacing, or an offset that leads beyond T-1.
+    ValueError: steps outside 1 .. T, an unknown spacing, or an offset that leaves 0 .. T-1.
     """
     T = num_train_timesteps
     _check_choice("spacing", spacing, SPACINGS)
@@ -239,8 +238,7 @@ def time_grid(
     if spacing == "leading":
         grid = np.arange(steps)[::-1] * (T // steps) + offset
     elif spacing == "trailing":
-        # The cut matters: for some counts (61, 103, ...) rounding error leaves a value just above 0 at the
-        # end, which would be one step too many, at t = -1.
+        # [:steps]: for some counts (61, 103, ...) rounding leaves a value just above 0, one more step at t = -1.
         grid = np.arange(T, 0, -T / steps)[:steps].round() - 1
     else:
         grid = np.linspace(0, T - 1, steps)[::-1]

@@ -1,17 +1,14 @@
-"""One optimizer step, in pieces: learning rate, AdamW, gradient norm, precision, the finite check."""
+"""One optimizer step, in pieces: learning rate, AdamW, gradient norm, the finite check."""
 
-import contextlib
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minidistill.errors import InputError
+from minidistill.errors import NonFiniteLoss
 
 SCHEDULES = ("constant", "cosine")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def lr_at(step: int, base: float, warmup: int, total: int, schedule: str = "constant") -> float:
@@ -77,67 +74,6 @@ def optimizer_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-# ------------------------------------------------------------------------------------------------------------
-# device and precision
-
-
-class Precision(NamedTuple):
-    """`with autocast:` around the forward pass; `scaler` around backward and step (idle unless fp16)."""
-
-    autocast: contextlib.AbstractContextManager
-    scaler: torch.amp.GradScaler
-
-
-def get_device(name: str) -> torch.device:
-    """cpu, cuda or cuda:1 -> device. InputError if it is another name, or not there."""
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"--device takes cpu, cuda or cuda:N, not '{name}'")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(index or 0) >= count:
-        raise InputError(f"--device {name}: PyTorch sees {count} {kind} devices here; use --device cpu")
-    return torch.device(name)
-
-
-def get_precision(name: str, device: torch.device) -> Precision:
-    """Mixed precision: weights stay float32, the forward pass runs in `name` ("fp32", "bf16", "fp16").
-
-    fp16 gradients underflow without loss scaling. InputError: as in `get_dtype`.
-    """
-    dtype = get_dtype(name, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-    if name == "fp32":
-        return Precision(contextlib.nullcontext(), scaler)
-    return Precision(torch.autocast(device.type, dtype=dtype), scaler)
-
-
-def best_precision(device: torch.device) -> str:
-    """Name of the fastest safe one."""
-    return "bf16" if _computes_bf16(device) else "fp32"
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed, not emulated: by GPUs since Ampere, by CPUs with AVX-512."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def get_dtype(name: str, device: torch.device, flag: str = "--precision") -> torch.dtype:
-    """fp32, bf16 or fp16 -> type. InputError, naming `flag`: an unknown name, or a type the device cannot do well."""
-    if name not in PRECISIONS:
-        raise InputError(f"{flag} takes {', '.join(PRECISIONS)}, not '{name}'")
-    if name == "fp16" and device.type == "cpu":
-        raise InputError(f"{flag} fp16 needs a CUDA device; on a CPU use bf16 or fp32")
-    if name == "bf16" and device.type == "cuda" and not _computes_bf16(device):
-        raise InputError(f"{flag} bf16: this GPU has no bf16; use fp16 or fp32")
-    return PRECISIONS[name]
-
-
-class NonFiniteLoss(InputError):
-    """The loss, or what the model draws, became nan or infinite: the run cannot go on with these settings."""
 
 
 def check_finite(loss: Tensor, step: int, t: Tensor, what: str = "loss") -> None:

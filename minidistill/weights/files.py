@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from minidistill.weights.layouts import match_names
 Model = TypeVar("Model", bound=nn.Module)
 # What torch raises of a damaged file: its unpickler checks little of what the bytes make it do.
 DAMAGED = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+# Of Python's own library, what training programs save beside weights.
+DATA_MODULES = {"argparse", "collections", "datetime", "pathlib", "typing"}
+DATA_TYPES = {f"builtins.{kind.__name__}" for kind in (bool, bytes, dict, float, int, list, object, set, str, tuple)}
 SHOWN = 3  # tensors named in a message; the rest are counted
 
 
@@ -54,15 +59,20 @@ def _opened(path: str | Path) -> Iterator[Any]:
 def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .bin, .pt, .pth or .ckpt state dict, read without running any code hidden in the file.
 
-    Of a training checkpoint, what is under the name "state_dict"; counters and optimizer states beside it are left.
-    InputError: the file is missing, broken, holds anything but tensors, or would need code to be run.
+    A training checkpoint that holds the state dict under the name "state_dict" is opened up; what lies beside it
+    (counters, optimizer states, the training program's objects) is no part of the model. Classes that torch does not
+    know are neither imported nor called: `_stand_ins` take their places.
+
+    Raises:
+        InputError: the file is missing, broken, holds anything but tensors, or would need code to be run.
     """
     path = existing_file(path)
     try:
         # Only the zip format that torch has written since 1.6 can be memory-mapped.
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals(_stand_ins(path) if is_zip else []):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         # torch says "Weights only load failed" of a forbidden object and of a file that is no pickle.
         if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
@@ -77,6 +87,39 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
         raise InputError(f"{path} is not a state dict: a file that maps names to tensors, nothing else, is needed")
     return dict(content)
+
+
+class _Inert:
+    """Takes the place of an unknown class or function in a checkpoint: whatever is asked for, an empty mapping."""
+
+    def __new__(cls, *_):
+        return OrderedDict()  # which takes items and attributes, as most objects want
+
+
+class _InertArray:
+    """The same for NumPy's numbers, arrays and types, whose state is a tuple."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def _stand_ins(path: Path) -> list[tuple[type, str]]:
+    """Inert classes for the names in a checkpoint that torch does not know: callbacks, settings, NumPy's numbers.
+
+    Names of Python's own library but for its plain data are left out, so that torch refuses them: nothing but an attack
+    needs them to load weights.
+    """
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [
+        (_InertArray if name.startswith("numpy.") else _Inert, name)
+        for name in names
+        if name.partition(".")[0] not in sys.stdlib_module_names
+        or name.rpartition(".")[0] in DATA_MODULES
+        or name in DATA_TYPES
+    ]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
