@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minidistill.diffusion.noise import initial_noise
 from minidistill.diffusion.samplers import Callback, Model, ddim, euler, guide, sigmas_at
-from minidistill.diffusion.sampling import SAMPLERS, Sampling
+from minidistill.diffusion.sampling import SAMPLERS, Sampling, default_solver
 from minidistill.diffusion.schedule import ScheduleConfig, final_alpha_bar, make_alpha_bar, time_grid
 from minidistill.errors import InputError
 from minidistill.interop import sources
@@ -251,7 +251,10 @@ class Pipeline:
         if output not in ("images", "latents"):
             raise InputError(f"output must be images or latents, not {output!r}")
         self._warn_of_other_settings(steps, guidance, sampler, spacing)
-        own = self.sampling or Sampling(STEPS, "ddim", self.schedule.timestep_spacing, GUIDANCE)
+        if self.schedule.ignored:
+            left_out = ", ".join(self.schedule.ignored)
+            warnings.warn(f"not supported in sampling, and ignored, of scheduler_config.json: {left_out}", stacklevel=2)
+        own = self.sampling or Sampling(STEPS, *default_solver(self.schedule, sampler, spacing), GUIDANCE)
         guidance = own.guidance if guidance is None else guidance
         started = None
         if image is not None:

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from minidistill.diffusion.schedule import PREDICTIONS, SPACINGS
+from minidistill.diffusion.schedule import PREDICTIONS, SPACINGS, ScheduleConfig
 
 METADATA_KEY = "minidistill.sampling"
 SAMPLERS = ("ddim", "euler")
+USUAL_SPACING = {"ddim": "leading", "euler": "linspace"}  # defaults of their diffusers classes
 LIGHTNING = re.compile(r"sdxl_lightning_(\d+)step(?:_unet|_lora)?(_x0)?$")
 
 
@@ -64,3 +65,17 @@ def find_sampling(path: str | Path, metadata: Mapping[str, str]) -> Sampling | N
 def sampling_metadata(sampling: Sampling | None) -> dict[str, str]:
     """Metadata for a weights file, from which `find_sampling` reads the settings."""
     return {} if sampling is None else {METADATA_KEY: json.dumps(asdict(sampling))}
+
+
+def default_solver(schedule: ScheduleConfig, sampler: str | None = None, spacing: str | None = None) -> tuple[str, str]:
+    """(sampler, spacing) where the user (`sampler`, `spacing`) or the schedule does not determine them.
+
+    The sampler is ddim, or euler for eps-prediction where the first timestep has alpha_bar = 0 (zero terminal SNR with
+    trailing or linspace spacing): there DDIM is not defined. A spacing that the schedule does not have is the default
+    of the sampler in diffusers, as after a change of the scheduler by `from_config`. Unknown names are not used.
+    """
+    spacing = spacing if spacing in SPACINGS else schedule.timestep_spacing
+    if sampler not in SAMPLERS:
+        starts_at_zero = schedule.rescale_betas_zero_snr and spacing in ("trailing", "linspace")
+        sampler = "euler" if starts_at_zero and schedule.prediction_type == "epsilon" else "ddim"
+    return sampler, spacing or USUAL_SPACING[sampler]
