@@ -71,8 +71,8 @@ def test_clip_retrieves_captions():
 
 
 def test_its_images_show_what_the_captions_state(pipe):
-    captions = held_out_captions(48)
-    result = score(pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=24), captions)
+    captions = held_out_captions(32)
+    result = score(pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=32), captions)
     assert result["all"] >= 0.85 and result["relation"] >= 0.9, result
     assert min(result["shape"], result["colour"], result["size"], result["background"]) >= 0.9, result
 
