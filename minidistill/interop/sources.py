@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minidistill.diffusion.sampling import Sampling, find_sampling, sampling_metadata
+from minidistill.diffusion.sampling import Sampling, default_solver, find_sampling, sampling_metadata
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.interop import lora_files
@@ -120,13 +120,15 @@ def _from_folder(
     if ema and not unet:
         raise InputError(NO_EMA.format(base))
     suffixes = ("", "_2") if index["_class_name"] == folders.SDXL else ("",)
-    config = folders.load_vae_config(base)
+    config, schedule = folders.load_vae_config(base), folders.load_schedule(base)
+    if len(suffixes) == 1:  # old files lack it, and diffusers' pipelines of SD 1.x and 2.x set it too
+        schedule = replace(schedule, steps_offset=1)
     return Parts(
         load_unet(unet, device, dtype, ema) if unet else folders.load_unet(base, dtype, device),
         load_vae(vae, device, vae_dtype, config) if vae else folders.load_vae(base, vae_dtype, device),
         [folders.load_text_encoder(base, dtype, device, f"text_encoder{suffix}") for suffix in suffixes],
         [folders.load_tokenizer(base, f"tokenizer{suffix}") for suffix in suffixes],
-        folders.load_schedule(base),
+        schedule,
         sampling_of(unet or base, dtype),
         len(suffixes) == 2 and index.get("force_zeros_for_empty_prompt", True),
     )
@@ -275,7 +277,7 @@ def save_parts(folder: str | Path, parts: Parts) -> None:
     scheduler = "DDIMScheduler"
     if sampling is not None:
         schedule = _as_distilled(schedule, sampling)
-    if is_sdxl if sampling is None else sampling.sampler == "euler":
+    if is_sdxl or default_solver(schedule)[0] == "euler" if sampling is None else sampling.sampler == "euler":
         scheduler = "EulerDiscreteScheduler"
     folders.save_unet(folder, parts.unet, sampling_metadata(sampling))
     folders.save_vae(folder, parts.vae)
