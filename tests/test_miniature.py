@@ -54,7 +54,7 @@ def test_diffusers_loads_it_and_gives_the_same_images(pipe):
 
 def test_the_vae_preserves_the_attributes_of_captions():
     result = evaluate_vae(folders.load_vae(folders.MINIATURE), 100)
-    assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["judged_right"] >= 0.97, result
+    assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["all_correct"] >= 0.97, result
 
 
 def test_latents_have_unit_variance_in_every_channel(pipe):
