@@ -278,7 +278,7 @@ def test_a_sample_that_is_not_finite_is_named(sources):
         ({"latents": torch.zeros(2, 3, 8, 8)}, "(2, 4, h, w)"),
         ({"latents": torch.zeros(2, 4, 8, 8), "height": 64}, "leave out height"),
         ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "not finite"),
-        ({"latents": [[0.0]]}, "latents must be a torch.Tensor"),
+        ({"latents": [[0.0]]}, "latents must be a Tensor"),
         ({"seed": None}, "seed must be an integer"),
         ({"seed": 0.5}, "seed must be an integer"),
         ({"height": "64"}, "height must be an integer"),
