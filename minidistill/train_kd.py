@@ -23,7 +23,7 @@ from minidistill.data.cache import LatentCache
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import block_removal, kd
 from minidistill.distill.block_removal import PAIRINGS, RECIPES, Removal
-from minidistill.distill.memory import run_memory
+from minidistill.distill.memory import image_peak, memory_rows, step_peak
 from minidistill.distill.probes import make_probes
 from minidistill.distill.published import PUBLISHED
 from minidistill.distill.random_conditioning import RandomCaptions, sample_latents
@@ -180,7 +180,7 @@ def main(config: Config) -> None:
     with ema.swap():
         run.report.measure("student after", run.student, config.steps)
         run.student.save(run.folder.path / "student")
-    run.report.finish(run.folder.path / "student", "student", run.settings)
+    run.report.finish(run.folder.path / "student", "student", None, run.settings)
 
 
 def set_up(config: Config) -> Run:
@@ -285,17 +285,16 @@ def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
     best = "bf16" if config.device.startswith("cuda") else best_precision(torch.device("cpu"))
     config, pipe, removal, data = plan(replace(config, precision=config.precision or best), torch.device("cpu"))
-    rows = run_memory(
-        pipe,
+    side = config.resolution // pipe.vae.config.downscale
+    step = step_peak(
         removal,
         block_removal.feature_pairs(removal, config.pairing),
-        config.batch_size,
-        config.resolution,
+        (config.batch_size, side, side, pipe.tokenizers[0].max_length),
         half=config.precision != "fp32",
         checkpointing=config.gradient_checkpointing,
         accumulate=config.accumulate > 1,
-        averaged=config.ema_decay > 0,
     )
+    rows = memory_rows(removal, [pipe.vae, *pipe.text_encoders], step, image_peak(pipe.vae, side), config.ema_decay > 0)
     images, samples = config.image_free or len(data), config.steps * config.accumulate * config.batch_size
     shape = f"{config.steps} steps of {config.accumulate} x {config.batch_size} samples"
     print(f"{format_table(rows)}\n\n{shape}: each of {images} images is seen {samples / images:.1f} times")

@@ -471,7 +471,7 @@ def test_a_dry_run_prints_memory_and_samples_and_writes_nothing(train, tmp_path,
 def test_a_dry_run_makes_no_repository_counts_latents_and_takes_a_gpu_for_one_with_bf16(
     tiny_sd1, images, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train_kd, "run_memory", lambda *_, half, **__: halves.append(half) or [("",)])
+    monkeypatch.setattr(train_kd, "step_peak", lambda *_, half, **__: halves.append(half) or 0)
     monkeypatch.setattr(train_kd, "best_precision", lambda device: "fp32")  # of this machine
     monkeypatch.setattr(train_kd, "open_repo", lambda *_: pytest.fail("a repository was made"))
     halves, words = [], ("--teacher", tiny_sd1, "--data", images, "--out", tmp_path / "run", "--dry-run")
