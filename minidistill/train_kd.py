@@ -83,7 +83,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("cpu", "cpu, cuda or cuda:N")
-    precision: str | None = option(None, "of the forward passes (default: bf16 if hardware computes it)", PRECISIONS)
+    precision: str | None = option(None, "precision (default: bf16 if the device computes it, else fp32)", PRECISIONS)
     guidance: float = option(4.0, "classifier-free guidance of sampled images, and of --image-free latents")
     judged: int = option(
         48, "held-out scenes to evaluate the student on; 0: none", minimum=0, maximum=len(Scenes("test"))
