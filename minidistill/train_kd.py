@@ -11,9 +11,10 @@ objective (task), the teacher's prediction (output) and its intermediate feature
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -186,11 +187,11 @@ def main(config: Config) -> None:
 def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
     device = get_device(config.device)
-    config = replace(config, precision=config.precision or best_precision(device))
+    config = dataclasses.replace(config, precision=config.precision or best_precision(device))
     precision = get_precision(config.precision, device)
     config, pipe, removal, data = plan(config, device)
     pairs = block_removal.feature_pairs(removal, config.pairing)
-    settings = {**asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
+    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
     folder = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)
@@ -247,7 +248,7 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
         )
         warnings.warn(f"{what}: published runs took 6 to 16 million (--preset nota-sd15)", stacklevel=2)
     recipe = RECIPES[config.recipe or usual]
-    return replace(
+    return dataclasses.replace(
         config,
         recipe=config.recipe or usual,
         remove=recipe.remove if config.remove is None else config.remove,
@@ -284,7 +285,9 @@ def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) 
 def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
     best = "bf16" if config.device.startswith("cuda") else best_precision(torch.device("cpu"))
-    config, pipe, removal, data = plan(replace(config, precision=config.precision or best), torch.device("cpu"))
+    config, pipe, removal, data = plan(
+        dataclasses.replace(config, precision=config.precision or best), torch.device("cpu")
+    )
     side = config.resolution // pipe.vae.config.downscale
     step = step_peak(
         removal,

@@ -1,6 +1,5 @@
 """The study: what is run, what is taken from finished runs, and the arithmetic of the table, on made-up runs."""
 
-import dataclasses
 import json
 
 import pytest
@@ -28,7 +27,7 @@ def runs(monkeypatch):
         (folder / "student").mkdir(parents=True)
         after = result(40, 60, 9.0)
         (folder / "results.json").write_text(json.dumps({"teacher": result(100, 80, 0), "student after": after}))
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+        (folder / "config.json").write_text(json.dumps(train_kd.dataclasses.asdict(settings)))
         (folder / "student/model_index.json").write_text("{}")
 
     def measured(source, file, config, probes):
@@ -104,7 +103,7 @@ def test_a_run_that_diverged_is_left_out_and_not_tried_again(runs, tmp_path, mon
         if settings.recipe == "bk-base" or (settings.recipe, settings.seed) == ("bk-small", 0):
             runs.append(settings)
             study.Path(settings.out).mkdir()
-            (study.Path(settings.out) / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+            (study.Path(settings.out) / "config.json").write_text(json.dumps(train_kd.dataclasses.asdict(settings)))
             raise NonFiniteLoss("the loss is nan at step 7")
         usual(settings)
 
