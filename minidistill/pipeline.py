@@ -221,7 +221,7 @@ class Pipeline:
             seed: with a sample's index it decides the sample's noise, whatever the batch size.
             latents: standard-normal initial noise (B, C, h, w), in place of `seed`, `height` and `width`.
             image: RGB image(s) to start from, one for all or one each (image to image, arXiv 2108.01073).
-            strength: how much of the way to noise an image goes, (0, 1]: that share of the steps is done.
+            strength: share of the steps that is done from the noised image on, (0, 1].
             height, width: of the images, in pixels; None takes the image's or the size the model was trained at.
             first_index: of the first prompt, so that prompts split over calls get the noise of one call.
             callback: called once per step of each batch: `diffusion.samplers.Callback`.
