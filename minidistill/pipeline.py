@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minidistill.diffusion.noise import initial_noise
 from minidistill.diffusion.samplers import Callback, Model, guide
-from minidistill.diffusion.sampling import Sampling, as_distilled, solver
+from minidistill.diffusion.sampling import Sampling, as_distilled, default_solver, solver
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.clip import CLIPTextModel
@@ -62,12 +62,15 @@ def load_pipeline(
     index = folders.read_model_index(path)
     is_sdxl = index["_class_name"] == folders.SDXL
     suffixes = ("", "_2") if is_sdxl else ("",)
+    schedule = folders.load_schedule(path)
     return Pipeline(
         unet=folders.load_unet(path, dtype, "meta" if "unet" in without else device),
         vae=folders.load_vae(path, vae_dtype, "meta" if "vae" in without else device),
         text_encoders=[folders.load_text_encoder(path, dtype, device, f"text_encoder{x}") for x in suffixes],
         tokenizers=[folders.load_tokenizer(path, f"tokenizer{x}") for x in suffixes],
-        schedule=folders.load_schedule(path),
+        schedule=schedule
+        if is_sdxl
+        else replace(schedule, steps_offset=1),  # old files of SD lack it, as diffusers knows
         sampling=None if "unet" in without else folders.load_sampling(path, dtype),
         zero_unconditional=is_sdxl and index.get("force_zeros_for_empty_prompt", True),
     )
@@ -268,7 +271,10 @@ class Pipeline:
         self, steps: int | None, guidance: float | None, sampler: str | None, spacing: str | None
     ) -> Sampling:
         """What is asked for, else the checkpoint's own. A distilled model sampled otherwise gives poor images: warn."""
-        own = self.sampling or Sampling(STEPS, "ddim", self.schedule.timestep_spacing, GUIDANCE)
+        if self.schedule.ignored:
+            left_out = ", ".join(self.schedule.ignored)
+            warnings.warn(f"not supported in sampling, and ignored, of scheduler_config.json: {left_out}", stacklevel=2)
+        own = self.sampling or Sampling(STEPS, *default_solver(self.schedule, sampler, spacing), GUIDANCE)
         asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing}
         settings = replace(own, **{name: value for name, value in asked.items() if value is not None})
         if self.sampling and str(settings) != str(own):  # the text does not tell one guidance that is off from another
