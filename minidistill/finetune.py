@@ -151,9 +151,8 @@ def main(config: Config) -> None:
                 log.add({"loss": loss.mean()}, loss, batch.t)
 
             lr = optim.lr_at(step, config.learning_rate, config.warmup, config.steps, config.lr_schedule)
-            norm = optim.optimizer_step(run.networks, optimizer, precision.scaler, lr, config.max_grad_norm)
-            if not precision.scaler.is_enabled():  # which skips such a step
-                optim.check_finite(norm, step + 1, batch.t, "gradient norm")
+            clip = config.max_grad_norm
+            norm = optim.optimizer_step(run.networks, optimizer, precision.scaler, lr, clip, step + 1, batch.t)
             ema.update()
             done = step + 1
             log.end_step(done, lr=lr, grad_norm=norm)
