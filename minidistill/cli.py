@@ -185,7 +185,7 @@ def _build_parser(config_class: type, presets: Presets, prog: str, description: 
     return parser
 
 
-def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
+def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
     flag, info, required = _flag(field), field.metadata, field.default is REQUIRED
     kind, is_tuple = _item_type(hint)
     text = info["help"]
@@ -205,11 +205,13 @@ def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, hint: A
 
 
 class _Gather(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
         setattr(namespace, self.dest, (getattr(namespace, self.dest, None) or ()) + (values or ()))
 
 
-def _flag(field: dataclasses.Field) -> str:
+def _flag(field: dataclasses.Field[Any]) -> str:
     return field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
 
 
@@ -289,7 +291,7 @@ def _list_presets(presets: Presets) -> str | None:
     return "\n".join(lines) if presets else None
 
 
-def _stored_settings(out: str, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
+def _stored_settings(out: str, fields: dict[str, dataclasses.Field[Any]]) -> dict[str, Any]:
     """The settings of the run in `out`: `--out DIR --resume` is enough. RunFolder.find compares them all."""
     path = Path(out) / "config.json"
     if not path.is_file():  # RunFolder.find refuses

@@ -59,7 +59,8 @@ def load_pipeline(
         return Pipeline(**load_parts(path, device, dtype, vae_dtype, without))
     index = folders.read_model_index(path)
     is_sdxl = index["_class_name"] == folders.SDXL
-    suffixes, schedule = ("", "_2") if is_sdxl else ("",), folders.load_schedule(path)
+    suffixes = ("", "_2") if is_sdxl else ("",)
+    schedule = folders.load_schedule(path)
     return Pipeline(
         unet=folders.load_unet(path, dtype, "meta" if "unet" in without else device),
         vae=folders.load_vae(path, vae_dtype, "meta" if "vae" in without else device),

@@ -141,7 +141,7 @@ def train_clip(config: Config, run: RunFolder) -> None:
             loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
             lr = lr_at(step, config.learning_rate, 100, config.steps, "cosine")
             precision.scaler.scale(loss).backward()
-            norm = optimizer_step(clip, optimizer, precision.scaler, lr, max_grad_norm=1.0)
+            norm = optimizer_step(clip, optimizer, precision.scaler, lr, 1.0, step + 1)
             with torch.no_grad():
                 clip.logit_scale.clamp_(max=math.log(100))  # as in the paper's section 2.5
             log.add({"loss": loss})
@@ -192,7 +192,7 @@ def train_vae(config: Config, run: RunFolder) -> None:
             loss = square + 0.1 * absolute + 2e-6 * kl  # with 1e-4 for the last, one of four channels collapsed
             lr = lr_at(step, config.learning_rate, 100, config.steps, "cosine")
             precision.scaler.scale(loss).backward()
-            norm = optimizer_step(vae, optimizer, precision.scaler, lr, max_grad_norm=1.0)
+            norm = optimizer_step(vae, optimizer, precision.scaler, lr, 1.0, step + 1)
             ema.update()
             log.add({"loss": loss, "square": square, "absolute": absolute, "kl": kl})
             log.end_step(step + 1, lr=lr, grad_norm=norm)
@@ -277,7 +277,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
             check_finite(per_sample, step + 1, t)
             lr = lr_at(step, config.learning_rate, 200, config.steps, "cosine")
             precision.scaler.scale(loss).backward()
-            norm = optimizer_step(learned, optimizer, precision.scaler, lr, max_grad_norm=1.0)
+            norm = optimizer_step(learned, optimizer, precision.scaler, lr, 1.0, step + 1)
             ema.update()
             log.add(losses, per_sample, t)
             log.end_step(step + 1, lr=lr, grad_norm=norm)

@@ -404,7 +404,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_model(train, tmp_path, monkeypatch, capsys):
     lr_at = finetune.optim.lr_at
     monkeypatch.setattr(finetune.optim, "lr_at", lambda step, *rest: 1e30 if step == 2 else lr_at(step, *rest))
-    assert train(tmp_path / "run", "--sample-every 100") == 2
+    assert train(tmp_path / "run", "--sample-every 100") == 3
     error = one_line(capsys)
     assert "at step 4 (timesteps " in error and "--learning-rate" in error
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]

@@ -477,18 +477,9 @@ def test_generate_refuses_a_broken_folder_with_one_line_and_exit_code_2(copy, tm
 
 
 def test_generate_runs_as_a_module(sources, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "minidistill.generate",
-        "--model",
-        str(sources["sd2"]),
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run([*command, "--out", str(tmp_path / "a.png")], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "minidistill.generate", "--model", str(sources["sd2"]), "--steps", "1"]
+    command += ["--device", "cpu", "--out", str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "a.png"), "")
     assert Image.open(tmp_path / "a.png").size == (32, 32)
 

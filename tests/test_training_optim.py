@@ -78,6 +78,17 @@ def test_a_step_with_an_overflown_gradient_is_skipped_and_the_scale_halved():
     assert torch.equal(net.weight, before) and scaler.get_scale() == 2.0**9
 
 
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_weight_changes(name):
+    net = nn.Linear(1, 2, bias=False)
+    before = net.weight.detach().clone()
+    net.weight.grad = torch.tensor([[1.0], [math.inf]])
+    scaler = get_precision(name, CPU).scaler
+    with pytest.raises(NonFiniteLoss, match=r"the gradient norm is inf at step 7 \(timesteps 5\): .* --learning-rate"):
+        optimizer_step(net, adamw(net.parameters(), lr=0.1), scaler, 0.1, 1.0, 7, torch.tensor([5]))
+    assert torch.equal(net.weight, before)
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_is_that_of_the_forward_pass_and_can_be_entered_again(name, dtype):
     net = nn.Linear(4, 4)
@@ -120,7 +131,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     with pytest.raises(InputError, match="cuda:2"):
         get_device("cuda:2")
     for name in ("gpu", "cuda:x", "cuda:", "cpu:1", "auto:1", ""):
-        with pytest.raises(InputError, match="takes auto, cpu, cuda, cuda:N or mps"):
+        with pytest.raises(InputError, match="takes cpu, cuda, cuda:N, mps or auto"):
             get_device(name)
     assert get_device("cpu") == CPU
 

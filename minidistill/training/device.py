@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,18 +16,18 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Precision(NamedTuple):
     """`with autocast:` around the forward pass; `scaler` around backward and step (idle unless fp16)."""
 
-    autocast: contextlib.AbstractContextManager
+    autocast: contextlib.AbstractContextManager[Any]
     scaler: torch.amp.GradScaler
 
 
 def get_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps -> device. InputError: another name, or a device that is not there.
+    """cpu, cuda, cuda:N, mps or auto -> device. InputError: another name, or a device that is not there.
 
     auto: cuda if there is one, else mps, else cpu; a line on stderr says which.
     """
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdigit())):
-        raise InputError(f"--device takes auto, cpu, cuda, cuda:N or mps, not '{name}'")
+        raise InputError(f"--device takes cpu, cuda, cuda:N, mps or auto, not '{name}'")
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if kind == "auto":
         name = next(found for found, number in count.items() if number)

@@ -65,18 +65,26 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     lr: float,
     max_grad_norm: float | None,
+    step: int = 0,
+    t: Tensor | None = None,
 ) -> Tensor:
-    """After backward: unscale, clip, step with `lr`, clear the gradients. Returns the norm before clipping (0-d)."""
+    """After backward: unscale, clip, step with `lr`, clear the gradients. Returns the norm before clipping (0-d).
+
+    NonFiniteLoss, before any weight is changed, if a gradient is not finite: `step` and its timesteps `t` (B,) are for
+    the message. With fp16, whose gradients overflow now and then, `scaler` skips such a step instead.
+    """
     set_lr(optimizer, lr)
     scaler.unscale_(optimizer)
     norm = clip_grad_norm(module.parameters(), max_grad_norm)
-    scaler.step(optimizer)  # skips the step if a gradient is not finite, which fp16 does now and then
+    if not scaler.is_enabled():
+        check_finite(norm, step, t, "gradient norm")
+    scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def check_finite(loss: Tensor, step: int, t: Tensor, what: str = "loss") -> None:
+def check_finite(loss: Tensor, step: int, t: Tensor | None, what: str = "loss") -> None:
     """Raise NonFiniteLoss naming the step and the timesteps unless every value of `loss` is finite.
 
     `loss` is a scalar, or (B,) beside `t` (B,), and then only the timesteps of the bad samples are named. `what` it is
@@ -85,11 +93,11 @@ def check_finite(loss: Tensor, step: int, t: Tensor, what: str = "loss") -> None
     finite = torch.isfinite(loss.detach())
     if bool(finite.all()):
         return
-    bad = t[~finite] if finite.shape == t.shape else t
-    value = loss.detach()[~finite].flatten()[0].item()
-    steps = sorted(set(bad.flatten().tolist()))
-    where = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+    where, value = f"step {step}", loss.detach()[~finite].flatten()[0].item()
+    if t is not None:
+        steps = sorted(set((t[~finite] if finite.shape == t.shape else t).flatten().tolist()))
+        where += f" (timesteps {', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''})"
     raise NonFiniteLoss(
-        f"the {what} is {value} at step {step} (timesteps {where}): "
-        "start again with a lower --learning-rate, or with --precision bf16 or fp32"
+        f"the {what} is {value} at {where}: start again with a lower --learning-rate; where that was in fp16, "
+        "--precision bf16 or fp32 may do too"
     )

@@ -273,7 +273,8 @@ def save_pipeline(
     if (folder / "model_index.json").is_file():
         (folder / "model_index.json").unlink()
     is_sdxl = len(text_encoders) == 2
-    is_euler = is_sdxl or default_solver(schedule)[0] == "euler" if sampling is None else sampling.sampler == "euler"
+    usual = "euler" if is_sdxl else default_solver(schedule)[0]
+    is_euler = (sampling.sampler if sampling else usual) == "euler"
     scheduler = "EulerDiscreteScheduler" if is_euler else "DDIMScheduler"
     save_unet(folder, unet, sampling_metadata(sampling))
     save_vae(folder, vae)
