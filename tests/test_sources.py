@@ -259,6 +259,14 @@ def test_a_taesd_takes_the_vaes_place(sources, tmp_path):
     assert same(load_pipeline(tmp_path / "saved")(PROMPTS, **SETTINGS), pipe(PROMPTS, **SETTINGS))
 
 
+def test_a_file_without_a_vae_takes_that_of_another_model(sources, files, tmp_path):
+    tensors = {name: t for name, t in load_file(files["sd1"]).items() if not name.startswith("first_stage_model.")}
+    save_file(tensors, tmp_path / "file.safetensors", read_metadata(files["sd1"]))
+    found = edited(tmp_path / "file.safetensors", vae=sources["sd1"])
+    assert same(found(PROMPTS, **SETTINGS), load_pipeline(sources["sd1"])(PROMPTS, **SETTINGS))
+    assert "--vae" in refused(load_pipeline, tmp_path / "file.safetensors")
+
+
 # refusals
 
 
