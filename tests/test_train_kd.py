@@ -485,15 +485,20 @@ def test_a_dry_run_makes_no_repository_counts_latents_and_takes_a_gpu_for_one_wi
 @pytest.mark.parametrize("flags", ["", "--accumulate 2", "--gradient-checkpointing"])
 def test_no_step_takes_more_memory_than_a_dry_run_says(train, tiny_sd1, tmp_path, monkeypatch, flags):
     class CountedLog(MetricsLog):
-        """Notes the peak of every step beyond weights and AdamW's averages."""
+        """Notes the peak of the micro-batches of every step beyond weights, their average and those of AdamW."""
 
         def __enter__(self):
-            weights = *runs[0].teacher.unet.parameters(), *runs[0].student.unet.parameters()
+            (run,) = runs
+            weights = *run.teacher.unet.parameters(), *run.student.unet.parameters(), *run.ema.shadow.values()
             self.count, self.averages = stack.enter_context(MemoryCount(weights)), 0
             return super().__enter__()
 
+        def add(self, *losses):
+            self.after_backward = self.count.peak
+            super().add(*losses)
+
         def end_step(self, step, **about):
-            peaks.append(self.count.peak - self.averages)
+            peaks.append(self.after_backward - self.averages)
             super().end_step(step, **about)
             self.averages = sum(2 * state["exp_avg"].nbytes for state in runs[0].optimizer.state.values())
             self.count.peak = self.count.now
@@ -537,7 +542,8 @@ def test_presets_are_as_published():
 
 def test_defaults_depend_on_the_size_of_the_teacher_not_on_its_name(tiny_sd1, recwarn):
     with torch.device("meta"):
-        large = SimpleNamespace(unet=UNet(SD15), vae=load_pipeline(tiny_sd1).vae)
+        unet = UNet(SD15)
+    large = SimpleNamespace(unet=unet, vae=load_pipeline(tiny_sd1).vae, trained_size=lambda: (512, 512))
     small = load_pipeline("miniature")
     for name, pipe, recipe, rate in (
         ("miniature", small, "inner", 4e-3),
