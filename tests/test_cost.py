@@ -85,7 +85,11 @@ def test_fake_tensors_take_as_much_memory_as_real_ones(config, checkpointing):
 
 
 def test_checkpointing_half_precision_and_smaller_batches_save_memory():
-    removal = plan_removal(replace(TINY, block_out_channels=(32, 32, 64, 64)), RECIPES["bk-base"].remove)
+    config = replace(
+        TINY, block_out_channels=(32, 64), attention_head_dim=4, layers_per_block=2, transformer_layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    removal = plan_removal(config, ("down.0.1", "up.1.1"))
     pairs = feature_pairs(removal, "nota")
 
     def peak(batch=4, half=False, checkpointing=False):

@@ -299,7 +299,7 @@ def test_eps_prediction_from_zero_terminal_snr_is_sampled_and_saved_with_euler(l
 
 @every_sampler
 def test_a_scheduler_config_without_later_keys_gives_the_images_of_diffusers(load, sampler, tmp_path):
-    """Old folders of SD 1.x: the spacing is then that of the new sampler, and the pipeline sets the offset to 1."""
+    """Old folders of SD 1.x: the pipeline sets the offset to 1 and clip_sample to false; samplers have own spacings."""
     shutil.copytree(load("sd1").folder, tmp_path / "old")
     path = tmp_path / "old/scheduler/scheduler_config.json"
     config = json.loads(path.read_text())
@@ -309,7 +309,8 @@ def test_a_scheduler_config_without_later_keys_gives_the_images_of_diffusers(loa
     path.write_text(json.dumps(old | {"set_alpha_to_one": False}))
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "old")
     theirs.set_progress_bar_config(disable=True)
-    theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config)
+    if sampler == "euler":  # not for ddim: `from_config` would revert what the pipeline has set
+        theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config)
     both = Both(theirs, load_pipeline(tmp_path / "old"), {}, tmp_path)
     _, states = draw_theirs(both, PROMPTS, NEGATIVES, noise(), 4, 5.0)
     settings = {"latents": noise(), "steps": 4, "guidance": 5.0, "sampler": sampler}
