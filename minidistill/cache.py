@@ -74,7 +74,8 @@ def main(config: CacheConfig) -> None:
         raise InputError(f"--shard {config.shard} must be a multiple of --batch-size {batch_size}")
     key = CacheKey(
         resolution=resolution,
-        crop="center",
+        split=config.split,
+        caption_column=config.caption_column,
         flip=config.flip,
         store=config.store,
         precision=config.precision,
@@ -100,8 +101,8 @@ def begin(out: Path, key: CacheKey, config: CacheConfig, folder: ImageFolder) ->
     if not (out / cache.INDEX_NAME).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} exists and is not a cache: take another --out")
-        made_of = {"data": os.path.abspath(config.data), "split": config.split, "caption_column": config.caption_column}
-        cache.write_index(out, {"key": key, **made_of, "count": len(folder), "complete": False, "text": None})
+        data = os.path.abspath(config.data)
+        cache.write_index(out, {"key": key, "data": data, "count": len(folder), "complete": False, "text": None})
         return 0
     there = LatentCache(out, unfinished=True)
     old, new = asdict(there.key), asdict(key)

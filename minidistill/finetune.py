@@ -95,8 +95,8 @@ class Config:
 
 PRESETS = {
     "miniature": {"comment": "the defaults: the miniature on scenes, minutes on a CPU"},
-    # Of Segmind's portrait-finetuned, which saw 7,000 images by Realistic Vision 4.0: size, steps, batch, learning
-    # rate, fp16 and the plain loss. Where nothing is told of it, the defaults of diffusers' script, which theirs is.
+    # Segmind's portrait-finetuned, trained on 7,000 images by Realistic Vision 4.0: published are size, steps, batch,
+    # learning rate, fp16 and the plain loss. The rest: the defaults of diffusers' script, which theirs is.
     "portrait": {
         "comment": "Segmind's portraits from tiny-sd: 16.8 M samples of your --data, on a GPU; not yet run here",
         "model": "segmind/tiny-sd",
@@ -173,10 +173,8 @@ def main(config: Config) -> None:
 
     with ema.swap():
         run.report.measure("after", pipe, config.steps)
-        folder = save(config, pipe, run.folder.path)
-    is_lora = config.lora_rank is not None
-    files = [*LORA_FILES.values(), CARD, GRID] if is_lora else None
-    run.report.finish(folder, "lora" if is_lora else "finetuned", run.settings, files)
+        saved = save(config, pipe, run.folder.path)
+    run.report.finish(*saved, run.settings)
 
 
 def denoising_loss(pipe: Pipeline, batch: Batch, alpha_bar: Tensor) -> Tensor:
@@ -191,14 +189,14 @@ def encode_again(pipe: Pipeline, batch: Batch) -> Batch:
     return batch.with_text(pipe.text_states(batch.captions))
 
 
-def save(config: Config, pipe: Pipeline, folder: Path) -> Path:
-    """Write the model folder, or the LoRA in both formats -> the folder they are in."""
+def save(config: Config, pipe: Pipeline, folder: Path) -> tuple[Path, str, list[str] | None]:
+    """Write the model folder, or the LoRA in both formats: its folder, kind of model card, files (None: all in it)."""
     if config.lora_rank is None:
         pipe.save(folder / "model")
-        return folder / "model"
+        return folder / "model", "finetuned", None
     for form, name in LORA_FILES.items():
         write_lora(folder / name, pipe.networks, form, metadata={"ss_sd_model_name": public_name(config.model)})
-    return folder
+    return folder, "lora", [*LORA_FILES.values(), CARD, GRID]
 
 
 def set_up(config: Config) -> Run:
@@ -270,11 +268,8 @@ def check_lora(config: Config) -> None:
 def warn_if_distilled(pipe: Pipeline) -> None:
     """Warn that the denoising loss undoes the distillation of a few-step model."""
     if pipe.sampling is not None:
-        warnings.warn(
-            f"this model is made for {pipe.sampling}, and this training, which is for many steps, unlearns that: "
-            "better train a LoRA for the model it was distilled from, and use it here",
-            stacklevel=2,
-        )
+        what = f"this model is made for {pipe.sampling}, and this training, which is for many steps, unlearns that"
+        warnings.warn(f"{what}: better train a LoRA for the model it was distilled from, and use it here", stacklevel=2)
 
 
 def resolve(config: Config, pipe: Pipeline) -> Config:

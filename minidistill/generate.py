@@ -53,7 +53,7 @@ class GenerateConfig:
     count: int = option(1, "number of images of the prompt, side by side in the file", minimum=1)
     latents: str | None = option(None, "safetensors file with the initial noise, `latents` (B, 4, h, w): B images")
     image: str | None = option(None, "image to start from (image to image)")
-    strength: float = option(0.8, "share of the noise schedule an image goes back, above 0 to 1")
+    strength: float = option(0.8, "share of the steps done from the noised image on, above 0 to 1")
     height: int | None = option(None, "height in pixels (default: what the model was trained at)", minimum=1)
     width: int | None = option(None, "width in pixels (default: what the model was trained at)", minimum=1)
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minidistill.diffusion.noise import initial_noise
 from minidistill.diffusion.samplers import Callback, Model, guide
-from minidistill.diffusion.sampling import Sampling, as_distilled, solver
+from minidistill.diffusion.sampling import Sampling, as_distilled, default_solver, solver
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.clip import CLIPTextModel
@@ -44,14 +44,12 @@ def load_pipeline(
     """Load a SOURCE: a pipeline folder, a Hub id, a single file (.safetensors, .ckpt), or "miniature", in this package.
 
     Another U-Net, another VAE and LoRAs are steps after it: `interop.replace`.
+    InputError: something is missing, broken or does not fit together; the message says what.
 
     Args:
         dtype: of the U-Net and the text encoders; None keeps the files'.
         vae_dtype: of the VAE, which has its own: several VAEs overflow in float16.
         without: "unet", "vae": networks that will be replaced; they stay on the meta device, their weights unread.
-
-    Raises:
-        InputError: something is missing, broken or does not fit together; the message says what.
     """
     folders.check_placement(device, dtype, vae_dtype)
     path = folders.find_model(source, dtype)
@@ -62,12 +60,14 @@ def load_pipeline(
     index = folders.read_model_index(path)
     is_sdxl = index["_class_name"] == folders.SDXL
     suffixes = ("", "_2") if is_sdxl else ("",)
+    schedule = folders.load_schedule(path)
     return Pipeline(
         unet=folders.load_unet(path, dtype, "meta" if "unet" in without else device),
         vae=folders.load_vae(path, vae_dtype, "meta" if "vae" in without else device),
         text_encoders=[folders.load_text_encoder(path, dtype, device, f"text_encoder{x}") for x in suffixes],
         tokenizers=[folders.load_tokenizer(path, f"tokenizer{x}") for x in suffixes],
-        schedule=folders.load_schedule(path),
+        # Old files of SD 1.x and 2.x lack the offset, and diffusers' pipelines set it too.
+        schedule=schedule if is_sdxl else replace(schedule, steps_offset=1),
         sampling=None if "unet" in without else folders.load_sampling(path, dtype),
         zero_unconditional=is_sdxl and index.get("force_zeros_for_empty_prompt", True),
     )
@@ -221,7 +221,7 @@ class Pipeline:
             seed: with a sample's index it decides the sample's noise, whatever the batch size.
             latents: standard-normal initial noise (B, C, h, w), in place of `seed`, `height` and `width`.
             image: RGB image(s) to start from, one for all or one each (image to image, arXiv 2108.01073).
-            strength: how much of the way to noise an image goes, (0, 1]: that share of the steps is done.
+            strength: share of the steps that is done from the noised image on, (0, 1].
             height, width: of the images, in pixels; None takes the image's or the size the model was trained at.
             first_index: of the first prompt, so that prompts split over calls get the noise of one call.
             callback: called once per step of each batch: `diffusion.samplers.Callback`.
@@ -268,7 +268,10 @@ class Pipeline:
         self, steps: int | None, guidance: float | None, sampler: str | None, spacing: str | None
     ) -> Sampling:
         """What is asked for, else the checkpoint's own. A distilled model sampled otherwise gives poor images: warn."""
-        own = self.sampling or Sampling(STEPS, "ddim", self.schedule.timestep_spacing, GUIDANCE)
+        if self.schedule.ignored:
+            left_out = ", ".join(self.schedule.ignored)
+            warnings.warn(f"not supported in sampling, and ignored, of scheduler_config.json: {left_out}", stacklevel=4)
+        own = self.sampling or Sampling(STEPS, *default_solver(self.schedule, sampler, spacing), GUIDANCE)
         asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing}
         settings = replace(own, **{name: value for name, value in asked.items() if value is not None})
         if self.sampling and str(settings) != str(own):  # the text does not tell one guidance that is off from another
@@ -288,40 +291,34 @@ class Pipeline:
         uncond = self.added_cond(absent.pooled, *pixels)
         return guide(self.unet, text.context, absent.context, guidance, added_cond=added, uncond_added_cond=uncond)
 
+    def trained_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the U-Net was trained at. InputError if its config does not say."""
+        size, factor = self.unet.config.sample_size, self.vae.config.downscale
+        if size is None:
+            raise InputError("this model's config.json names no sample_size: give height and width")
+        return (size[0] * factor, size[1] * factor) if isinstance(size, tuple) else (size * factor, size * factor)
+
     def _noise(self, indices: range, seed: int, latents: Tensor | None, started: Tensor | None, size: Size) -> Tensor:
         """The initial noise (B, C, h, w): `latents`, else drawn, in the size asked for or that of `started`."""
         for given in (started, latents):
             if given is not None:
                 size = self._check_latents(given, len(indices), *size)
-        return initial_noise(seed, indices, self._latent_shape(*size)) if latents is None else latents
-
-    def trained_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the U-Net was trained at. InputError if its config does not say."""
-        size = self.unet.config.sample_size
-        if size is None:
-            raise InputError("this model's config.json names no sample_size: give height and width")
-        height, width = size if isinstance(size, tuple) else (size, size)
-        return height * self.vae.config.downscale, width * self.vae.config.downscale
-
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) for images of a size in pixels; None: the size the U-Net was trained at."""
-        factor = self.vae.config.downscale
-        if height is None or width is None:
-            own_height, own_width = self.trained_size()
-            height, width = own_height if height is None else height, own_width if width is None else width
+        if latents is not None:
+            return latents
+        own = self.trained_size() if None in size else size
+        height, width = (b if a is None else a for a, b in zip(size, own, strict=True))
         _check_integers(height=height, width=width)
+        factor = self.vae.config.downscale
         if min(height, width) < factor or height % factor or width % factor:
             raise InputError(f"height and width must be multiples of {factor} for this model, got {height} and {width}")
-        return self.unet.config.in_channels, height // factor, width // factor
+        return initial_noise(seed, indices, (self.unet.config.in_channels, height // factor, width // factor))
 
     def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels of what `count` latents decode to. InputError: they do not fit."""
         channels, factor = self.unet.config.in_channels, self.vae.config.downscale
-        if not isinstance(latents, Tensor):
-            raise InputError(f"latents must be a torch.Tensor, not {type(latents).__name__}")
-        if latents.ndim != 4 or tuple(latents.shape[:2]) != (count, channels):
-            shape = tuple(latents.shape)
-            raise InputError(f"initial latents must be ({count}, {channels}, h, w) for {count} prompts, got {shape}")
+        shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        if len(shape) != 4 or shape[:2] != (count, channels):
+            raise InputError(f"latents must be a Tensor ({count}, {channels}, h, w) for {count} prompts, not {shape}")
         h, w = latents.shape[2] * factor, latents.shape[3] * factor
         if (height or h, width or w) != (h, w):
             raise InputError(f"what you start from makes images {h} high and {w} wide: leave out height and width")
@@ -372,7 +369,7 @@ class Pipeline:
         return images
 
     def save(self, folder: str | Path) -> None:
-        """Write a pipeline folder that `load_pipeline` and diffusers read: `weights.folders.save_pipeline`."""
+        """Write a pipeline folder, which `load_pipeline` and diffusers read. InputError: it cannot be written."""
         parts = (self.unet, self.vae, self.text_encoders, self.tokenizers, self.schedule)
         folders.save_pipeline(folder, *parts, self.sampling, self.zero_unconditional)
 

@@ -169,14 +169,14 @@ class Report:
         rows = [(name, *(COLUMNS[c][1](result[c]) for c in shown)) for name, result in self.results.items()]
         return format_table([("", *(COLUMNS[c][0] for c in shown)), *rows])
 
-    def finish(self, folder: Path, kind: str, settings: Mapping[str, Any], files: Sequence[str] | None = None) -> None:
+    def finish(self, folder: Path, kind: str, files: Sequence[str] | None, settings: Mapping[str, Any]) -> None:
         """Draw the curves, write the model card, print the table and where everything is; upload, if asked to.
 
         Args:
             folder: of the trained model.
             kind: of model card.
-            settings: all settings of the run.
             files: those of the folder to upload; None: all.
+            settings: all settings of the run.
         """
         draw_curves(self.run.metrics, self.run.curves)
         grid, repo = self.run.last_image_grid(settings["steps"]), settings["push_to_hub"]

@@ -11,9 +11,10 @@ objective (task), the teacher's prediction (output) and its intermediate feature
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_H
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import block_removal, kd
 from minidistill.distill.block_removal import PAIRINGS, RECIPES, Removal
-from minidistill.distill.memory import run_memory
+from minidistill.distill.memory import image_peak, memory_rows, step_peak
 from minidistill.distill.probes import make_probes
 from minidistill.distill.published import PUBLISHED
 from minidistill.distill.random_conditioning import RandomCaptions, sample_latents
@@ -93,7 +94,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    precision: str | None = option(None, "of the forward passes (default: bf16 if hardware computes it)", PRECISIONS)
+    precision: str | None = option(None, "precision (default: bf16 if the device computes it, else fp32)", PRECISIONS)
     guidance: float = option(4.0, "classifier-free guidance of sampled images, and of --image-free latents")
     judged: int = option(
         48, "held-out scenes to evaluate the student on; 0: none", minimum=0, maximum=len(Scenes("test"))
@@ -189,7 +190,7 @@ def main(config: Config) -> None:
     with ema.swap():
         run.report.measure("student after", run.student, config.steps)
         run.student.save(run.folder.path / "student")
-    run.report.finish(run.folder.path / "student", "student", run.settings)
+    run.report.finish(run.folder.path / "student", "student", None, run.settings)
 
 
 def set_up(config: Config) -> Run:
@@ -197,10 +198,10 @@ def set_up(config: Config) -> Run:
     device = get_device(config.device)
     config, pipe, removal, data = plan(config, device)
     smallest = smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
-    config = replace(config, precision=config.precision or best_precision(device, smallest))
+    config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
     precision = get_precision(config.precision, device, smallest)
     pairs = block_removal.feature_pairs(removal, config.pairing)
-    settings = {**asdict(config), **content_of(pipe, data)}
+    settings = {**dataclasses.asdict(config), **content_of(pipe, data)}
     folder = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)
@@ -258,7 +259,7 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
         )
         warnings.warn(f"{what}: published runs took 6 to 16 million (--preset nota-sd15)", stacklevel=2)
     recipe = RECIPES[config.recipe or usual]
-    return replace(
+    return dataclasses.replace(
         config,
         recipe=config.recipe or usual,
         remove=recipe.remove if config.remove is None else config.remove,
@@ -295,18 +296,19 @@ def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) 
 def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
     best = "bf16" if config.device.startswith("cuda") else best_precision(torch.device("cpu"))
-    config, pipe, removal, data = plan(replace(config, precision=config.precision or best), torch.device("cpu"))
-    rows = run_memory(
-        pipe,
+    config, pipe, removal, data = plan(
+        dataclasses.replace(config, precision=config.precision or best), torch.device("cpu")
+    )
+    side = config.resolution // pipe.vae.config.downscale
+    step = step_peak(
         removal,
         block_removal.feature_pairs(removal, config.pairing),
-        config.batch_size,
-        config.resolution,
+        (config.batch_size, side, side, pipe.tokenizers[0].max_length),
         half=config.precision != "fp32",
         checkpointing=config.gradient_checkpointing,
         accumulate=config.accumulate > 1,
-        averaged=config.ema_decay > 0,
     )
+    rows = memory_rows(removal, [pipe.vae, *pipe.text_encoders], step, image_peak(pipe.vae, side), config.ema_decay > 0)
     images, samples = config.image_free or len(data), config.steps * config.accumulate * config.batch_size
     shape = f"{config.steps} steps of {config.accumulate} x {config.batch_size} samples"
     print(f"{format_table(rows)}\n\n{shape}: each of {images} images is seen {samples / images:.1f} times")

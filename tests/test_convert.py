@@ -70,15 +70,10 @@ def refused(capsys, *words) -> str:
     return captured.err
 
 
-def test_a_name_of_a_file_that_is_not_written_makes_no_folder(tmp_path, capsys):
-    assert ".safetensors" in refused(capsys, "miniature", tmp_path / "student.ckpt")
-    assert not (tmp_path / "student.ckpt").exists()
-
-
 # replaced a whole model
 
 
-def test_every_part_that_is_laid_over_is_in_what_is_written(sources, parts, tmp_path):
+def test_every_part_that_is_replaced_is_in_what_is_written(sources, parts, tmp_path):
     other = altered(sources["sd1"], tmp_path / "other")
     loras = f"{parts['style']},{parts['pose']}"
     words = ("--unet", other, "--vae", parts["taesd"], "--lora", loras, "--lora-scale", "0.5,-1")
@@ -111,9 +106,10 @@ def test_the_average_is_taken_of_the_file_that_has_the_unet(sources, parts, tmp_
 
 def test_flags_that_have_no_meaning_or_do_not_fit_are_refused(sources, parts, tmp_path, capsys):
     new = tmp_path / "new"
-    assert "2 scales for 1 LoRAs" in refused(
-        capsys, sources["sd1"], new, "--lora", parts["style"], "--lora-scale", "1,2"
-    )
+    assert ".safetensors" in refused(capsys, "miniature", tmp_path / "new.ckpt"), "no file of that name is written"
+    assert not (tmp_path / "new.ckpt").exists()
+    two = ("--lora", parts["style"], "--lora-scale", "1,2")
+    assert "2 scales for 1 LoRAs" in refused(capsys, sources["sd1"], new, *two)
     assert "only single files may hold both" in refused(capsys, sources["sd1"], new, "--ema")
     assert "only single files" in refused(capsys, parts["both"], new, "--unet", sources["sd1"], "--ema")
     assert "no EMA weights" in refused(capsys, parts["both"], new, "--unet", single_unet(sources, tmp_path), "--ema")
@@ -151,7 +147,7 @@ def test_a_unet_alone_becomes_a_folder_and_a_file_and_stays_the_same(sources, pa
         theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / dest)
         assert same(theirs.state_dict(), expected)
         assert theirs.config.cross_attention_dim == 24
-        assert run_convert(sources["sd1"], tmp_path / f"{dest}-model", "--unet", tmp_path / dest) == 0  # it goes on
+        assert run_convert(sources["sd1"], tmp_path / f"{dest}-model", "--unet", tmp_path / dest) == 0
 
 
 def test_diffusers_opens_the_file_of_a_unet_alone(sources, tmp_path):

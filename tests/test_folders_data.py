@@ -245,7 +245,7 @@ def test_a_path_prefixed_twice_is_explained(tmp_path):
     save(tmp_path / "train/a.png")
     write_jsonl(tmp_path / "train/metadata.jsonl", rows("train/a.png"))
     message = refusal(lambda: find_examples(tmp_path))
-    assert "train/train/a.png" in message and "relative to the folder of the metadata file" in message
+    assert "train/train/a.png" in message and "relative to the folder of that file" in message
 
 
 GOOD = b'{"file_name": "a.png", "text": "a"}\n'

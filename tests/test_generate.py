@@ -88,7 +88,7 @@ def test_the_vae_stays_in_float32_unless_told(run, sources):
     assert (found == expected).all() and (found != run()[0]).any()
 
 
-def test_a_image_is_the_start_of_several(run, sources, tmp_path):
+def test_an_image_is_the_start_of_several(run, sources, tmp_path):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     photo.save(tmp_path / "photo.png")
     found, pipe = run("--image", tmp_path / "photo.png", "--strength", "0.5", "--count", "2", "--seed", "3", steps=4)
@@ -111,7 +111,7 @@ def test_a_negative_prompt_without_guidance_is_noted(run, capsys):
     assert "note: guidance is off" in capsys.readouterr().err
 
 
-def test_a_image_to_start_from_is_turned_upright_and_put_on_white(tmp_path):
+def test_an_image_to_start_from_is_turned_upright_and_put_on_white(tmp_path):
     photo = Image.new("RGB", (6, 4), (10, 20, 30))
     exif = photo.getexif()
     exif[274] = 6  # turned by a quarter
@@ -121,7 +121,7 @@ def test_a_image_to_start_from_is_turned_upright_and_put_on_white(tmp_path):
     assert generate.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_image_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
+def test_an_image_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(InputError, match="bomb"):

@@ -24,7 +24,7 @@ from minidistill.cli import run_command
 from minidistill.errors import InputError
 from minidistill.generate import GenerateConfig, generate
 from minidistill.interop.single_file import write_single_file
-from minidistill.interop.single_pipeline import CLIP
+from minidistill.interop.single_pipeline import CLIP, load_parts
 from minidistill.pipeline import load_pipeline
 from minidistill.weights import hub
 from minidistill.weights.choice import (
@@ -291,7 +291,7 @@ def test_a_hub_id_draws_the_image_of_its_folder_and_later_does_so_without_the_hu
     images = []
     for model, name in ((str(miniature), "folder.png"), ("me/sd", "hub.png"), ("me/sd", "cache.png")):
         with pytest.raises(SystemExit) as exit:
-            words = ["--model", model, "--steps", "2", "--guidance", "1", "--out", name]
+            words = ["--model", model, "--steps", "2", "--guidance", "1", "--device", "cpu", "--out", name]
             run_command(generate, GenerateConfig, prog="generate", argv=words)
         assert exit.value.code == 0
         images.append((tmp_path / name).read_bytes())
@@ -544,17 +544,17 @@ def test_clips_vocabulary_is_fetched_once(server, without_vocabulary):
     made.save(server.root / CLIP)
     for requests in (["merges.txt", "vocab.json"], []):
         server.requests.clear()
-        [found] = load_pipeline(without_vocabulary).tokenizers
+        [found] = load_parts(without_vocabulary)["tokenizers"]
         assert (found.vocab, found.merges) == (made.vocab, made.merges)
         assert fetched(server, CLIP) == requests and bool(server.requests) == bool(requests)
 
 
 def test_where_no_vocabulary_can_be_had_the_place_for_one_is_named(server, without_vocabulary, monkeypatch):
     disconnect(monkeypatch)
-    message = refused(load_pipeline, without_vocabulary)
+    message = refused(load_parts, without_vocabulary)
     place = without_vocabulary.parent / "tokenizer"
     assert "put the vocab.json and merges.txt of any Stable Diffusion" in message and f"in {place} (" in message
     load_tokenizer(MINIATURE).save(place)
-    assert load_pipeline(without_vocabulary).tokenizers[0].vocab == load_tokenizer(MINIATURE).vocab
+    assert load_parts(without_vocabulary)["tokenizers"][0].vocab == load_tokenizer(MINIATURE).vocab
     (place / "merges.txt").unlink()
-    assert str(place) in refused(load_pipeline, without_vocabulary)
+    assert str(place) in refused(load_parts, without_vocabulary)

@@ -185,7 +185,7 @@ def with_solutions(notebook) -> list[tuple[str, str, nbformat.NotebookNode]]:
         name = cell.metadata["name"]
         right, wrong = SOLUTIONS[name]
         assert all(old in right for old, _, _ in wrong)
-        attempts = [(right, "right"), *((right.replace(old, new), says) for old, new, says in wrong)]
+        attempts = [(right, "correct"), *((right.replace(old, new), says) for old, new, says in wrong)]
         expected.append((name, "not solved yet", cell))
         for solution, says in [*attempts, (stubs[name].source, "not solved yet")]:
             check = nbformat.v4.new_code_cell(cell.source, metadata={"tags": ["raises-exception"]})
@@ -202,7 +202,7 @@ def test_runs_from_top_to_bottom_and_checks_tell_right_solutions_from_wrong_ones
     run_notebook(notebook, fast=True)
     for name, says, cell in expected:
         said = "\n".join(map(text_of, cell.outputs))
-        if says in ("right", "not solved yet"):
+        if says in ("correct", "not solved yet"):
             assert said.strip() == says, f"{name}: {said}"
         else:
             assert [o.ename for o in cell.outputs if o.output_type == "error"] == ["AssertionError"], f"{name}: {said}"

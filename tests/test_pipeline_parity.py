@@ -6,6 +6,9 @@ Weights are scaled so that all tested settings change the image by much more, wh
 """
 
 import functools
+import json
+import shutil
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ from test_tokenizer import official_tokenizer
 from tiny import PROMPTS, TINY, TINY_SD21, TINY_SDXL_DEEP, save_like_official
 
 from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
+from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, load_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,6 +278,53 @@ def test_image_to_image_equals_diffusers(load, name, sampler, strength):
     assert max(apart(found, expected)) <= LEVELS
     if strength < 1:
         assert min(apart(found, both.ours(PROMPTS, NEGATIVES, image=images[::-1], **settings))) > FAR
+
+
+def test_eps_prediction_from_zero_terminal_snr_is_sampled_and_saved_with_euler(load, tmp_path):
+    both = load("sd1")
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    both.set_sampler("euler", **zero)
+    expected, _ = draw_theirs(both, PROMPTS, NEGATIVES, noise(), 3, 5.0)
+    parts = both.ours.unet, both.ours.vae, both.ours.text_encoders, both.ours.tokenizers
+    pipe = Pipeline(*parts, replace(both.ours.schedule, **zero))
+    assert max(apart(pipe(PROMPTS, NEGATIVES, latents=noise(), steps=3, guidance=5.0), expected)) <= LEVELS
+    pipe.save(tmp_path)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    saved, _ = draw_theirs(Both(theirs, pipe, {}, tmp_path), PROMPTS, NEGATIVES, noise(), 3, 5.0)
+    assert max(apart(saved, expected)) <= LEVELS
+    with pytest.raises(InputError, match="alpha_bar = 0"):
+        pipe(PROMPTS, sampler="ddim", steps=3)
+
+
+@every_sampler
+def test_a_scheduler_config_without_later_keys_gives_the_images_of_diffusers(load, sampler, tmp_path):
+    """Old folders of SD 1.x: the pipeline sets the offset to 1 and clip_sample to false; samplers have own spacings."""
+    shutil.copytree(load("sd1").folder, tmp_path / "old")
+    path = tmp_path / "old/scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    old = {
+        key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "_class_name")
+    }
+    path.write_text(json.dumps(old | {"set_alpha_to_one": False}))
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "old")
+    theirs.set_progress_bar_config(disable=True)
+    if sampler == "euler":  # not for ddim: `from_config` would revert what the pipeline has set
+        theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config)
+    both = Both(theirs, load_pipeline(tmp_path / "old"), {}, tmp_path)
+    _, states = draw_theirs(both, PROMPTS, NEGATIVES, noise(), 4, 5.0)
+    settings = {"latents": noise(), "steps": 4, "guidance": 5.0, "sampler": sampler}
+    with pytest.warns(UserWarning, match="clip_sample = True"):
+        found = both.ours(PROMPTS, NEGATIVES, output="latents", **settings)
+    assert (found - states[-1]).abs().max() < LATENTS
+
+
+def test_ignored_settings_of_the_scheduler_are_named_when_sampling(load, tmp_path):
+    parts = load("sd1").ours
+    schedule = replace(parts.schedule, ignored=("clip_sample = True", "use_karras_sigmas = True"))
+    pipe = Pipeline(parts.unet, parts.vae, parts.text_encoders, parts.tokenizers, schedule)
+    with pytest.warns(UserWarning, match="clip_sample = True, use_karras_sigmas = True"):
+        pipe(PROMPTS, steps=1)
 
 
 @every_sampler

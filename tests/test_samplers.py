@@ -80,6 +80,13 @@ def test_ddim_equals_the_unmodified_diffusers_scheduler_where_the_spacing_is_con
         assert_close(ours, oracle_ddim(steps, config, noise(), true_gaps=False))
 
 
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 25), ("trailing", 30)])
+def test_ddim_differs_from_the_unmodified_diffusers_scheduler_where_the_spacing_varies(spacing, steps):
+    ours = ddim(toy, noise(), time_grid(steps, spacing), ALPHA_BAR, final_alpha_bar=float(ALPHA_BAR[0]))
+    theirs = oracle_ddim(steps, ScheduleConfig(timestep_spacing=spacing), noise(), true_gaps=False)
+    assert (ours - theirs).norm() > 0.005 * theirs.norm()
+
+
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
 def test_ddim_starts_from_zero_terminal_snr(spacing, prediction):

@@ -2,12 +2,21 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from minidistill.diffusion.samplers import sigmas_at
+from minidistill.diffusion.sampling import default_solver
 from minidistill.diffusion.schedule import (
     PREDICTIONS,
     SPACINGS,
@@ -41,14 +50,6 @@ def test_golden_alpha_bar_and_sigma_of_stable_diffusion():
     assert torch.allclose(ALPHA_BAR[t], torch.tensor(golden), rtol=2e-6, atol=0)
     sigma = [0.0291672, 0.0413144, 0.6932049, 1.6128862, 4.0817294, 14.6146412]
     assert torch.allclose(sigmas_at(ALPHA_BAR, t), torch.tensor(sigma), rtol=2e-5, atol=0)  # 1 - abar_0 in float32
-
-
-def test_golden_alpha_bar_of_the_linear_and_the_rescaled_schedule():
-    linear = make_alpha_bar(ScheduleConfig(beta_schedule="linear"))
-    assert linear[999].item() == pytest.approx(0.00157896, rel=1e-5)
-    assert ZERO_SNR[[0, 1]].tolist() == pytest.approx([0.99914998, 0.99823350], rel=1e-6)
-    assert ZERO_SNR[998].item() == pytest.approx(1.968e-7, rel=1e-3)
-    assert ZERO_SNR[999].item() == 0.0
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
@@ -151,19 +152,14 @@ def test_move_takes_a_different_step_for_each_sample():
         assert torch.allclose(moved[one], alone)
 
 
-@pytest.mark.parametrize(
-    ("t", "t_next", "eps_form", "x0_form"),
-    [
-        (999, -1, (14.649, -14.615), (0.0, 1.0)),
-        (499, -1, (1.898, -1.613), (0.0, 1.0)),
-        (999, 499, (7.719, -6.851), (0.852, 0.469)),
-        (749, 499, (2.214, -1.301), (0.875, 0.319)),
-        (499, 249, (1.560, -0.756), (0.670, 0.469)),
-    ],
-)
-def test_golden_coefficients_of_the_lightning_steps(t, t_next, eps_form, x0_form):
+def test_golden_coefficients_of_the_lightning_steps():
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    for prediction, golden in (("epsilon", eps_form), ("sample", x0_form)):
+    for prediction, t, t_next, golden in (
+        ("epsilon", 999, -1, (14.649, -14.615)),
+        ("epsilon", 999, 499, (7.719, -6.851)),
+        ("epsilon", 499, 249, (1.560, -0.756)),
+        ("sample", 749, 499, (0.875, 0.319)),
+    ):
         of_x = move(one, zero, t, t_next, ALPHA_BAR, prediction).item()
         of_out = move(zero, one, t, t_next, ALPHA_BAR, prediction).item()
         assert (of_x, of_out) == pytest.approx(golden, abs=1.01e-3)
@@ -230,35 +226,80 @@ def test_invalid_timesteps_and_predictions_are_refused():
             call(x0, eps, 5, ALPHA_BAR, "eps")
 
 
-@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler])
-def test_a_config_file_of_any_scheduler_is_read_with_its_own_defaults(scheduler_class, tmp_path):
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler_class(**betas).save_pretrained(tmp_path)
+WRITERS = [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler, UniPCMultistepScheduler]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.filterwarnings("ignore:LCMScheduler")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_config_of_any_scheduler_is_read_with_the_defaults_of_its_class(writer, tmp_path):
+    scheduler = writer(**BETAS)
+    scheduler.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "scheduler_config.json").read_text())
-    written["clip_sample"] = False  # what every latent diffusion model sets; DDIM's default is for pixels
-    full = ScheduleConfig.from_dict(written)
-    names = full.to_dict().keys() - {"clip_sample", "trained_betas", "_class_name"}
-    assert ScheduleConfig.from_dict({"_class_name": written["_class_name"], **betas}) == full
-    for name in names & written.keys():
+    full, short = ScheduleConfig.from_dict(written), ScheduleConfig.from_dict({"_class_name": writer.__name__, **BETAS})
+    assert short == replace(full, timestep_spacing=None)
+    for name in full.to_dict().keys() & written.keys() - {"clip_sample", "trained_betas", "_class_name"}:
         assert getattr(full, name) == written[name]
-    assert torch.equal(make_alpha_bar(full), scheduler_class.from_config(written).alphas_cumprod)
+    clips = scheduler.config.get("clip_sample", False)
+    assert full.ignored == short.ignored == (("clip_sample = True",) if clips else ())
+    assert torch.equal(make_alpha_bar(full), scheduler.alphas_cumprod)
 
 
-def test_the_config_stable_diffusion_ships_gives_the_defaults():
+@pytest.mark.filterwarnings("ignore:LCMScheduler")
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("spacing", [None, *SPACINGS])
+def test_the_spacing_is_that_of_diffusers_after_a_change_of_the_sampler(writer, spacing, tmp_path):
+    """Without a spacing in the file, `from_config` takes the default of the new sampler, not of the writer."""
+    config = {"_class_name": writer.__name__, **BETAS} | ({"timestep_spacing": spacing} if spacing else {})
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    theirs, ours = writer.from_pretrained(tmp_path).config, ScheduleConfig.from_dict(config)
+    for sampler, kind in (("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler)):
+        expected = sampler, kind.from_config(theirs).config.timestep_spacing
+        assert default_solver(ours, sampler) == expected
+        assert default_solver(ScheduleConfig.from_dict(ours.to_dict()), sampler) == expected
+
+
+def test_eps_prediction_from_zero_terminal_snr_is_sampled_with_euler():
+    schedule = ScheduleConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    assert default_solver(schedule) == ("euler", "trailing")
+    assert default_solver(schedule, "ddim") == ("ddim", "trailing")  # which `ddim` refuses
+    assert default_solver(schedule, spacing="leading") == ("ddim", "leading")
+    assert default_solver(replace(schedule, timestep_spacing=None)) == ("ddim", "leading")
+    assert default_solver(replace(schedule, prediction_type="v_prediction")) == ("ddim", "trailing")
+    assert default_solver(replace(schedule, rescale_betas_zero_snr=False)) == ("ddim", "trailing")
+
+
+@pytest.mark.parametrize(
+    ("config", "ignored"),
+    [
+        ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True}, ("use_karras_sigmas = True",)),
+        ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min", "sigma_min": 0.03}, (
+            "final_sigmas_type = sigma_min", "sigma_min = 0.03",
+        )),
+        ({"clip_sample": True, "thresholding": True}, ("clip_sample = True", "thresholding = True")),
+        ({"thresholding": None, "use_beta_sigmas": False}, ()),
+    ],
+)  # fmt: skip
+def test_settings_of_solvers_do_not_matter_to_the_noise_and_are_named(config, ignored):
+    schedule = ScheduleConfig.from_dict(ScheduleConfig().to_dict() | config)
+    assert schedule == ScheduleConfig() and schedule.ignored == ignored
+    assert ScheduleConfig.from_dict(schedule.to_dict()).ignored == ()
+
+
+@pytest.mark.parametrize("writer", ["LCMScheduler", "TCDScheduler"])
+def test_models_of_consistency_sampling_are_named_in_a_warning(writer):
+    with pytest.warns(UserWarning, match=f"{writer}.*consistency sampling"):
+        schedule = ScheduleConfig.from_dict(ScheduleConfig().to_dict() | {"_class_name": writer})
+    assert schedule == ScheduleConfig()
+
+
+def test_the_official_config_of_stable_diffusion_gives_the_defaults():
     shipped = {
-        "_class_name": "PNDMScheduler",
-        "_diffusers_version": "0.6.0",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
+        "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **BETAS, "num_train_timesteps": 1000,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
         "clip_sample": False,
-    }
-    assert ScheduleConfig.from_dict(shipped) == ScheduleConfig()
+    }  # fmt: skip
+    assert ScheduleConfig.from_dict(shipped) == replace(ScheduleConfig(), timestep_spacing=None)
 
 
 def test_config_round_trip():
@@ -277,15 +318,15 @@ def test_config_round_trip():
         ({"prediction_type": "flow"}, "prediction_type"),
         ({"timestep_spacing": "karras"}, "timestep_spacing"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"clip_sample": True}, "clip_sample"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
         ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "betas 0.5 .. 0.1"),
         ({"num_train_timesteps": 0}, "T = 0"),
     ],
 )
-def test_configs_that_cannot_be_honoured_are_refused_by_name(change, named):
+def test_settings_that_change_the_noise_are_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named) as caught:
         ScheduleConfig.from_dict(ScheduleConfig().to_dict() | change)
     assert "\n" not in str(caught.value)

@@ -80,18 +80,6 @@ def test_no_negative_prompt_differs_from_an_empty_one(sources):
     assert differ(none, empty) > 5
 
 
-def test_sdxl_sizes_that_are_not_square_reach_the_network(sources):
-    oracle = oracle_of(sources["sdxl"])
-    settings = {"num_inference_steps": 3, "guidance_scale": 5.0}
-    expected = oracle(PROMPTS, latents=noise(2, 6, 10), height=24, width=40, **settings).images
-    found = load_pipeline(sources["sdxl"])(PROMPTS, latents=noise(2, 6, 10), steps=3, guidance=5.0, sampler="euler")
-    assert differ(found, expected) <= 2
-    swapped = load_pipeline(sources["sdxl"])
-    swapped.added_cond = lambda pooled, h, w: type(swapped).added_cond(swapped, pooled, w, h)
-    other = swapped(PROMPTS, latents=noise(2, 6, 10), steps=3, guidance=5.0, sampler="euler")
-    assert differ(other, expected) > 2, "swapped height and width must have an effect"
-
-
 def test_diffusers_reads_a_saved_sdxl_folder_and_makes_the_same_images(sources, tmp_path):
     settings = {"latents": noise(), "num_inference_steps": 3, "height": 32, "width": 32}
     expected = oracle_of(sources["sdxl"])(PROMPTS, **settings).images

@@ -259,22 +259,12 @@ def test_a_taesd_takes_the_vaes_place(sources, tmp_path):
     assert same(load_pipeline(tmp_path / "saved")(PROMPTS, **SETTINGS), pipe(PROMPTS, **SETTINGS))
 
 
-def test_a_lora_is_merged_as_diffusers_does(sources, tmp_path, capsys, scale=0.5):
-    pipe = load_pipeline(sources["sd1"])
-    add_lora(pipe.unet, ATTENTION, rank=2, alpha=4, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for name, parameter in pipe.unet.named_parameters():
-            if name.endswith("lora_up"):
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    write_lora(tmp_path / "lora.safetensors", {"unet": pipe.unet})
-    merged = edited(sources["sd1"], loras=[(tmp_path / "lora.safetensors", scale)])
-    assert "modules matched" in capsys.readouterr().err
-    oracle = load_oracle(sources["sd1"])
-    oracle.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    oracle.fuse_lora(lora_scale=scale)
-    expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2).images
-    assert np.abs(levels(merged(PROMPTS, **SETTINGS)) - levels(expected)).max() <= 2
-    assert not same(expected, load_pipeline(sources["sd1"])(PROMPTS, **SETTINGS))
+def test_a_file_without_a_vae_takes_that_of_another_model(sources, files, tmp_path):
+    tensors = {name: t for name, t in load_file(files["sd1"]).items() if not name.startswith("first_stage_model.")}
+    save_file(tensors, tmp_path / "file.safetensors", read_metadata(files["sd1"]))
+    found = edited(tmp_path / "file.safetensors", vae=sources["sd1"])
+    assert same(found(PROMPTS, **SETTINGS), load_pipeline(sources["sd1"])(PROMPTS, **SETTINGS))
+    assert "--vae" in refused(load_pipeline, tmp_path / "file.safetensors")
 
 
 # refusals

@@ -276,15 +276,6 @@ def test_macs_are_those_of_the_paper(model):
     assert (round(macs["conv_linear"] / 1e9, 1), round(macs["attention"] / 1e9, 1)) == MACS[model]
 
 
-def test_time_embedding_has_the_golden_values():
-    t = timestep_embedding(torch.tensor([999]), 320)[0]
-    golden = [0.9996498, 0.8026775, 0.9944063, -0.0264608, 0.5964133, 0.1056221]
-    assert t[[0, 1, 159, 160, 161, 319]].tolist() == pytest.approx(golden, abs=2e-6)
-    size = timestep_embedding(torch.tensor([1024]), 256)[0]
-    golden = [0.9873536, -0.5376172, 0.9939517, -0.1585334, 0.1098179]
-    assert size[[0, 1, 127, 128, 255]].tolist() == pytest.approx(golden, abs=2e-6)
-
-
 def test_timesteps_and_sizes_are_embedded_in_float32_under_bfloat16_weights():
     ours, _ = make_pair.__wrapped__("sdxl", torch.bfloat16)
     seen = []

@@ -31,9 +31,8 @@ from minidistill.errors import InputError
 from minidistill.pipeline import Origin, Pipeline
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
 
-FORMAT = "minidistill latents, version 1"
+FORMAT = "minidistill latents, version 2"
 INDEX_NAME = "cache.json"
-FOLDER_OPTIONS = ("split", "caption_column")  # of ImageFolder, kept in cache.json
 AGAIN = "make it again with python -m minidistill.cache, in another --out"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -43,7 +42,8 @@ class CacheKey:
     """All settings that decide what is in a cache. The data themselves are compared example by example."""
 
     resolution: int
-    crop: str  # "center", the only rule so far
+    split: str | None  # of the data folder, as is the next
+    caption_column: str | None
     flip: bool
     store: str  # fp32 or fp16, on the disk
     precision: str  # of the VAE while encoding
@@ -87,8 +87,8 @@ class LatentCache:
         if len(self) != self.index["count"]:
             raise InputError(f"{self.path}: {len(self)} examples where {self.index['count']} should be: {AGAIN}")
         if Path(self.index["data"]).is_dir():
-            options = (self.index.get(name) for name in FOLDER_OPTIONS)
-            self.refuse_stale(ImageFolder(self.index["data"], self.key.resolution, *options))
+            key = self.key
+            self.refuse_stale(ImageFolder(self.index["data"], key.resolution, key.split, key.caption_column))
         if self.index["text"]:
             self.text = TextCache(self.path, self.index["text"]["count"], self.key.shard)
 
@@ -172,8 +172,8 @@ def open_data(
     if not is_cache:
         return ImageFolder(path, resolution, split, caption_column)
     latents = LatentCache(path, resolution)
-    for name, asked in zip(FOLDER_OPTIONS, (split, caption_column), strict=True):
-        if asked not in (None, made := latents.index.get(name)):
+    for name, asked in (("split", split), ("caption_column", caption_column)):
+        if asked not in (None, made := getattr(latents.key, name)):
             raise InputError(f"{path} was made with {name} {made or 'not set'}, not {asked}: {AGAIN}")
     return latents
 
@@ -195,8 +195,8 @@ def read_index(path: Path) -> dict:
 def write_index(path: Path, index: Mapping) -> None:
     """Write cache.json, as `read_index` gives it.
 
-    key; data, split, caption_column: what it is made of; count: of examples; complete: whether all are there; text:
-    None, or {"digest", "count"} of finished text states.
+    key; data: the folder it is made of; count: of examples; complete: whether all are there; text: None, or {"digest",
+    "count"} of finished text states.
     """
     write_json(path / INDEX_NAME, {"format": FORMAT, **index, "key": asdict(index["key"])})
 

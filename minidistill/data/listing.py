@@ -21,7 +21,7 @@ import os
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -39,8 +39,8 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 HOW_TO_CAPTION = (
-    "captions come from metadata.jsonl or metadata.csv (file_name, text; file_name relative to the folder of the "
-    "metadata file), from x.txt beside x.jpg, or from .tar files of these"
+    "captions come from metadata.jsonl or metadata.csv (file_name, relative to the folder of that file; text), from "
+    "x.txt beside x.jpg, or from .tar files of these"
 )
 SPLITS = {  # names of folders -> split, as in Hugging Face `datasets`
     "train": "train|training",
@@ -125,10 +125,13 @@ def find_examples(path: str | Path, split: str | None = None, caption_column: st
     report = FolderReport(str(root))
     files = dict.fromkeys(_walk(root))
     in_rows = _take_rows(report, files, caption_column or "text")
-    _take_pairs(report, {name: Place(name) for name in files}, report.read, caption_column, in_rows)
+    _take_pairs(report, {name: Place(name) for name in files}, caption_column, in_rows)
     _remark_repeats(report)
     for tar in tqdm([name for name in files if name.lower().endswith(".tar")], "tars", disable=None, leave=False):
-        _take_tar(report, tar, caption_column)
+        members, problem = list_tar(os.path.join(root, tar))
+        _take_pairs(report, {f"{tar}/{name}": Place(tar, *where) for name, where in members.items()}, caption_column)
+        if problem:
+            report.remark("damaged tars", f"{tar} ({problem})")
     for name in files:
         base = posixpath.basename(name)
         what = next((what for pattern, what in NOT_READ.items() if re.fullmatch(pattern, base.lower())), None)
@@ -269,24 +272,8 @@ def _captions(texts: Iterable[object]) -> tuple[str, ...]:
     return tuple(filter(None, clean))
 
 
-def _take_tar(report: FolderReport, tar: str, caption_column: str | None) -> None:
-    """Add the captioned images of one archive, which is opened once, to the report."""
-    path = os.path.join(report.path, tar)
-    members, problem = list_tar(path)
-    if members:
-        with open(path, "rb") as file:
-            places = {f"{tar}/{name}": Place(tar, *where) for name, where in members.items()}
-            _take_pairs(report, places, lambda place: read_part(file, place.offset, place.size), caption_column)
-    if problem:
-        report.remark("damaged tars", f"{tar} ({problem})")
-
-
 def _take_pairs(
-    report: FolderReport,
-    files: Mapping[str, Place],
-    read: Callable[[Place], bytes],
-    caption_column: str | None,
-    in_rows: Collection[str] = (),
+    report: FolderReport, files: Mapping[str, Place], caption_column: str | None, in_rows: Collection[str] = ()
 ) -> None:
     """Add the images among these files to the report, with the caption that lies beside each.
 
@@ -306,7 +293,7 @@ def _take_pairs(
         texts = {suffix: files[name] for suffix, name in beside.pop(stem, {}).items() if suffix in TEXT_SUFFIXES}
         if not names:
             continue
-        facts, why_not = _facts(texts, read, caption_column)
+        facts, why_not = _facts(report, texts, caption_column)
         if facts["captions"]:
             names.sort(key=lambda name: (not name.lower().endswith((".jpg", ".jpeg")), name))  # masks are no JPEGs
             for other in names[1:]:
@@ -322,14 +309,12 @@ def _take_pairs(
             report.remark("caption files without an image that Pillow reads", ", not ".join([text, *strange]))
 
 
-def _facts(
-    texts: Mapping[str, Place], read: Callable[[Place], bytes], caption_column: str | None
-) -> tuple[dict[str, Any], str]:
+def _facts(report: FolderReport, texts: Mapping[str, Place], caption_column: str | None) -> tuple[dict[str, Any], str]:
     """What the files beside an image, suffix -> place, say: (fields of an Example, what could not be read)."""
     found, problem = {}, ""
     for suffix, place in texts.items():
         try:
-            found[suffix] = read(place).decode("utf-8-sig")
+            found[suffix] = report.read(place).decode("utf-8-sig")
         except OSError as error:
             problem = f"its {suffix}: {error.strerror}"
         except UnicodeDecodeError:

@@ -30,6 +30,7 @@ from minidistill.diffusion.schedule import (
 
 METADATA_KEY = "minidistill.sampling"
 SAMPLERS = ("ddim", "euler")
+USUAL_SPACING = {"ddim": "leading", "euler": "linspace"}  # defaults of their diffusers classes
 LIGHTNING = re.compile(r"sdxl_lightning_(\d+)step(?:_unet|_lora)?(_x0)?$")
 
 
@@ -117,3 +118,17 @@ def solver(
         return solve(model, noise)
 
     return solved
+
+
+def default_solver(schedule: ScheduleConfig, sampler: str | None = None, spacing: str | None = None) -> tuple[str, str]:
+    """(sampler, spacing) where the user (`sampler`, `spacing`) or the schedule does not determine them.
+
+    The sampler is ddim, or euler for eps-prediction where the first timestep has alpha_bar = 0 (zero terminal SNR with
+    trailing or linspace spacing): there DDIM is not defined. A spacing that the schedule does not have is the default
+    of the sampler in diffusers, as after a change of the scheduler by `from_config`. Unknown names are not used.
+    """
+    spacing = spacing if spacing in SPACINGS else schedule.timestep_spacing
+    if sampler not in SAMPLERS:
+        starts_at_zero = schedule.rescale_betas_zero_snr and spacing in ("trailing", "linspace")
+        sampler = "euler" if starts_at_zero and schedule.prediction_type == "epsilon" else "ddim"
+    return sampler, spacing or USUAL_SPACING[sampler]

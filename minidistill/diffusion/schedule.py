@@ -13,7 +13,8 @@ CPU; on an accelerator the check would synchronise the device, so there the resu
 their grid first).
 """
 
-from dataclasses import asdict, dataclass, fields
+import warnings
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -23,23 +24,15 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
-# Settings of other schedulers that change the results, with the only supported value.
-_ONLY_VALUE = {
-    "trained_betas": None,
-    "clip_sample": False,
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-    "sigma_min": None,
-    "sigma_max": None,
-}
-_LEADING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
+# Settings that change the noise or the timesteps given to the network, with the only supported value.
+_NOISE_SETTINGS = {"trained_betas": None, "use_flow_sigmas": False, "timestep_type": "discrete"}
+# Settings of solvers, which are not used here, with the value that has no effect.
+_SOLVER_SETTINGS = {
+    "clip_sample": False, "thresholding": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False, "use_lu_lambdas": False, "interpolation_type": "linear", "final_sigmas_type": "zero",
+    "sigma_min": None, "sigma_max": None,
+}  # fmt: skip
+_CLIPPING = ("DDIM", "DDPM", "RePaint", "UnCLIP")  # schedulers of diffusers that clip x0 unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -53,49 +46,60 @@ class ScheduleConfig:
     prediction_type: str = "epsilon"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = "leading"  # None: not in the file, so the default of the sampler
     rescale_betas_zero_snr: bool = False
+    ignored: tuple[str, ...] = field(default=(), compare=False)  # the file's settings of solvers, to be named
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("beta_schedule", BETA_SCHEDULES),
-            ("prediction_type", PREDICTIONS),
-            ("timestep_spacing", SPACINGS),
-        ):
-            _check_choice(name, getattr(self, name), allowed)
+        _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        _check_choice("prediction_type", self.prediction_type, PREDICTIONS)
+        if self.timestep_spacing is not None:
+            _check_choice("timestep_spacing", self.timestep_spacing, SPACINGS)
         if self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
             given = f"T = {self.num_train_timesteps}, betas {self.beta_start} .. {self.beta_end}"
             raise ValueError(f"not a noise schedule: {given}; need T >= 1 and 0 < start <= end < 1")
 
     @classmethod
     def from_dict(cls, config: dict) -> "ScheduleConfig":
-        """Read a scheduler_config.json, whichever diffusers scheduler wrote it.
+        """From the scheduler_config.json of any diffusers scheduler.
 
-        Absent keys take the defaults of the class that wrote the file (`_class_name`), not Stable
-        Diffusion's. Keys about solvers that we do not run are ignored; a setting that changes the noise or
-        the samples in a way that is not computed here (`trained_betas`, `clip_sample`, `use_karras_sigmas`,
-        ...) raises ValueError, and so do flow-matching and EDM schedulers.
+        Absent keys take the defaults of the class that wrote the file (`_class_name`), not those of Stable Diffusion.
+        Settings of solvers (`clip_sample`, `use_karras_sigmas`, ...) are not needed for training or conversion;
+        `ignored` lists them for sampling. LCM and TCD schedulers give a warning. ValueError: a setting that changes the
+        noise (`trained_betas`, ...), or a flow-matching or EDM scheduler.
         """
         writer = config.get("_class_name", "DDIMScheduler")
         if "FlowMatch" in writer or "EDM" in writer:
             raise ValueError(f"scheduler config: {writer} is not a DDPM-style noise schedule, which is what is needed")
-        for key, only in _ONLY_VALUE.items():
+        for key, only in _NOISE_SETTINGS.items():
             if key in config and config[key] not in (only, None):
                 raise ValueError(f"scheduler config: {key} = {config[key]!r} is not supported; set it to {only!r}")
+        if writer in ("LCMScheduler", "TCDScheduler"):
+            warnings.warn(
+                f"{writer}: this model is distilled for consistency sampling in a few steps, which is not supported: "
+                "expect poor images here",
+                stacklevel=2,
+            )
+        solver = {"clip_sample": config.get("_class_name", "").startswith(_CLIPPING), **config}
+        ignored = [
+            f"{key} = {solver[key]}" for key, off in _SOLVER_SETTINGS.items() if solver.get(key) not in (off, None)
+        ]
         absent = {
             "beta_start": 0.0001,
             "beta_end": 0.02,
             "beta_schedule": "linear",
             "steps_offset": 0,
             "set_alpha_to_one": writer != "PNDMScheduler",
-            "timestep_spacing": "leading" if writer in _LEADING_CLASSES else "linspace",
+            "timestep_spacing": None,
         }
-        names = [field.name for field in fields(cls)]
-        return cls(**(absent | {name: config[name] for name in names if name in config}))
+        names = [field.name for field in fields(cls) if field.name != "ignored"]
+        return cls(**(absent | {name: config[name] for name in names if name in config}), ignored=tuple(ignored))
 
     def to_dict(self) -> dict:
         """A scheduler_config.json for diffusers' DDIMScheduler."""
-        return {"_class_name": "DDIMScheduler", **asdict(self), "clip_sample": False, "trained_betas": None}
+        d = {"_class_name": "DDIMScheduler", **asdict(self), "clip_sample": False, "trained_betas": None}
+        absent = ("ignored",) if self.timestep_spacing else ("ignored", "timestep_spacing")
+        return {key: value for key, value in d.items() if key not in absent}
 
 
 def make_alpha_bar(config: ScheduleConfig) -> Tensor:

@@ -55,8 +55,7 @@ RECIPES = {
     "bk-base": Recipe(SECOND_LAYERS),
     "bk-small": Recipe((*SECOND_LAYERS, "mid")),
     "bk-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3")),
-    # Not published: bk-tiny with all layers of the outermost level. In the miniature that level matters most
-    # (python -m minidistill.sensitivity), and its student is trained in minutes.
+    # Not published: bk-tiny with all layers of the outermost level, to which the miniature is most sensitive.
     "inner": Recipe(("down.1.1", "down.2.1", "up.1.1", "up.2.1", "mid", "stage.3")),
     # Segmind's "small" is BK-SDM's *Base*: it keeps the mid block. Segmind has no BK-Small.
     "segmind-small": Recipe(SECOND_LAYERS, "segmind", (1.0, 0.5, 0.5)),
@@ -161,10 +160,8 @@ def _depth_fields(down: list[list[int]], up: list[list[int]]) -> dict:
     """Transformer depths as config fields, in their shortest form: one number for a stage whose layers agree."""
     flat, flat_up = (tuple(stage[0] if len(set(stage)) == 1 else tuple(stage) for stage in side) for side in (down, up))
     mirrored = flat_up == flat[::-1] and not any(isinstance(depth, tuple) for depth in flat)
-    return {
-        "transformer_layers_per_block": flat,
-        "reverse_transformer_layers_per_block": None if mirrored else flat_up,
-    }
+    reverse = None if mirrored else flat_up
+    return {"transformer_layers_per_block": flat, "reverse_transformer_layers_per_block": reverse}
 
 
 def _check_stages(levels: list[str], down: tuple, up: tuple, count: int) -> None:
@@ -210,17 +207,14 @@ def weight_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
 
 
 def weight_map(removal: Removal, student_names: Iterable[str]) -> dict[str, str]:
-    """{name of a student weight: name of the teacher weight that initialises it}.
-
-    Only numbers change: of a layer within its stage, and of an up stage, since up.0 is the innermost one.
-    """
+    """{name of a student weight: name of the teacher weight that initialises it}."""
     result = {}
     for name in student_names:
         part, *rest = name.split(".")
         if part in ("down_blocks", "up_blocks"):
             stage = int(rest[0])
             kept = (removal.kept_down if part == "down_blocks" else removal.kept_up)[stage]
-            if part == "up_blocks":
+            if part == "up_blocks":  # up stages are numbered from the innermost, down stages from the outermost
                 rest[0] = str(stage + removal.stages_removed)
             if rest[1] in ("resnets", "attentions"):
                 rest[2] = str(kept[int(rest[2])])

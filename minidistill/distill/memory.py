@@ -12,29 +12,7 @@ from minidistill.distill import kd
 from minidistill.distill.block_removal import Removal, weight_shapes
 from minidistill.metrics.cost import format_bytes, peak_bytes
 from minidistill.models.unet import UNet, random_inputs
-from minidistill.pipeline import VAE, Pipeline
-
-
-def run_memory(
-    pipe: Pipeline,
-    removal: Removal,
-    pairs: Sequence[tuple[str, str]],
-    batch_size: int,
-    resolution: int,
-    *,
-    half: bool,
-    checkpointing: bool,
-    accumulate: bool,
-    averaged: bool,
-) -> list[tuple[str, str]]:
-    """The table of what a run takes on its device.
-
-    resolution: of the training images, in pixels; averaged: with an EMA; the others as in `step_peak`.
-    """
-    side = resolution // pipe.vae.config.downscale
-    inputs = batch_size, side, side, pipe.tokenizers[0].max_length
-    step = step_peak(removal, pairs, inputs, half=half, checkpointing=checkpointing, accumulate=accumulate)
-    return memory_rows(removal, [pipe.vae, *pipe.text_encoders], step, image_peak(pipe.vae, side), averaged)
+from minidistill.pipeline import VAE
 
 
 def step_peak(

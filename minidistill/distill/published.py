@@ -39,29 +39,30 @@ SEGMIND = {
     "ema_decay": 0.0,
     "seed": 647,
 }
+OURS = "give --data; not yet run here"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "nota-sd15": {
-        "comment": "BK-SDM as published, of SD 1.4: give --data and a --recipe; 12.8 M samples; not yet run here",
         **NOTA,
+        "comment": f"BK-SDM of SD 1.4 as published, 12.8 M samples: {OURS}",
         "teacher": "CompVis/stable-diffusion-v1-4",
         "recipe": "bk-base",
     },
     "nota-sd21": {
-        "comment": "BK-SDM-v2 as published, of SD 2.1-base, batch 128: give --data; 6.4 M samples; not yet run here",
         **NOTA,
+        "comment": f"BK-SDM-v2 of SD 2.1-base as published, batch 128, 6.4 M samples: {OURS}",
         "teacher": "stabilityai/stable-diffusion-2-1-base",
         "recipe": "bk-base",
         "batch_size": 32,
     },
     "segmind-small": {
-        "comment": "SD-Small as published: give --data; 12.8 M samples; not yet run here",
         **SEGMIND,
+        "comment": f"SD-Small as published, 12.8 M samples: {OURS}",
         "recipe": "segmind-small",
         "steps": 100_000,
     },
     "segmind-tiny": {
-        "comment": "SD-Tiny as published: give --data; 16 M samples; not yet run here",
         **SEGMIND,
+        "comment": f"SD-Tiny as published, 16 M samples: {OURS}",
         "recipe": "segmind-tiny",
         "steps": 125_000,
     },

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -104,12 +105,12 @@ def choose(
     for old in chosen:
         rest = [s for s in chosen if s is not old]
         for new in scores:
-            neighbour = [*rest, new]
             overlaps = new in chosen or any(s.weights & new.weights for s in rest)
-            if not overlaps and _saved(neighbour, by) >= saving and _plan(teacher, _entries(neighbour)):
-                neighbours.append(neighbour)
+            if not overlaps and _saved([*rest, new], by) >= saving:
+                neighbours.append([*rest, new])
     neighbours.sort(key=_sensitivity)
-    return [_entries(scores) for scores in [chosen, *neighbours][:count]]
+    fitting = (some for some in neighbours if _plan(teacher, _entries(some)))
+    return [_entries(some) for some in (chosen, *islice(fitting, count - 1))]
 
 
 def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str) -> list[Score]:

@@ -15,7 +15,7 @@ from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
-from minidistill.models.vae import AutoencoderKL, VAEConfig
+from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
 from minidistill.weights import folders, hub
 from minidistill.weights.files import load_into, on_meta
 from minidistill.weights.folders import Device, DType
@@ -35,12 +35,17 @@ def load_parts(
 ) -> dict[str, Any]:
     """The arguments of `pipeline.Pipeline` from a single file; those and InputError as in `pipeline.load_pipeline`."""
     file = read_single_file(path)
-    if file.vae is None or not file.text_encoders:
+    vae = file.vae
+    if vae is None and "vae" in without:  # another takes its place
+        vae = (SDXL_VAE if file.family == "sdxl" else SD_VAE), {}
+    if not file.text_encoders:
         lacks = "text encoder" if file.vae else "VAE and text encoder"
         raise InputError(f"{path} has no {lacks}: give it as --unet, and as --model what it is made for")
+    if vae is None:
+        raise InputError(f"{path} has no VAE: give one as --vae, such as that of the model it was made from")
     return {
         "unet": build_network(*file.unet, path, "meta" if "unet" in without else device, dtype),
-        "vae": build_network(*file.vae, path, "meta" if "vae" in without else device, vae_dtype),
+        "vae": build_network(*vae, path, "meta" if "vae" in without else device, vae_dtype),
         "text_encoders": [build_network(*encoder, path, device, dtype) for encoder in file.text_encoders],
         "tokenizers": list(file.tokenizers) or clip_tokenizers(path, file),
         "schedule": file.schedule,

@@ -22,5 +22,5 @@ def evaluate_vae(vae: VAE, count: int) -> dict[str, float]:
         pixels = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         correct += [judge(p, caption).all_correct for p, caption in zip(pixels, captions, strict=True)]
     plain = [psnr[i] for i in range(count) if data.scene(i).full.texture == "plain"]
-    result = {"psnr": sum(psnr) / len(psnr), "judged_right": sum(correct) / len(correct)}
+    result = {"psnr": sum(psnr) / len(psnr), "all_correct": sum(correct) / len(correct)}
     return {**result, "psnr_plain": sum(plain) / len(plain)} if plain else result

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidistill.diffusion.sampling import Sampling, as_distilled, find_sampling, sampling_metadata
+from minidistill.diffusion.sampling import Sampling, as_distilled, default_solver, find_sampling, sampling_metadata
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
@@ -273,7 +273,8 @@ def save_pipeline(
     if (folder / "model_index.json").is_file():
         (folder / "model_index.json").unlink()
     is_sdxl = len(text_encoders) == 2
-    is_euler = is_sdxl if sampling is None else sampling.sampler == "euler"
+    usual = "euler" if is_sdxl else default_solver(schedule)[0]
+    is_euler = (sampling.sampler if sampling else usual) == "euler"
     scheduler = "EulerDiscreteScheduler" if is_euler else "DDIMScheduler"
     save_unet(folder, unet, sampling_metadata(sampling))
     save_vae(folder, vae)
