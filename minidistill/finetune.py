@@ -80,6 +80,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str = option("fp32", "precision of the forward passes", choices=PRECISIONS)
     judged: int = option(
         48, "held-out scenes to evaluate the model on; 0: none", minimum=0, maximum=len(Scenes("test"))
@@ -201,7 +202,7 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> tuple[Path, str, list[
 
 def set_up(config: Config) -> Run:
     """Check all settings, build what trains, measure the model before training. No file is written."""
-    device = get_device(config.device)
+    device = get_device(config.device, config.deterministic)
     check_lora(config)
     check_training(config)
     pipe = load_pipeline(config.model, device)

@@ -94,6 +94,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str | None = option(None, "precision (default: bf16 if the device computes it, else fp32)", PRECISIONS)
     guidance: float = option(4.0, "classifier-free guidance of sampled images, and of --image-free latents")
     judged: int = option(
@@ -195,7 +196,7 @@ def main(config: Config) -> None:
 
 def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
-    device = get_device(config.device)
+    device = get_device(config.device, config.deterministic)
     config, pipe, removal, data = plan(config, device)
     smallest = smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))

@@ -145,6 +145,17 @@ def test_auto_takes_the_fastest_device_there_is_and_says_so(monkeypatch, capsys,
     assert get_device("cpu") == CPU and capsys.readouterr() == ("", "")
 
 
+def test_deterministic_algorithms_are_used_where_they_are_asked_for(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    try:
+        get_device("cpu")
+        assert not torch.are_deterministic_algorithms_enabled()
+        get_device("cpu", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_loss_that_is_not_finite_names_step_and_timesteps():
     t = torch.tensor([999, 3, 500])
     check_finite(torch.tensor(1e30), 5, t)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -20,11 +21,15 @@ class Precision(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def get_device(name: str) -> torch.device:
+def get_device(name: str, deterministic: bool = False) -> torch.device:
     """cpu, cuda, cuda:N, mps or auto -> device. InputError: another name, or a device that is not there.
 
-    auto: cuda if there is one, else mps, else cpu; a line on stderr says which.
+    auto: cuda if there is one, else mps, else cpu; a line on stderr says which. deterministic: let PyTorch use no CUDA
+    kernel that adds in no fixed order; a RuntimeError of its own names an operation that has no other.
     """
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and index.isdigit())):
         raise InputError(f"--device takes cpu, cuda, cuda:N, mps or auto, not '{name}'")

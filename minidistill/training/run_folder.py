@@ -9,6 +9,9 @@
 
 A checkpoint is written into a hidden folder beside its place, flushed to the disk and then renamed: a folder with its
 name is complete. Older ones are deleted only after that. Reading checks the hash, or else takes the one before.
+
+A run that was resumed ends with the same bits as one that was not on a CPU. On a GPU it does with --deterministic only:
+some CUDA kernels add in no fixed order.
 """
 
 from __future__ import annotations
