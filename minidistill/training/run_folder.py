@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.training.state import Part, pack, unpack
-from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
+from minidistill.weights.files import read_json, read_safetensors, to_disk, write_json, write_safetensors
 from minidistill.weights.folders import SHIPPED
 
 if sys.platform != "win32":  # where folders cannot be locked
@@ -144,7 +144,7 @@ class RunFolder:
         if final.exists():  # damaged, or saved again: set aside, but not yet deleted
             final.rename(self.checkpoints / f".old-{final.name}")
         temporary.rename(final)
-        _flush_folder(self.checkpoints)
+        to_disk(self.checkpoints)
         paths = self._checkpoint_paths()
         kept = [path for path in paths if _step_of(path) <= step][-max(1, keep) :]
         for path in paths:  # those after `step` are damaged: the run has gone back to before them
@@ -250,14 +250,3 @@ def _digest(file: Path, state: dict[str, Any]) -> str:
     text = json.dumps([state["step"], state["bytes"], state["meta"]], sort_keys=True, allow_nan=False)
     digest.update(text.encode())
     return digest.hexdigest()
-
-
-def _flush_folder(path: Path) -> None:
-    """Wait until the new names in a folder are on the disk."""
-    if os.name == "nt":  # Windows has no such call
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
