@@ -141,7 +141,7 @@ def test_auto_takes_the_fastest_device_there_is_and_says_so(monkeypatch, capsys,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert get_device("auto") == torch.device(taken)
-    assert capsys.readouterr() == ("", f"device: {taken}\n")
+    assert capsys.readouterr() == (f"device: {taken}\n", "")
     assert get_device("cpu") == CPU and capsys.readouterr() == ("", "")
 
 

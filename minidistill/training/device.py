@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,10 @@ class Precision(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def get_device(name: str, deterministic: bool = False) -> torch.device:
+def get_device(name: str, deterministic: bool = False, report: bool = True) -> torch.device:
     """cpu, cuda, cuda:N, mps or auto -> device. InputError: another name, or a device that is not there.
 
-    auto: cuda if there is one, else mps, else cpu; a line on stderr says which. deterministic: let PyTorch use no CUDA
+    auto: cuda if there is one, else mps, else cpu; `report` prints which. deterministic: let PyTorch use no CUDA
     kernel that adds in no fixed order; a RuntimeError of its own names an operation that has no other.
     """
     if deterministic:
@@ -36,7 +35,8 @@ def get_device(name: str, deterministic: bool = False) -> torch.device:
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if kind == "auto":
         name = next(found for found, number in count.items() if number)
-        print(f"device: {name}", file=sys.stderr, flush=True)
+        if report:
+            print(f"device: {name}", flush=True)  # not on stderr, where a refusal has one line
     elif int(index or 0) >= count[kind]:
         raise InputError(f"--device {name}: PyTorch sees {count[kind]} {kind} devices here; use --device cpu")
     return torch.device(name)
