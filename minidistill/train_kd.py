@@ -296,7 +296,8 @@ def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) 
 
 def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
-    best = "bf16" if config.device.startswith("cuda") else best_precision(torch.device("cpu"))
+    here = get_device("auto" if config.device == "auto" else "cpu")
+    best = "bf16" if config.device.startswith("cuda") else best_precision(here)
     config, pipe, removal, data = plan(
         dataclasses.replace(config, precision=config.precision or best), torch.device("cpu")
     )
