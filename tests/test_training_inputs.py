@@ -86,11 +86,17 @@ def test_the_smallest_map_is_the_smallest_that_is_downsampled(pipe, side):
 
 def test_bf16_is_not_taken_on_a_cpu_where_its_gradients_are_wrong(tiny_sd1, images, monkeypatch, tmp_path):
     """At 16 pixels the last downsampling of the tiny model reads maps of one pixel, at 32 of two."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     paths = {"data": str(images), "out": str(tmp_path / "run"), "device": "cpu"}
     kd = train_kd.Config(teacher=str(tiny_sd1), recipe="bk-base", **paths)
-    for side, name in ((16, "fp32"), (32, "bf16")):
-        assert train_kd.set_up(replace(kd, resolution=side)).config.precision == name
     for command, config in ((train_kd, kd), (finetune, finetune.Config(model=str(tiny_sd1), **paths))):
         with pytest.raises(InputError, match=r"--precision bf16: .* use fp32, or a larger --resolution"):
             command.set_up(replace(config, resolution=16, precision="bf16"))
+
+    def taken(name, device, smallest):
+        raise InputError(f"{name} where the smallest map is {smallest}")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(train_kd, "get_precision", taken)
+    for side, expected in ((16, "fp32 where the smallest map is 1"), (32, "bf16 where the smallest map is 2")):
+        with pytest.raises(InputError, match=expected):
+            train_kd.set_up(replace(kd, resolution=side))
