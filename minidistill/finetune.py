@@ -35,7 +35,7 @@ from minidistill.training import optim
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
+from minidistill.training.inputs import check_training, check_weights, content_of, open_data, resolution_for
 from minidistill.training.log import MetricsLog
 from minidistill.training.run_folder import RunFolder
 
@@ -115,7 +115,7 @@ class Run(NamedTuple):
     """What the training loop needs."""
 
     config: Config  # every setting resolved
-    settings: dict[str, Any]  # config.json: the config, and a fingerprint of the data
+    settings: dict[str, Any]  # config.json: the config, and fingerprints of the model and of the data
     folder: RunFolder
     pipe: Pipeline
     networks: nn.ModuleDict  # those that train
@@ -204,7 +204,7 @@ def set_up(config: Config) -> Run:
     config = resolve(config, pipe)
     scenes = Scenes("train", length=config.images)
     data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
-    settings = {**asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
+    settings = {**asdict(config), **content_of(pipe, data)}
     folder = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)

@@ -38,7 +38,7 @@ from minidistill.training import optim
 from minidistill.training.batches import Batches, Captioned, captions_of
 from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_training, check_weights, open_data, resolution_for
+from minidistill.training.inputs import check_training, check_weights, content_of, open_data, resolution_for
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.run_folder import RunFolder
 
@@ -118,7 +118,7 @@ class Run(NamedTuple):
     """What the training loop needs."""
 
     config: Config  # every setting resolved
-    settings: dict[str, Any]  # config.json: the config, and a fingerprint of the data
+    settings: dict[str, Any]  # config.json: the config, and fingerprints of the model and of the data
     folder: RunFolder
     teacher: Pipeline
     student: Pipeline
@@ -193,7 +193,7 @@ def set_up(config: Config) -> Run:
     precision = get_precision(config.precision, device)
     config, pipe, removal, data = plan(config, device)
     pairs = block_removal.feature_pairs(removal, config.pairing)
-    settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
+    settings = {**dataclasses.asdict(config), **content_of(pipe, data)}
     folder = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)

@@ -84,10 +84,49 @@ def test_resume_allows_longer_and_elsewhere_and_says_so(tmp_path, capsys):
     assert json.loads(run.config.read_text())["steps"] == 600
 
 
+HOLDER = """
+import sys, time
+from minidistill.training.run_folder import RunFolder
+RunFolder.find(sys.argv[1], {}).begin({})
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked on Windows")
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
+    words = [sys.executable, "-c", HOLDER, tmp_path / "run"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as first:
+        assert first.stdout.readline() == "begun\n"
+        with pytest.raises(InputError, match=r"another process is writing .*run: wait for it, or take another --out"):
+            RunFolder.find(tmp_path / "run", {}, resume=True)
+        first.kill()
+        first.wait()
+        RunFolder.find(tmp_path / "run", {}, resume=True).begin({})
+        RunFolder.find(tmp_path / "run", {}, resume=True)  # the same process may, again
+
+
+def test_a_source_may_move_and_be_spelt_otherwise_its_content_may_not(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    run = open_run(tmp_path / "run", teacher="model", start="model/", data="scenes", weights="abc")
+    (tmp_path / "here" / "scenes").mkdir()  # is not what the word means
+    stored = json.loads(run.config.read_text())
+    assert (stored["teacher"], stored["data"]) == (str(tmp_path / "here" / "model"), "scenes")
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    for spelt in ("here/model", "here/model/", str(tmp_path / "here" / "model")):
+        open_run(tmp_path / "run", True, teacher=spelt, start=spelt, data="scenes", weights="abc")
+    assert "teacher" not in capsys.readouterr().out
+    open_run(tmp_path / "run", True, teacher="me/moved", start="here/model", data="moved", weights="abc")
+    assert 'resuming with teacher "me/moved" (was ' in capsys.readouterr().out
+    with pytest.raises(InputError, match=r'weights "abd" \(was "abc"\)'):
+        open_run(tmp_path / "run", True, teacher="here/model", start="here/model", data="scenes", weights="abd")
+
+
 def test_what_may_change_are_settings_there_are():
-    for command in (train_kd, finetune):
-        names = {field.name for field in fields(command.Config)} | {"dry_run"}
-        assert {*MAY_CHANGE, *NOT_COMPARED} <= names
+    names = {field.name for command in (train_kd, finetune) for field in fields(command.Config)}
+    assert {*MAY_CHANGE, *NOT_COMPARED} <= names
 
 
 def test_the_last_image_grid_is_none_that_a_run_has_gone_back_before(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from minidistill.errors import NonFiniteLoss
+from minidistill.errors import InputError, NonFiniteLoss
 
 SCHEDULES = ("constant", "cosine")
 
@@ -44,7 +44,10 @@ def adamw(
     """AdamW over the parameters that require a gradient, in one fused kernel.
 
     Norms and biases are decayed too, as in BK-SDM and the diffusers scripts. ValueError if none requires one.
+    InputError: a learning rate that trains nothing, or uphill.
     """
+    if lr <= 0:
+        raise InputError(f"--learning-rate must be above 0, not {lr:g}")
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient: nothing would be trained")

@@ -18,18 +18,25 @@ import json
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.training.state import Part, pack, unpack
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
+from minidistill.weights.folders import SHIPPED
 
-# What may differ when a run is resumed: how long, how often it reports, where it runs. Anything else changes the
-# result. (With a cosine schedule, new `steps` bend the learning rate from there on; every change is printed.)
+if sys.platform != "win32":  # where folders cannot be locked
+    import fcntl
+
+# What may differ when a run is resumed: how long, how often it reports, where it runs, where its model and its images
+# are (`weights` and `examples` say which they are). Anything else changes the result. (With a cosine schedule, new
+# `steps` bend the learning rate from there on; every change is printed.)
 MAY_CHANGE = (
     "steps",
     "log_every",
@@ -37,12 +44,15 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "device",
-    "data",  # where the examples are: which they are (`examples`, with split and column) is compared
+    "teacher",
+    "model",
+    "data",
     "split",
     "caption_column",
     "push_to_hub",
     "private",
 )
+SOURCES = ("teacher", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
 
@@ -56,7 +66,12 @@ class Checkpoint(NamedTuple):
 
 
 class RunFolder:
-    """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`. Only one process of a run should write."""
+    """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`.
+
+    A process has one run at a time. Its folder is locked from `find` on, until the process ends or finds another run.
+    """
+
+    _locked: ClassVar[tuple[Path, int] | None] = None  # by this process: the folder, its file descriptor
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -83,6 +98,7 @@ class RunFolder:
         if resume:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
+            run._lock()
             _check_same_run(out, read_json(run.config), _as_stored(config))
             done = max(map(_step_of, run._checkpoint_paths()), default=0)
             if done > config.get("steps", done):
@@ -97,6 +113,7 @@ class RunFolder:
         """Write config.json and make the folders; itself. InputError: the operating system refuses."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             write_json(self.config, _as_stored(config))  # first: what has it can be resumed, whatever else is missing
             self.samples.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
@@ -150,6 +167,26 @@ class RunFolder:
                 print(f"{path} is damaged, trying the one before it ({error})", flush=True)
         return None
 
+    def _lock(self) -> None:
+        """Keep other processes out of the folder; the system unlocks it when this one ends, however it ends.
+
+        InputError: another process has it.
+        """
+        if sys.platform == "win32" or (RunFolder._locked and RunFolder._locked[0] == self.path.resolve()):
+            return
+        if RunFolder._locked:
+            os.close(RunFolder._locked[1])
+        descriptor = os.open(self.path, os.O_RDONLY)
+        RunFolder._locked = self.path.resolve(), descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            RunFolder._locked = None
+            os.close(descriptor)
+            raise InputError(f"another process is writing {self.path}: wait for it, or take another --out") from error
+        except OSError as error:  # NFS, say
+            warnings.warn(f"{self.path} cannot be locked ({error}): let no other process write into it", stacklevel=2)
+
     def _checkpoint_paths(self) -> list[Path]:
         """Folders named step-NNNNNN, oldest first."""
         found = [p for p in self.checkpoints.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
@@ -172,15 +209,20 @@ def _check_same_run(out: str | Path, stored: dict[str, Any], config: dict[str, A
     if refused := [describe(name) for name in changed if name not in MAY_CHANGE]:
         raise InputError(
             f"cannot resume {out} under other settings: {', '.join(refused)}; "
-            "give it the same flags and images, or start anew in another --out"
+            "give it the same flags, model and images, or start anew in another --out"
         )
     for name in changed:
         print(f"resuming with {describe(name)}", flush=True)
 
 
 def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Tuples become lists, as in the stored file."""
-    return json.loads(json.dumps(config))
+    """Settings as config.json has them: tuples are lists, paths of this machine do not depend on the current folder."""
+    stored = json.loads(json.dumps(config))
+    for name in SOURCES:
+        path = os.path.expanduser(stored.get(name) or "")
+        if path not in ("scenes", *SHIPPED) and os.path.exists(path):
+            stored[name] = os.path.abspath(path)
+    return stored
 
 
 def _step_of(path: Path) -> int:
