@@ -21,6 +21,7 @@ from minidistill.cli import REQUIRED, option, run_command
 from minidistill.data import cache
 from minidistill.data.cache import CacheKey, LatentCache
 from minidistill.data.folders import ImageFolder, read_ahead, scan
+from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.training.batches import SMALL, TOGETHER, at_once, encode_samples
@@ -34,6 +35,8 @@ class CacheConfig:
 
     model: str = option("miniature", "SOURCE whose VAE is used")
     data: str = option(REQUIRED, "folder of images with captions, or of img2dataset tars")
+    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     out: str | None = option(None, "folder of the cache")
     resolution: int | None = option(None, "pixels (default: the model's own)", minimum=8)
     flip: bool = option(False, "mirror images too, for trainings with flips; not if captions say left or right")
@@ -55,7 +58,7 @@ class CacheConfig:
 def main(config: CacheConfig) -> None:
     """Scan, or make or finish a cache."""
     if config.scan_only:
-        print(scan(config.data, config.resolution).summary())
+        print(scan(config.data, config.resolution, config.split, config.caption_column).summary())
         return
     if not config.out:
         raise InputError("--out is required: folder of the cache")
@@ -68,7 +71,8 @@ def main(config: CacheConfig) -> None:
         raise InputError(f"--shard {config.shard} must be a multiple of --batch-size {batch_size}")
     key = CacheKey(
         resolution=resolution,
-        crop="center",
+        split=config.split,
+        caption_column=config.caption_column,
         flip=config.flip,
         store=config.store,
         precision=config.precision,
@@ -76,7 +80,7 @@ def main(config: CacheConfig) -> None:
         vae=cache.vae_digest(pipe.vae),
     )
     pipe.unet.to("meta")  # not needed
-    folder = ImageFolder(config.data, resolution)
+    folder = ImageFolder(config.data, resolution, config.split, config.caption_column)
     print(folder.summary(), flush=True)
     out = Path(config.out)
     done = begin(out, key, config, folder)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidistill.cli import option, run_command
+from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.diffusion.noise import generator_for
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill.kd import mean_square
@@ -64,6 +65,8 @@ LORA_FILES = {"kohya": "lora.safetensors", "peft": "lora_peft.safetensors"}
 class Config:
     model: str = option("miniature", "SOURCE to start from: a model folder, a Hub id, a single file, or miniature")
     data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
+    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     images: int = option(4096, "how many scenes to train on", minimum=1)
     resolution: int | None = option(None, "pixels to train at; none takes the model's own", minimum=8)
     flip: bool = option(False, "show every other image as its mirror image; not where captions say left and right")
@@ -136,7 +139,8 @@ def main(config: Config) -> None:
     check_weights(pipe, config.model)
     warn_if_distilled(pipe)
     config = resolve(config, pipe)
-    data = open_data(config.data, config.resolution, Scenes("train", length=config.images))
+    scenes = Scenes("train", length=config.images)
+    data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
     settings = {**dataclasses.asdict(config), "examples": data.fingerprint()}  # --resume is for the same images only
     run = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:

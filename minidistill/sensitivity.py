@@ -18,6 +18,7 @@ from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.cli import option, run_command
+from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.distill.block_removal import RECIPES, Removal, format_count, plan_removal
 from minidistill.distill.probes import Probe, make_probes
 from minidistill.distill.sensitivity import Score, choose, score, share_weights, smallest_removals
@@ -40,6 +41,8 @@ from minidistill.weights.files import atomic_path, write_json
 class Config:
     teacher: str = option("miniature", "SOURCE of the teacher")
     data: str = option("scenes", "scenes (held-out ones), a folder of images with captions, or a cache of one")
+    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     resolution: int | None = option(None, "pixels to measure at; none takes the teacher's own", minimum=8)
     samples: int = option(
         64, "images to measure on, each at a timestep of its own; rounded up to whole batches", minimum=1
@@ -71,7 +74,8 @@ def main(config: Config) -> None:
     if not removals:
         raise InputError(f"{config.teacher}: nothing can be removed from this model alone; take a larger --teacher")
     side = resolution_for(pipe, config.resolution, config.teacher)
-    data = open_data(config.data, side, Scenes("test", length=config.samples))
+    scenes = Scenes("test", length=config.samples)
+    data = open_data(config.data, side, scenes, config.split, config.caption_column)
     out = make_folder(config.out)
 
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)

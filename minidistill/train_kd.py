@@ -17,6 +17,7 @@ import torch
 
 from minidistill.cli import option, run_command
 from minidistill.data.cache import LatentCache
+from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import kd
 from minidistill.distill.block_removal import (
@@ -74,6 +75,8 @@ class Config:
     feature_norm: bool = option(False, "divide each feature's loss by the teacher's mean square (as LAPTOP-Diff does)")
     copy_weights: bool = option(True, "start from the teacher's weights, not from random ones")
     data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
+    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     images: int = option(4096, "how many scenes to train on", minimum=1)
     resolution: int | None = option(None, "pixels to train at; none takes the teacher's own", minimum=8)
     random_conditioning: bool = option(
@@ -207,7 +210,8 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)  # decides a student's weights that are not copied
     student = build_student(removal, teacher if config.copy_weights else None, device)
     student.gradient_checkpointing = config.gradient_checkpointing
-    data = open_data(config.data, config.resolution, Scenes("train", length=config.images))
+    scenes = Scenes("train", length=config.images)
+    data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
 
     optimizer = adamw(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     ema = EMA(student, config.ema_decay)

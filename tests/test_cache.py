@@ -184,6 +184,18 @@ def test_a_fingerprint_tells_images_captions_and_settings(model, data):
     assert after.startswith("11 images, ") and after != before
 
 
+def test_a_cache_knows_of_which_split_and_column_it_is(model, data):
+    (data / "metadata.jsonl").write_text("".join(f'{{"file_name": "{i:02}.png", "prompt": "{i}"}}\n' for i in range(4)))
+    data = data.rename(data.parent / "train")
+    shutil.copytree(data, data.parent / "test")
+    out = make(model, data.parent, data.parent / "cache", split="test", caption_column="prompt")
+    latents = open_data(out, SIDE)  # compared with the folder, opened in the same way
+    assert latents.names == [f"test/{i:02}.png" for i in range(4)] and latents.captions(3) == ("3",)
+    assert open_data(out, SIDE, "test", "prompt").fingerprint() == latents.fingerprint()
+    assert "made with split test, not train" in refusal(lambda: open_data(out, SIDE, "train"))
+    assert "made with caption_column prompt, not text" in refusal(lambda: open_data(out, SIDE, None, "text"))
+
+
 # what is refused
 
 

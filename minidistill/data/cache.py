@@ -29,7 +29,7 @@ from minidistill.errors import InputError
 from minidistill.pipeline import Origin, Pipeline
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
 
-FORMAT = "minidistill latents, version 1"
+FORMAT = "minidistill latents, version 2"
 INDEX_NAME = "cache.json"
 AGAIN = "make it again with python -m minidistill.cache, in another --out"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -40,7 +40,8 @@ class CacheKey:
     """All settings that decide what is in a cache. The data themselves are compared example by example."""
 
     resolution: int
-    crop: str  # "center", the only rule so far
+    split: str | None  # of the data folder, as is the next
+    caption_column: str | None
     flip: bool
     store: str  # fp32 or fp16, on the disk
     precision: str  # of the VAE while encoding
@@ -83,7 +84,8 @@ class LatentCache:
         if len(self) != self.index["count"]:
             raise InputError(f"{self.path}: {len(self)} examples where {self.index['count']} should be: {AGAIN}")
         if Path(self.index["data"]).is_dir():
-            self.refuse_stale(ImageFolder(self.index["data"], self.key.resolution))
+            key = self.key
+            self.refuse_stale(ImageFolder(self.index["data"], key.resolution, key.split, key.caption_column))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -154,11 +156,19 @@ class LatentCache:
         return f"{self.path}: latents of {made_of}{also}."
 
 
-def open_data(path: str | Path, resolution: int) -> ImageFolder | LatentCache:
-    """A data folder, or a cache made from one."""
+def open_data(
+    path: str | Path, resolution: int, split: str | None = None, caption_column: str | None = None
+) -> ImageFolder | LatentCache:
+    """A data folder, or a cache made from one. InputError: a cache made of another split or column than asked for."""
     file = Path(path) / INDEX_NAME
     is_cache = file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
-    return LatentCache(path, resolution) if is_cache else ImageFolder(path, resolution)
+    if not is_cache:
+        return ImageFolder(path, resolution, split, caption_column)
+    latents = LatentCache(path, resolution)
+    for name, asked in (("split", split), ("caption_column", caption_column)):
+        if asked not in (None, made := getattr(latents.key, name)):
+            raise InputError(f"{path} was made with {name} {made or 'not set'}, not {asked}: {AGAIN}")
+    return latents
 
 
 def shard_path(path: Path, number: int) -> Path:
@@ -178,7 +188,7 @@ def read_index(path: Path) -> dict:
 def write_index(path: Path, index: Mapping) -> None:
     """Write cache.json, as `read_index` gives it.
 
-    key; data: the folder it is made from; count: of examples; complete: whether all are there.
+    key; data: the folder it is made of; count: of examples; complete: whether all are there.
     """
     write_json(path / INDEX_NAME, {"format": FORMAT, **index, "key": asdict(index["key"])})
 

@@ -16,14 +16,15 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from minidistill.data.listing import FolderReport, Place, find_examples, fingerprint, printable, some
+from minidistill.data.listing import FolderReport, find_examples, fingerprint, printable, some
 from minidistill.errors import InputError
 from minidistill.weights.files import write_json
 
 SCAN_NAME = "minidistill_scan.json"  # the report of `scan`, in the data folder
 MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
+UNREADABLE = "unreadable: another image stands in for each until it is removed"
 MOST_NAMED = 20  # broken files named one by one while training
 
 
@@ -46,11 +47,14 @@ class ImageFolder:
     images turn out to be unreadable.
     """
 
-    def __init__(self, path: str | Path, resolution: int) -> None:
+    def __init__(
+        self, path: str | Path, resolution: int, split: str | None = None, caption_column: str | None = None
+    ) -> None:
+        """split, caption_column: as in `find_examples`."""
         if resolution < 1:
             raise InputError(f"resolution must be at least 1 pixel, got {resolution}")
         self.resolution = resolution
-        self.report = find_examples(path)
+        self.report = find_examples(path, split, caption_column)
         self._broken: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -77,7 +81,10 @@ class ImageFolder:
         return self.report.summary()
 
     def fingerprint(self) -> str:
-        """Which files and captions these are, in a few words; nothing is read."""
+        """Which examples these are, in a few words: their files' names in the folder and captions, in order.
+
+        Not their pixels (nothing is read), and neither where the folder is nor when it was changed.
+        """
         return fingerprint(len(self), ((self.name(i), self.captions(i)) for i in range(len(self))))
 
     def name(self, i: int) -> str:
@@ -101,12 +108,21 @@ class ImageFolder:
             return -1, -1
         return status.st_size if place.size < 0 else place.size, status.st_mtime_ns
 
-    def _read(self, i: int) -> Sample:
+    def load(self, i: int) -> tuple[Image.Image, tuple[int, int]]:
+        """(example i's image, upright and RGB, its height and width before anything was done to it)."""
+        example = self.report.examples[i]
         with Image.open(io.BytesIO(self.read_bytes(i))) as stored:
+            orientation = stored.getexif().setdefault(ExifTags.Base.Orientation, example.orientation)
             image = to_rgb(stored)
+        if not example.original:
+            return image, (image.height, image.width)
+        # What is known of it is of the image as it was stored, which may have been on its side.
+        return image, example.original[::-1] if orientation in (5, 6, 7, 8) else example.original
+
+    def _read(self, i: int) -> Sample:
+        image, original = self.load(i)
         side = min(image.size)
         left, top = (round((length - side) / 2 * self.resolution / side) for length in image.size)
-        original = self.report.examples[i].original or (image.height, image.width)
         return Sample(to_square(image, self.resolution), self.captions(i), self.name(i), i, original, (top, left))
 
     def _note_broken(self, i: int, reason: str) -> None:
@@ -115,32 +131,38 @@ class ImageFolder:
             if i in self._broken:
                 return
             self._broken[i] = f"{self.name(i)} ({reason})"
-            count = len(self._broken)
             _refuse_too_many(self.report.path, list(self._broken.values()), len(self))
-            if count <= MOST_NAMED:
-                last = "; no more of them will be named, a scan finds them all" if count == MOST_NAMED else ""
+            if (left := MOST_NAMED - len(self._broken)) >= 0:
+                last = "; no more of them will be named, a scan finds them all" if left == 0 else ""
                 print(f"note: {self._broken[i]} cannot be read, the next image stands in for it{last}", flush=True)
 
 
-def scan(path: str | Path, resolution: int | None = None) -> FolderReport:
+def scan(
+    path: str | Path, resolution: int | None = None, split: str | None = None, caption_column: str | None = None
+) -> FolderReport:
     """Find the captioned images under `path` and decode each once, with a progress bar on terminals.
 
     The report, every name in it, is also written into the folder. `resolution` only makes it name the images with a
     shorter side. InputError: as `find_examples`, or more than 10 % of the images unreadable.
     """
-    report = find_examples(path)
-    places = {example.name: example.place for example in report.examples}
-    broken, total = [], len(places)
-    tried = read_ahead(lambda name: (name, *_try(report, places[name])), places, 1024)
-    for name, reason, short_side in tqdm(tried, "scan", total, disable=None):
-        if reason:
-            broken.append(f"{printable(name)} ({reason})")
-            report.remark("unreadable: another image stands in for each until it is removed", f"{name} ({reason})")
-        elif resolution is not None and short_side < resolution:
-            report.remark(f"smaller than {resolution} pixels, enlarged", name)
+    folder = ImageFolder(path, resolution or 1, split, caption_column)
+    report = folder.report
+
+    def attempt(i: int) -> tuple[str, str]:
+        name = report.examples[i].name
+        try:
+            image, _ = folder.load(i)
+        except Exception as error:  # decoders raise anything on broken bytes
+            return UNREADABLE, f"{name} ({_reason(error)})"
+        return f"smaller than {resolution} pixels, enlarged" * (min(image.size) < folder.resolution), name
+
+    numbers = list({example.name: i for i, example in enumerate(report.examples)}.values())  # some have several rows
+    for what, name in tqdm(read_ahead(attempt, numbers, 256), "scan", len(numbers), disable=None):
+        if what:
+            report.remark(what, name)
     # Before anything is refused: it is the list of what to repair.
-    write_json(Path(path) / SCAN_NAME, {"images": total, "examples": len(report.examples), **report.remarks})
-    _refuse_too_many(report.path, broken, total)
+    write_json(Path(path) / SCAN_NAME, {"images": len(numbers), "examples": len(report.examples), **report.remarks})
+    _refuse_too_many(report.path, report.remarks.get(UNREADABLE, []), len(numbers))
     return report
 
 
@@ -164,18 +186,6 @@ def _refuse_too_many(path: str, unreadable: list[str], total: int) -> None:
     if len(unreadable) > MOST_UNREADABLE * total:
         found = f"{len(unreadable)} of {total} images cannot be read"
         raise InputError(f"{path}: {found}: repair or remove {some(unreadable)}")
-
-
-def _try(report: FolderReport, place: Place) -> tuple[str, int]:
-    """(why the image cannot be read, "" if it can; its shorter side in pixels)."""
-    try:
-        with Image.open(io.BytesIO(report.read(place))) as image:
-            short_side = min(image.size)
-            image.draft(image.mode, (64, 64))  # JPEG: read everything, compute an eighth of the pixels
-            to_rgb(image)
-    except Exception as error:  # decoders raise anything on broken bytes
-        return _reason(error), 0
-    return "", short_side
 
 
 def _reason(error: Exception) -> str:

@@ -4,12 +4,14 @@ Four ways to say which caption belongs to which image, in one tree of folders, s
 
     metadata.jsonl      {"file_name": "cats/0001.jpg", "text": "a cat"}      one JSON object a line
     metadata.csv        file_name,text                                       a header, then one row per image
-    0001.jpg 0001.txt   the caption in the text file (or 0001.caption)
-    00000.tar           0001.jpg and 0001.txt (or .caption, or `caption` in .json) in an archive
+    0001.jpg 0001.txt   the caption in the text file (or 0001.caption, or `caption` in 0001.json)
+    00000.tar           the same pairs in an archive
 
 `file_name` is relative to the folder of the metadata file. A caption may be a list: training draws one of them,
 everything else takes the first. An empty caption is none. Two rows for one image are two examples. A row outranks a
-text file. Whatever is left out is counted and named in the report.
+text file. 0001.json may also say what img2dataset's does: `original_width`, `original_height` and `exif`. Folders (or
+tars) called train, validation or test, in the spellings of Hugging Face `datasets`, are kept apart. What is left out is
+counted and named in the report.
 """
 
 import csv
@@ -17,25 +19,52 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from huggingface_hub.utils import tqdm
+from PIL import Image
 
-from minidistill.data.shards import list_tar
+from minidistill.data.shards import POINTER, WHAT_POINTER, list_tar, read_part
 from minidistill.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_SUFFIXES = (".txt", ".caption")
+TEXT_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 HOW_TO_CAPTION = (
-    "captions come from metadata.jsonl or metadata.csv (file_name, text; file_name relative to the folder of the "
-    "metadata file), from x.txt beside x.jpg, or from .tar files of these"
+    "captions come from metadata.jsonl or metadata.csv (file_name, relative to the folder of that file; text), from "
+    "x.txt beside x.jpg, or from .tar files of these"
 )
-WITHOUT_CAPTION = "without caption, skipped"
+SPLITS = {  # names of folders -> split, as in Hugging Face `datasets`
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
+}
+SPLIT_CHOICES = (*SPLITS, "all")
+SPLIT_HELP = "part of --data, by the names of its folders or tars (default: train, where there are several parts)"
+CAPTION_COLUMN_HELP = "column of the metadata of --data that holds the captions (default: text)"
+ORIENTATIONS = {  # EXIF's, in the words that img2dataset has from exifread
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+NOT_READ = {  # pattern of a name in lower case (img2dataset's 00000.parquet is no loss) -> what to do
+    r".*\.(zip|7z|rar|gz|tgz|bz2|xz|zst)": "packed, not read: unpack",
+    r"meta.*\.json|(?!\d{5}\.).*\.(parquet|arrow)": "not read: save images in it as files; turn rows with file_name "
+    "into metadata.jsonl, as pandas' read_parquet or read_json and then to_json(orient='records', lines=True) do",
+    r"metadata.*|.*\.(jsonl|csv|tsv)": "not read: rename to metadata.jsonl or metadata.csv",
+}
 
 
 class Place(NamedTuple):
@@ -45,19 +74,15 @@ class Place(NamedTuple):
     offset: int = 0
     size: int = -1  # bytes; -1: all of the file
 
-    def read(self, file: BinaryIO) -> bytes:
-        """The content, from the opened file."""
-        file.seek(self.offset)
-        return file.read(self.size)
-
 
 class Example(NamedTuple):
     """One captioned image."""
 
     name: str  # its file relative to the data folder, with forward slashes; TAR/MEMBER in an archive
-    captions: tuple[str, ...]
     place: Place
-    original: tuple[int, int] | None = None  # height and width before it was scaled down for the archive, if known
+    captions: tuple[str, ...]
+    original: tuple[int, int] | None = None  # height and width before it was scaled down for the data set, if known
+    orientation: int = 1  # EXIF's, of an image that has lost its own
 
 
 @dataclass
@@ -67,6 +92,7 @@ class FolderReport:
     path: str
     examples: list[Example] = field(default_factory=list, repr=False)
     remarks: dict[str, list[str]] = field(default_factory=dict)
+    split: str = ""  # the one that the examples are of, where there are several
 
     def remark(self, what: str, name: str) -> None:
         """Note that this is the matter with a file."""
@@ -74,19 +100,22 @@ class FolderReport:
 
     def summary(self) -> str:
         """One paragraph for people: how many examples, and what was left out, by name."""
-        parts = [f"{len(names)} {what}: {some(names)}" for what, names in self.remarks.items()]
-        return "; ".join([f"{self.path}: {len(self.examples)} captioned images", *parts]) + "."
+        count = f"{self.path}: {len(self.examples)} captioned images" + f" of split {self.split}" * bool(self.split)
+        return "; ".join([count, *(f"{len(n)} {what}: {some(n)}" for what, n in self.remarks.items())]) + "."
 
     def read(self, place: Place) -> bytes:
         """The content of a file, or of a member of an archive. OSError if it cannot be had."""
         with open(os.path.join(self.path, place.file), "rb") as file:
-            return place.read(file)
+            return read_part(file, place.offset, place.size)
 
 
-def find_examples(path: str | Path) -> FolderReport:
+def find_examples(path: str | Path, split: str | None = None, caption_column: str | None = None) -> FolderReport:
     """List the captioned images under `path`, reading names, captions and the tars' headers only.
 
     Examples of metadata files come first, then those of caption files, then those of tars.
+
+    split: "train", "validation", "test" or "all"; None: train, if there are several.
+    caption_column: of metadata, and of .json files beside images; None: text (in .json files caption, else text).
 
     InputError: no such folder, no captioned images, or metadata that cannot be understood (file and line are named).
     """
@@ -95,16 +124,22 @@ def find_examples(path: str | Path) -> FolderReport:
         raise InputError(f"data folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
     report = FolderReport(str(root))
     files = dict.fromkeys(_walk(root))
-    metadata = [name for name in files if posixpath.basename(name) in METADATA_NAMES]
-    in_rows = _take_rows(report, metadata, files)
-    _take_pairs(report, {name: Place(name) for name in files if name not in in_rows}, report.read)
+    in_rows = _take_rows(report, files, caption_column or "text")
+    _take_pairs(report, {name: Place(name) for name in files}, caption_column, in_rows)
+    _remark_repeats(report)
     for tar in tqdm([name for name in files if name.lower().endswith(".tar")], "tars", disable=None, leave=False):
-        _take_tar(report, tar)
+        members, problem = list_tar(os.path.join(root, tar))
+        _take_pairs(report, {f"{tar}/{name}": Place(tar, *where) for name, where in members.items()}, caption_column)
+        if problem:
+            report.remark("damaged tars", f"{tar} ({problem})")
     for name in files:
-        if name not in metadata and _looks_like_metadata(posixpath.basename(name)):
-            report.remark(f"not read, as their name is not {' or '.join(METADATA_NAMES)}", name)
+        base = posixpath.basename(name)
+        what = next((what for pattern, what in NOT_READ.items() if re.fullmatch(pattern, base.lower())), None)
+        if what and base not in METADATA_NAMES:
+            report.remark(what, name)
     if not report.examples:
         raise InputError(f"{report.summary()[:-1]}; {HOW_TO_CAPTION}")
+    _keep_split(report, split)
     return report
 
 
@@ -140,49 +175,64 @@ def _walk(root: Path) -> Iterator[str]:
         yield from (posixpath.normpath(f"{prefix}/{name}") for name in sorted(names) if not name.startswith("."))
 
 
-def _looks_like_metadata(name: str) -> bool:
-    return name.lower().startswith("metadata") or name.lower().endswith((".jsonl", ".csv"))
+@cache
+def _image_suffixes() -> frozenset[str]:
+    """Of all formats that Pillow reads, here and now."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def _key(name: str) -> str:
+    """One spelling for names that Windows (backslashes) and macOS (decomposed accents) spell otherwise."""
+    return normalize("NFC", name.replace("\\", "/"))
 
 
 def _take(report: FolderReport, example: Example, why_not: str = "") -> None:
     if example.captions:
         report.examples.append(example)
     else:
-        report.remark(WITHOUT_CAPTION, example.name + (f" ({why_not})" if why_not else ""))
+        report.remark("without caption, skipped", example.name + f" ({why_not})" * bool(why_not))
 
 
-def _take_rows(report: FolderReport, metadata: Iterable[str], files: Collection[str]) -> set[str]:
+def _take_rows(report: FolderReport, files: Collection[str], caption_column: str) -> set[str]:
     """Add the examples of all metadata files to the report; the files that the rows speak of."""
     spoken_of = set()
+    metadata = [name for name in files if posixpath.basename(name) in METADATA_NAMES]
+    spellings = {_key(name): name for name in files} if metadata else {}
     for source in metadata:
         folder = posixpath.dirname(source)
         if all(posixpath.join(folder, name) in files for name in METADATA_NAMES):
             raise InputError(f"{os.path.join(report.path, folder)} holds both {' and '.join(METADATA_NAMES)}: keep one")
-        for file_name, captions in _rows(os.path.join(report.path, source)):
+        for file_name, captions in _rows(os.path.join(report.path, source), caption_column):
             name = posixpath.normpath(posixpath.join(folder, file_name))
+            if name not in files:
+                name = spellings.get(posixpath.normpath(_key(posixpath.join(folder, file_name))), name)
             spoken_of.add(name)
             # The disk is asked only about what the walk did not meet.
             if name in files or os.path.isfile(os.path.join(report.path, name)):
-                _take(report, Example(name, captions, Place(name)))
+                _take(report, Example(name, Place(name), captions))
             else:
                 report.remark("in the metadata but not on the disk, skipped", name)
     return spoken_of
 
 
-def _rows(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _rows(source: str, caption_column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(file_name, captions) of each row of a metadata file."""
     number = 1
     try:
-        with open(source, encoding="utf-8-sig", newline="") as lines:  # spreadsheets put a byte-order mark in front
+        with open(source, encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte-order mark in front
+            first = file.readline()
+            if first.startswith(POINTER.decode()):
+                raise InputError(f"cannot read {source}: {WHAT_POINTER}")
+            lines = chain([first], file)
             if source.endswith(".csv"):
-                reader = csv.DictReader(lines)
+                reader = csv.DictReader(lines, delimiter=max(",;\t", key=first.count))
                 for row in reader:
                     number = reader.line_num
-                    yield _row(row, f"{source} line {number}")
+                    yield _row(row, f"{source} line {number}", caption_column)
             else:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _row(json.loads(line), f"{source} line {number}")
+                        yield _row(json.loads(line), f"{source} line {number}", caption_column)
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}; repair or remove it") from error
     except UnicodeDecodeError as error:
@@ -192,18 +242,23 @@ def _rows(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         raise InputError(f"{source} line {number} is not {kind}: {error}") from error
 
 
-def _row(row: object, where: str) -> tuple[str, tuple[str, ...]]:
+def _row(row: object, where: str, caption_column: str) -> tuple[str, tuple[str, ...]]:
     if not isinstance(row, dict):
-        raise InputError(f"{where} is not a JSON object with file_name and text")
-    for key in ("file_name", "text"):
+        raise InputError(f"{where} is not a JSON object with file_name and {caption_column}")
+    if any(row.pop(None, None) or ()):  # what csv keeps of fields beyond the header's
+        raise InputError(f"{where} has more fields than the header: put quotes around captions with commas")
+    for key in ("file_name", caption_column):
         if key not in row:
-            raise InputError(f"{where} has no {key!r} but {', '.join(map(repr, row))}: rename or add it")
-    file_name, caption = row["file_name"], row["text"]
+            texts = [k for k, v in row.items() if isinstance(v, str) and re.search(r"[^\W\d]", v) and k != "file_name"]
+            lone = key == caption_column and len(texts) == 1
+            advice = f"give --caption-column {texts[0]}" if lone else "rename or add it"
+            raise InputError(f"{where} has no {key!r} but {', '.join(map(repr, row))}: {advice}")
+    file_name, caption = row["file_name"], row[caption_column]
     if not isinstance(file_name, str) or not file_name:
         raise InputError(f"{where}: file_name must be the name of a file, got {file_name!r}")
     several = caption if isinstance(caption, list) else [caption or ""]
     if not all(isinstance(text, str) for text in several):
-        raise InputError(f"{where}: text must be a string or a list of strings, got {caption!r}")
+        raise InputError(f"{where}: {caption_column} must be a string or a list of strings, got {caption!r}")
     return file_name, _captions(several)
 
 
@@ -216,52 +271,104 @@ def _captions(texts: Iterable[object]) -> tuple[str, ...]:
     return tuple(filter(None, clean))
 
 
-def _take_tar(report: FolderReport, tar: str) -> None:
-    """Add the captioned images of one archive, which is opened once, to the report."""
-    path = os.path.join(report.path, tar)
-    members, problem = list_tar(path)
-    if members:
-        with open(path, "rb") as file:
-            places = {f"{tar}/{name}": Place(tar, *where) for name, where in members.items()}
-            _take_pairs(report, places, lambda place: place.read(file))
-    if problem:
-        report.remark("damaged tars", f"{tar} ({problem})")
+def _take_pairs(
+    report: FolderReport, files: Mapping[str, Place], caption_column: str | None, in_rows: Collection[str] = ()
+) -> None:
+    """Add the images among these files to the report, with the caption that lies beside each.
+
+    Images `in_rows` have theirs. Of several with one caption file, such as an image and its mask, one is taken.
+    """
+    images: dict[str, list[str]] = defaultdict(list)  # name without suffix -> its images, of those that have no row
+    beside: dict[str, dict[str, str]] = defaultdict(dict)  # name without suffix -> suffix -> any other file
+    for name in files:
+        stem, suffix = os.path.splitext(_key(name))
+        if posixpath.basename(name).startswith("."):
+            continue
+        if suffix.lower() in _image_suffixes():
+            images[stem] += [] if name in in_rows else [name]
+        else:
+            beside[stem][suffix.lower()] = name
+    for stem, names in images.items():
+        texts = {suffix: files[name] for suffix, name in beside.pop(stem, {}).items() if suffix in TEXT_SUFFIXES}
+        if not names:
+            continue
+        facts, why_not = _facts(report, texts, caption_column)
+        if facts["captions"]:
+            names.sort(key=lambda name: (not name.lower().endswith((".jpg", ".jpeg")), name))  # masks are no JPEGs
+            for other in names[1:]:
+                report.remark("of the same name as another image, skipped (a mask?)", f"{other} ({names[0]} is used)")
+            del names[1:]
+        if "\n" in "".join(facts["captions"]):
+            report.remark("captions of several lines, each taken as one (metadata.jsonl takes lists)", names[0])
+        for name in names:
+            _take(report, Example(name, files[name], **facts), why_not)
+    for others in beside.values():
+        for text in [others[suffix] for suffix in CAPTION_SUFFIXES if suffix in others]:
+            strange = [name for suffix, name in others.items() if suffix not in TEXT_SUFFIXES]
+            report.remark("caption files without an image that Pillow reads", ", not ".join([text, *strange]))
 
 
-def _take_pairs(report: FolderReport, files: Mapping[str, Place], read: Callable[[Place], bytes]) -> None:
-    """Add the images among these files to the report, with the caption that lies beside each."""
-    beside: dict[str, dict[str, Place]] = defaultdict(dict)  # name without suffix -> suffix -> text or json
-    for name, place in files.items():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in (*CAPTION_SUFFIXES, ".json"):
-            beside[stem][suffix.lower()] = place
-    for name, place in files.items():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in IMAGE_SUFFIXES and not posixpath.basename(name).startswith("."):
-            captions, original, problem = _facts(beside.get(stem, {}), read)
-            _take(report, Example(name, captions, place, original), problem)
-
-
-def _facts(
-    beside: Mapping[str, Place], read: Callable[[Place], bytes]
-) -> tuple[tuple[str, ...], tuple[int, int] | None, str]:
-    """(captions, original height and width, what could not be read) of the image that these files lie beside."""
-    texts, problem = {}, ""
-    for suffix, place in beside.items():
+def _facts(report: FolderReport, texts: Mapping[str, Place], caption_column: str | None) -> tuple[dict[str, Any], str]:
+    """What the files beside an image, suffix -> place, say: (fields of an Example, what could not be read)."""
+    found, problem = {}, ""
+    for suffix, place in texts.items():
         try:
-            texts[suffix] = read(place).decode("utf-8-sig")
+            found[suffix] = report.read(place).decode("utf-8-sig")
         except OSError as error:
             problem = f"its {suffix}: {error.strerror}"
         except UnicodeDecodeError:
             problem = f"its {suffix} is not UTF-8"
-    try:
-        record = json.loads(texts.get(".json", "{}"))
-    except (ValueError, RecursionError):  # then it says nothing
-        record = {}
-    record = record if isinstance(record, dict) else {}
-    height, width = (record.get(key) for key in ("original_height", "original_width"))
-    known = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-    caption = next((texts[suffix] for suffix in CAPTION_SUFFIXES if suffix in texts), None)
+    record = _object(found.get(".json"))
+    columns = [caption_column] if caption_column else ["caption", "text"]
+    caption = next((found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found), None)
     if caption is None:
-        caption = record.get("caption") or record.get("text")
-    return _captions([caption]), (height, width) if known else None, problem
+        caption = next(filter(None, map(record.get, columns)), None)
+    facts: dict[str, Any] = {"captions": _captions(caption if isinstance(caption, list) else [caption])}
+    height, width = (record.get(key) for key in ("original_height", "original_width"))
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        facts["original"] = (height, width)
+    facts["orientation"] = ORIENTATIONS.get(str(_object(record.get("exif")).get("Image Orientation")), 1)
+    return facts, problem
+
+
+def _object(text: object) -> dict[str, Any]:
+    """The object that a text is in JSON; {} if it is none."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _remark_repeats(report: FolderReport) -> None:
+    """Say that folders called 10_name and 1_name, of which kohya's scripts repeat images so often, are not repeated."""
+    folders = {posixpath.dirname(example.name) for example in report.examples}
+    repeats = {folder: re.match(r"(\d+)_", posixpath.basename(folder)) for folder in folders}
+    if len({found and int(found[1]) for found in repeats.values()}) > 1:
+        for folder in sorted(folder for folder, found in repeats.items() if found):
+            report.remark("folders named as kohya's scripts repeat them; here every image counts once", folder)
+
+
+def _keep_split(report: FolderReport, split: str | None) -> None:
+    """Keep the examples of one split, by the names of folders and tars; where there are no two, all of them."""
+    splits = [_split_of(posixpath.dirname(example.name)) for example in report.examples]
+    if split == "all" or (split is None and len({*splits} - {""}) < 2):
+        return
+    report.split = split or "train"
+    if report.split not in splits:
+        there = ", ".join(sorted({*splits} - {""})) or "no folders called train, validation or test"
+        raise InputError(f"{report.path} has no images of split {report.split} but {there}: give another --split")
+    for example, found in zip(report.examples, splits, strict=True):
+        if found != report.split:
+            report.remark(f"of {f'split {found}' if found else 'no split'}, left out (--split)", example.name)
+    report.examples = [e for e, found in zip(report.examples, splits, strict=True) if found == report.split]
+
+
+@cache
+def _split_of(folder: str) -> str:
+    """The split that a folder (or tar) is of, "" if its name says none."""
+    for part in folder.lower().split("/"):
+        for split, words in SPLITS.items():
+            if re.search(rf"(?:^|[-._ 0-9])(?:{words})(?:[-._ 0-9]|$)", part):
+                return split
+    return ""

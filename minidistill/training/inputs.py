@@ -52,18 +52,22 @@ def resolution_for(pipe: Pipeline, asked: int | None, source: str) -> int:
     return resolution
 
 
-def open_data(data: str, resolution: int, scenes: Scenes) -> Captioned | LatentCache:
+def open_data(
+    data: str, resolution: int, scenes: Scenes, split: str | None = None, caption_column: str | None = None
+) -> Captioned | LatentCache:
     """The images of --data: `scenes`, which have one size, or a folder's, cropped to a square and resized, or cached.
 
-    scenes: those that the word `scenes` means here.
+    scenes: those that the word `scenes` means here. split, caption_column: of a folder, as in `find_examples`.
     """
     if data == "scenes":
+        if split or caption_column:
+            raise InputError("--split and --caption-column are of folders: give --data a folder of images")
         if resolution != SIDE:
             raise InputError(
                 f"scenes are {SIDE}x{SIDE} images, not {resolution}x{resolution} (the model's own size "
                 f"if --resolution is not given): give --data a folder of images, or --resolution {SIDE}"
             )
         return scenes
-    opened = cache.open_data(data, resolution)
+    opened = cache.open_data(data, resolution, split, caption_column)
     print(opened.summary(), flush=True)
     return opened

@@ -38,6 +38,9 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "device",
+    "data",  # where the examples are: which they are (`examples`, with split and column) is compared
+    "split",
+    "caption_column",
     "push_to_hub",
     "private",
 )
