@@ -172,7 +172,7 @@ def write_card(
         front=_front_matter(about, hub_id(source), license),
         title=about.title.format(**words),
         summary=about.summary.format(**words),
-        grid=about.strip,
+        grid=about.grid,
         grid_file=GRID,
         results=_table(results),
         diffusers=_in_diffusers(kind, source, repo),
