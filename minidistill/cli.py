@@ -47,7 +47,7 @@ GROUPS = {
     "pruning": "recipe remove copy_weights only budget by",
     "losses": "pairing loss_weights feature_norm",
     "LoRA": "lora_rank lora_alpha lora_targets train_text_encoder",
-    "data": "data images resolution flip caption_dropout random_conditioning image_free "
+    "data": "data split caption_column images resolution flip caption_dropout random_conditioning image_free "
     "text_states store shard scan_only",
     "optimisation": "batch_size accumulate learning_rate lr_schedule warmup layout_steps weight_decay max_grad_norm "
     "ema_decay gradient_checkpointing",
@@ -103,11 +103,7 @@ def option(
 
 
 def parse(
-    config_class: type[Config],
-    presets: Presets | None,
-    argv: Sequence[str],
-    prog: str,
-    description: str | None,
+    config_class: type[Config], presets: Presets | None, argv: Sequence[str], prog: str, description: str | None
 ) -> Config:
     """Command line words -> config.
 

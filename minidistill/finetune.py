@@ -35,7 +35,14 @@ from minidistill.training import optim
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_training, check_weights, content_of, open_data, resolution_for
+from minidistill.training.inputs import (
+    check_training,
+    check_weights,
+    content_of,
+    open_data,
+    resolution_for,
+    smallest_map,
+)
 from minidistill.training.log import MetricsLog
 from minidistill.training.run_folder import RunFolder
 
@@ -73,6 +80,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str = option("fp32", "precision of the forward passes", choices=PRECISIONS)
     judged: int = option(
         48, "held-out scenes to evaluate the model on; 0: none", minimum=0, maximum=len(Scenes("test"))
@@ -194,8 +202,7 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> tuple[Path, str, list[
 
 def set_up(config: Config) -> Run:
     """Check all settings, build what trains, measure the model before training. No file is written."""
-    device = get_device(config.device)
-    precision = get_precision(config.precision, device)
+    device = get_device(config.device, config.deterministic)
     check_lora(config)
     check_training(config)
     pipe = load_pipeline(config.model, device)
@@ -204,6 +211,8 @@ def set_up(config: Config) -> Run:
     config = resolve(config, pipe)
     scenes = Scenes("train", length=config.images)
     data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
+    smallest = smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
+    precision = get_precision(config.precision, device, smallest)
     settings = {**asdict(config), **content_of(pipe, data)}
     folder = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:

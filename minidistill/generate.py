@@ -69,7 +69,7 @@ def generate(config: GenerateConfig) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
     check_flags(config)
-    device = get_device(config.device)
+    device = get_device(config.device, report=False)  # the progress bar does
     dtype = get_dtype(config.precision, device)
     vae_dtype = get_dtype(config.vae_precision, device, "--vae-precision")
     noise = read_latents(config.latents) if config.latents else None
@@ -148,7 +148,9 @@ def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
     steps = config.steps or own.steps
     if config.image:
         steps = math.floor(steps * config.strength)
-    return tqdm(total=steps * math.ceil(count / BATCH_SIZE), desc="sampling", unit="step", disable=None)
+    return tqdm(
+        total=steps * math.ceil(count / BATCH_SIZE), desc=f"sampling on {pipe.device}", unit="step", disable=None
+    )
 
 
 def read_image(path: str) -> Image.Image:

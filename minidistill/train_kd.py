@@ -38,7 +38,14 @@ from minidistill.training import optim
 from minidistill.training.batches import Batches, Captioned, captions_of
 from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import check_training, check_weights, content_of, open_data, resolution_for
+from minidistill.training.inputs import (
+    check_training,
+    check_weights,
+    content_of,
+    open_data,
+    resolution_for,
+    smallest_map,
+)
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.run_folder import RunFolder
 
@@ -87,6 +94,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str | None = option(None, "precision (default: bf16 if the device computes it, else fp32)", PRECISIONS)
     guidance: float = option(4.0, "classifier-free guidance of sampled images, and of --image-free latents")
     judged: int = option(
@@ -188,10 +196,11 @@ def main(config: Config) -> None:
 
 def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
-    device = get_device(config.device)
-    config = dataclasses.replace(config, precision=config.precision or best_precision(device))
-    precision = get_precision(config.precision, device)
+    device = get_device(config.device, config.deterministic)
     config, pipe, removal, data = plan(config, device)
+    smallest = smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
+    config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
+    precision = get_precision(config.precision, device, smallest)
     pairs = block_removal.feature_pairs(removal, config.pairing)
     settings = {**dataclasses.asdict(config), **content_of(pipe, data)}
     folder = RunFolder.find(config.out, settings, config.resume)
@@ -287,7 +296,8 @@ def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) 
 
 def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
-    best = "bf16" if config.device.startswith("cuda") else best_precision(torch.device("cpu"))
+    here = get_device("auto" if config.device == "auto" else "cpu")
+    best = "bf16" if config.device.startswith("cuda") else best_precision(here)
     config, pipe, removal, data = plan(
         dataclasses.replace(config, precision=config.precision or best), torch.device("cpu")
     )

@@ -6,8 +6,7 @@ Three networks in this order, each resumable, all on scenes that are rendered on
     vae    64x64 pixels <-> 16x16x4 latents
     unet   the denoiser, on the VAE's latents and the text encoder's states
 
-The result is an ordinary pipeline folder, OUT/pipeline. Its U-Net has the four stages of Stable Diffusion 1.x, so that
-all block-removal recipes apply to it.
+The result is a pipeline folder, OUT/pipeline. Its U-Net has four stages as SD 1.x, so that all recipes apply to it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ CAPTIONS = [
 ]
 TOKENS = 16
 torch.set_num_threads(1)  # in each worker of pytest-xdist; tiny networks wait for threads most of the time
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # --device auto is the CPU, here and in what tests start
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # and what tests start: on the CPU, one thread
 
 
 def save_images(folder, captions_in: str = "jsonl") -> None:

@@ -170,7 +170,10 @@ def test_the_run_folder_holds_what_it_should(plain, with_lora):
     assert {"README.md", "images.png"} < {path.name for path in (plain / "model").iterdir()}
     for run in (plain, with_lora):
         assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-00000{i}.png" for i in (0, 3, 4)]
-        assert read(run / "config.json").keys() == {field.name for field in fields(finetune.Config)} | {"examples"}
+        assert read(run / "config.json").keys() == {field.name for field in fields(finetune.Config)} | {
+            "examples",
+            "weights",
+        }
     settings = [read(run / "config.json") for run in (plain, with_lora)]
     names = ("resolution", "ema_decay", "lora_rank", "lora_alpha", "lora_targets")
     assert [[config[name] for name in names] for config in settings] == [

@@ -131,7 +131,7 @@ def test_the_run_folder_holds_what_it_should(finished):
 
 def test_config_json_has_every_setting_and_nothing_left_open(finished):
     config = read(finished[0] / "config.json")
-    assert config.keys() == {field.name for field in fields(train_kd.Config)} | {"examples"}
+    assert config.keys() == {field.name for field in fields(train_kd.Config)} | {"examples", "weights"}
     assert (config["steps"], config["batch_size"], config["loss_weights"]) == (4, 4, [1, 0.5, 0.25])
     assert (config["resolution"], config["pairing"]) == (32, "nota")
     assert config["remove"] == list(RECIPES["bk-small"].remove)

@@ -1,6 +1,7 @@
 """Protects what is checked before a run: settings that train nothing, and which model and images it is resumed on."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from minidistill import finetune, train_kd
 from minidistill.errors import InputError
+from minidistill.models.unet import UNet, random_inputs
 from minidistill.pipeline import load_pipeline
-from minidistill.training.inputs import check_training, weights_fingerprint
+from minidistill.training.inputs import check_training, smallest_map, weights_fingerprint
 from minidistill.training.optim import adamw
 
 
@@ -69,3 +71,26 @@ def test_another_schedule_is_another_model(pipe):
     other = copy.copy(pipe)
     other.schedule = SimpleNamespace(prediction_type="v_prediction")
     assert weights_fingerprint(other) != weights_fingerprint(pipe)
+
+
+@pytest.mark.parametrize("side", [3, 4, 5, 8, 9, 16])
+def test_the_smallest_map_is_the_smallest_that_is_downsampled(pipe, side):
+    net, seen = UNet(pipe.unet.config), []
+    for name, module in net.named_modules():
+        if name.endswith("downsamplers.0.conv"):
+            module.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[-1]))
+    with torch.no_grad():
+        net(*random_inputs(net.config, 1, side, side, 16))
+    assert len(seen) == 3 and smallest_map(net.config, side) == min(seen)
+
+
+def test_bf16_is_not_taken_on_a_cpu_where_its_gradients_are_wrong(tiny_sd1, images, monkeypatch, tmp_path):
+    """At 16 pixels the last downsampling of the tiny model reads maps of one pixel, at 32 of two."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    paths = {"data": str(images), "out": str(tmp_path / "run"), "device": "cpu"}
+    kd = train_kd.Config(teacher=str(tiny_sd1), recipe="bk-base", **paths)
+    for side, name in ((16, "fp32"), (32, "bf16")):
+        assert train_kd.set_up(replace(kd, resolution=side)).config.precision == name
+    for command, config in ((train_kd, kd), (finetune, finetune.Config(model=str(tiny_sd1), **paths))):
+        with pytest.raises(InputError, match=r"--precision bf16: .* use fp32, or a larger --resolution"):
+            command.set_up(replace(config, resolution=16, precision="bf16"))

@@ -141,8 +141,19 @@ def test_auto_takes_the_fastest_device_there_is_and_says_so(monkeypatch, capsys,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert get_device("auto") == torch.device(taken)
-    assert capsys.readouterr() == ("", f"device: {taken}\n")
+    assert capsys.readouterr() == (f"device: {taken}\n", "")
     assert get_device("cpu") == CPU and capsys.readouterr() == ("", "")
+
+
+def test_deterministic_algorithms_are_used_where_they_are_asked_for(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    try:
+        get_device("cpu")
+        assert not torch.are_deterministic_algorithms_enabled()
+        get_device("cpu", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_timesteps():

@@ -46,7 +46,7 @@ MEASURES = {
 
 # Settings that say nothing about the model, or are told elsewhere.
 NOT_TOLD = ("out", "resume", "device", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
-NOT_TOLD += ("judged", "push_to_hub", "private", "examples")
+NOT_TOLD += ("judged", "push_to_hub", "private", "examples", "weights")
 PATHS = ("teacher", "model", "data")
 
 

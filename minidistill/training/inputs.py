@@ -12,6 +12,7 @@ from minidistill.data import cache
 from minidistill.data.cache import LatentCache
 from minidistill.errors import InputError
 from minidistill.miniature.scenes import SIDE, Scenes
+from minidistill.models.unet import UNetConfig
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Captioned
 
@@ -86,6 +87,11 @@ def resolution_for(pipe: Pipeline, asked: int | None, source: str) -> int:
     if resolution % factor:
         raise InputError(f"--resolution must be a multiple of {factor} for this model, not {resolution}")
     return resolution
+
+
+def smallest_map(unet: UNetConfig, side: int) -> int:
+    """Pixels across the smallest feature map that a U-Net downsamples, from latents of `side`: 64 -> 16 for SD 1.x."""
+    return -(-side // 2 ** max(0, len(unet.block_out_channels) - 2))  # the last stage does not
 
 
 def open_data(

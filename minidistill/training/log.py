@@ -85,10 +85,7 @@ class MetricsLog:
         self._clear()
 
     def add(
-        self,
-        losses: Mapping[str, Tensor | float],
-        per_sample_loss: Tensor | None = None,
-        t: Tensor | None = None,
+        self, losses: Mapping[str, Tensor | float], per_sample_loss: Tensor | None = None, t: Tensor | None = None
     ) -> None:
         """Add one micro-batch: each loss part by its name, their total as "loss".
 

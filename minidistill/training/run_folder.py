@@ -9,6 +9,9 @@
 
 A checkpoint is written into a hidden folder beside its place, flushed to the disk and then renamed: a folder with its
 name is complete. Older ones are deleted only after that. Reading checks the hash, or else takes the one before.
+
+A run that was resumed ends with the same bits as one that was not on a CPU. On a GPU it does with --deterministic only:
+some CUDA kernels add in no fixed order.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.training.state import Part, pack, unpack
-from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
+from minidistill.weights.files import read_json, read_safetensors, to_disk, write_json, write_safetensors
 from minidistill.weights.folders import SHIPPED
 
 if sys.platform != "win32":  # where folders cannot be locked
@@ -141,7 +144,7 @@ class RunFolder:
         if final.exists():  # damaged, or saved again: set aside, but not yet deleted
             final.rename(self.checkpoints / f".old-{final.name}")
         temporary.rename(final)
-        _flush_folder(self.checkpoints)
+        to_disk(self.checkpoints)
         paths = self._checkpoint_paths()
         kept = [path for path in paths if _step_of(path) <= step][-max(1, keep) :]
         for path in paths:  # those after `step` are damaged: the run has gone back to before them
@@ -247,14 +250,3 @@ def _digest(file: Path, state: dict[str, Any]) -> str:
     text = json.dumps([state["step"], state["bytes"], state["meta"]], sort_keys=True, allow_nan=False)
     digest.update(text.encode())
     return digest.hexdigest()
-
-
-def _flush_folder(path: Path) -> None:
-    """Wait until the new names in a folder are on the disk."""
-    if os.name == "nt":  # Windows has no such call
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

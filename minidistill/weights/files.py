@@ -199,9 +199,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # the safetensors package leaves a file that only its owner can read
-        _to_disk(temporary)
+        to_disk(temporary)
         temporary.replace(path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -209,7 +209,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until the file, or the folder's list of names, has left the operating system's buffers."""
     if path.is_dir() and os.name == "nt":  # Windows has no such call for folders
         return
