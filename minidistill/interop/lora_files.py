@@ -341,10 +341,17 @@ def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str,
             key = prefix + name.replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    every = [found for weights in loras.values() for found in weights.values()]
+    ranks, alphas = {len(found.down) for found in every}, {found.alpha for found in every}
+    header = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{[*alphas][0]:g}" if len(alphas) == 1 else "Dynamic",
+    }
     width = _text_width({name: found.down for name, found in loras.get("unet", {}).items()})
     _, version = FAMILIES.get(width, (None, None))
     family = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
-    return tensors, {"ss_network_module": "networks.lora", **family}
+    return tensors, {**header, **family}
 
 
 def _to_peft(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str, Tensor], dict[str, str]]:
