@@ -346,7 +346,7 @@ def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str,
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{[*alphas][0]:g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
     }
     width = _text_width({name: found.down for name, found in loras.get("unet", {}).items()})
     _, version = FAMILIES.get(width, (None, None))
