@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, save_tiny_sd1
+from conftest import CAPTIONS
 from PIL import Image, ImageOps
+from tiny import save_tiny_sd1
 
 from minidistill import cache as command
 from minidistill.cache import CacheConfig
@@ -143,6 +144,23 @@ def test_half_precision_halves_the_files(model, pipe, data):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     sizes = [sum(file.stat().st_size for file in path.glob("latents-*")) for path in (whole, half)]
     assert abs(sizes[0] - sizes[1] - 11 * 2 * 2 * 4 * 64) < 200  # the headers have padding
+
+
+def test_text_states_are_added_to_a_cache_and_are_those_of_the_text_encoder(model, pipe, data):
+    out = make(model, data)
+    make(model, data, text_states=True)
+    latents = LatentCache(out)
+    assert len(list(out.glob("text-*"))) == 4  # no caption, the empty one, and 13 others
+    assert "text states" in latents.summary()
+    captions = [CAPTIONS[0], None, "", "three"]
+    torch.testing.assert_close(latents.text.text_states(captions).context, pipe.encode_prompts(captions).context)
+    assert Batches(latents, pipe, batch_size=2, seed=0).idle == [pipe.vae, *pipe.text_encoders]
+    batch = Batches(latents, pipe, batch_size=4, seed=0, caption_dropout=0.5)[0]
+    torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context, rtol=1e-4, atol=1e-5)
+    other = load_pipeline(model)
+    with torch.no_grad():
+        other.text_encoders[0].text_model.final_layer_norm.weight += 1
+    assert "text states of other text encoders" in refusal(lambda: Batches(latents, other, batch_size=2, seed=0))
 
 
 def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, pipe, data, capsys):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import tarfile
 from unicodedata import normalize
@@ -181,6 +180,7 @@ def test_names_as_windows_and_macos_spell_them_and_semicolons_are_understood(tmp
     ("name", "said"),
     [
         ("metadata.json", "to_json(orient='records', lines=True)"),
+        ("meta_cap.json", "to_json(orient='records', lines=True)"),
         ("metadata.parquet", "to_json(orient='records', lines=True)"),
         ("train-00000-of-00001.parquet", "save images in it as files"),
         ("images.zip", "packed, not read: unpack: images.zip"),
@@ -222,9 +222,11 @@ def test_another_caption_column_is_offered_where_it_is_the_only_text(tmp_path, h
 
 
 def test_the_caption_column_is_asked_of_json_files_too_and_a_row_of_too_many_fields_is_refused(tmp_path):
-    fill(tmp_path, {"x.tar/a.png": encoded(), "x.tar/a.json": {"caption": "alt", "prompt": "p"}})
+    fill(tmp_path, {"x.tar/a.png": encoded(), "x.tar/a.json": {"caption": "alt", "prompt": ["p", "q"]}})
     assert found(find_examples(tmp_path)) == {"x.tar/a.png": "alt"}
-    assert found(find_examples(tmp_path, caption_column="prompt")) == {"x.tar/a.png": "p"}
+    assert found(find_examples(tmp_path, caption_column="prompt")) == {"x.tar/a.png": "p | q"}
+    fill(tmp_path, {"a.png": encoded(), "metadata.csv": "file_name,text\na.png,a dog,,\n"})  # of a spreadsheet
+    assert found(find_examples(tmp_path))["a.png"] == "a dog"
     fill(tmp_path, {"a.png": encoded(), "metadata.csv": "file_name,text\na.png,a dog, brown\n"})
     assert "line 2 has more fields than the header: put quotes" in refusal(lambda: find_examples(tmp_path))
 
@@ -268,13 +270,3 @@ def test_a_run_is_resumed_on_a_moved_folder_and_not_on_other_examples(tmp_path, 
     assert f'data "{tmp_path / "b"}" (was "{tmp_path / "a"}")' in capsys.readouterr().out
     fill(tmp_path, {"b/x.txt": "another caption"})
     assert "examples" in refusal(lambda: RunFolder.find(tmp_path / "run", settings("b"), resume=True))
-
-
-def test_a_fingerprint_is_of_names_and_captions_alone(tmp_path, monkeypatch):
-    fill(tmp_path, {"a/x.png": encoded(), "a/x.txt": "x", "a/y.tar/y.png": encoded(), "a/y.tar/y.txt": "y"})
-    before = ImageFolder(tmp_path / "a", 8).fingerprint()
-    assert ImageFolder(f"{tmp_path}/a/", 8).fingerprint() == before
-    os.utime(tmp_path / "a/x.png", ns=(1, 1))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    monkeypatch.chdir(tmp_path / "b")
-    assert ImageFolder(".", 8).fingerprint() == ImageFolder("../b/", 64).fingerprint() == before

@@ -4,7 +4,9 @@ The flags of the sampling itself, bad input and broken folders are in test_pipel
 """
 
 import io
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_convert import parts  # noqa: F401 (a fixture)
-from test_pipeline import levels, noise, run_generate
+from test_pipeline import change_json, levels, noise, run_generate
 from test_sources import altered, edited
 
 from minidistill import generate
@@ -170,36 +172,47 @@ def test_the_bar_counts_every_step_and_is_for_terminals_only(run, tmp_path, monk
     assert f"{total}/{total}" in terminal.getvalue() and f"{total + 1}/" not in terminal.getvalue()
 
 
-def test_the_callback_sees_every_step_of_every_batch(sources):
-    seen = []
-    pipe = load_pipeline(sources["sd1"])
-    pipe([PROMPT] * 3, steps=2, batch_size=2, callback=seen.append)
-    assert [step["i"] for step in seen] == [0, 1, 0, 1]
-    assert [len(step["x0"]) for step in seen] == [2, 2, 1, 1] and seen[0]["t"] > seen[1]["t"]
-
-
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
+        (["--model", "nowhere"], "no such file or folder: nowhere"),
+        (["--model", "broken"], "unet"),
         (["--lora", "a,b", "--lora-scale", "1,2,3"], "3 scales for 2 LoRAs"),
         (["--lora-scale", "1,2"], "--lora-scale is for --lora"),
         (["--lora-scale", "much"], "--lora-scale takes a finite number"),
         (["--lora", "none.safetensors"], "none.safetensors"),
         (["--ema"], "only single files may hold both"),
+        (["--precision", "fp16"], "bf16"),
         (["--vae-precision", "fp16"], "--vae-precision fp16"),
         (["--vae", "none.safetensors"], "none.safetensors"),
         (["--image", "none.png"], "no such file: none.png"),
-        (["--image", "out.txt"], "cannot read the image"),
-        (["--count", "0"], "--count"),
+        (["--image", "file"], "cannot read the image"),
         (["--image", "photo.png", "--strength", "0"], "strength must be above 0"),
+        (["--latents", "none.safetensors"], "no such file: none.safetensors"),
+        (["--latents", "other.safetensors"], "no tensor `latents`"),
+        (["--latents", "flat.safetensors"], "(B, C, h, w)"),
+        (["--count", "0"], "--count"),
+        (["--height", "30"], "multiples of 4"),
+        (["--steps", "0"], "--steps"),
+        (["--sampler", "plms"], "ddim"),
+        (["--spacing", "even"], "leading"),
+        (["--guidance", "much"], "--guidance"),
+        (["--out", "image"], ".png"),
+        (["--out", "file/image.png"], "cannot write"),
+        (["--unknown", "1"], "--unknown"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_one_line_and_no_image(sources, tmp_path, monkeypatch, capsys, words, reason):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out.txt").write_text("no image")
+    (tmp_path / "file").write_text("no image")
     Image.new("RGB", (32, 32)).save("photo.png")
-    assert run_generate("--model", str(sources["sd1"]), "--out", "new/out.png", *words) == 2
+    save_file({"x": noise()}, "other.safetensors")
+    save_file({"latents": noise()[0]}, "flat.safetensors")
+    if "broken" in words:
+        change_json(Path(shutil.copytree(sources["sd1"], "broken")) / "unet/config.json", norm_num_groups=0)
+    usual = {"--model": str(sources["sd1"]), "--out": "new/out.png", "--steps": "1"}
+    assert run_generate(*(word for flag, v in usual.items() if flag not in words for word in (flag, v)), *words) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert reason in captured.err
-    assert not (tmp_path / "new/out.png").exists()
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["photo.png"]

@@ -288,17 +288,6 @@ def test_merging_a_live_lora_gives_a_plain_network_with_the_same_output():
     assert_close(output(unet), expected)
 
 
-def test_several_loras_can_be_merged_one_after_the_other():
-    unet = make_unet(TINY_SD1)
-    first, second = random_lora(unet, seed=1), random_lora(unet, lora.ATTENTION, rank=2, seed=2)
-    both = copy.deepcopy(unet)
-    lora.merge_weights(both, first, 0.5)
-    lora.merge_weights(both, second)
-    lora.merge_weights(unet, first, 0.5)
-    lora.attach_lora(unet, second)
-    assert_close(output(both), output(unet))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merging_in_low_precision_sums_in_float32_and_rounds_once(dtype):
     layer = nn.Sequential(nn.Linear(64, 64)).to(dtype)
@@ -792,21 +781,6 @@ def test_sgm_names_become_diffusers_names(config, form, tmp_path):
     rewrite_lora(tmp_path / "sgm.safetensors", tmp_path / "x.safetensors", form)
     assert not any("input_blocks" in name or "middle_block" in name for name in load_file(tmp_path / "x.safetensors"))
     assert_same_weights(read_lora(tmp_path / "x.safetensors", {"unet": unet})["unet"], weights)
-
-
-def test_a_file_of_peft_is_rewritten_with_the_alphas_beside_it(tmp_path):
-    ours, theirs = make_unets(TINY_SD1)
-    settings = {"r": RANK, "lora_alpha": 1, "target_modules": list(lora.ALL), "use_rslora": True, **PATTERNS}
-    model = peft.get_peft_model(theirs, peft.LoraConfig(**settings))
-    randomise(model)
-    model.save_pretrained(tmp_path)
-    for form in ("kohya", "peft"):
-        rewrite_lora(tmp_path / "adapter_model.safetensors", tmp_path / f"new/{form}.safetensors", form)
-    one, other = (read_lora(tmp_path / f"new/{form}.safetensors", {"unet": ours}) for form in ("kohya", "peft"))
-    in_float32 = {name: w._replace(alpha=torch.tensor(w.alpha).item()) for name, w in other["unet"].items()}
-    assert_same_weights(one["unet"], in_float32)
-    attach({"unet": ours}, one)
-    assert_close(output(ours), output(theirs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])

@@ -127,8 +127,8 @@ def test_a_real_study_of_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RUNS", {"bk-tiny": {"images": 32, "batch_size": 4}})
     monkeypatch.setattr(study, "STUDIES", {"students": study.Study(("bk-tiny",), 1)})
     monkeypatch.setattr(study, "PROBES", 32)
-    monkeypatch.setattr(study, "STEPS", 2)
-    monkeypatch.setattr("minidistill.report.STEPS", 2)
+    for module in ("study", "report", "pipeline"):  # wherever sampling steps are read from
+        monkeypatch.setattr(f"minidistill.{module}.STEPS", 2, raising=False)
     assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
     files = [tmp_path / "teacher.json", tmp_path / "bk-tiny-1-seed0/measured.json"]
     before = [file.stat().st_mtime_ns for file in files]

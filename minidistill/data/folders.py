@@ -117,7 +117,7 @@ class ImageFolder:
         if not example.original:
             return image, (image.height, image.width)
         # What is known of it is of the image as it was stored, which may have been on its side.
-        return image, example.original[::-1] if orientation >= 5 else example.original
+        return image, example.original[::-1] if orientation in (5, 6, 7, 8) else example.original
 
     def _read(self, i: int) -> Sample:
         image, original = self.load(i)

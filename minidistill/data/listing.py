@@ -10,8 +10,8 @@ Four ways to say which caption belongs to which image, in one tree of folders, s
 `file_name` is relative to the folder of the metadata file. A caption may be a list: training draws one of them,
 everything else takes the first. An empty caption is none. Two rows for one image are two examples. A row outranks a
 text file. 0001.json may also say what img2dataset's does: `original_width`, `original_height` and `exif`. Folders (or
-tars) called train, validation and test, or as img2dataset and Hugging Face `datasets` spell them, are kept apart.
-Whatever is left out is counted and named in the report.
+tars) called train, validation or test, in the spellings of Hugging Face `datasets`, are kept apart. What is left out is
+counted and named in the report.
 """
 
 import csv
@@ -61,7 +61,7 @@ ORIENTATIONS = {  # EXIF's, in the words that img2dataset has from exifread
 }
 NOT_READ = {  # pattern of a name in lower case (img2dataset's 00000.parquet is no loss) -> what to do
     r".*\.(zip|7z|rar|gz|tgz|bz2|xz|zst)": "packed, not read: unpack",
-    r"metadata\.json|(?!\d{5}\.).*\.(parquet|arrow)": "not read: save images in it as files; turn rows with file_name "
+    r"meta.*\.json|(?!\d{5}\.).*\.(parquet|arrow)": "not read: save images in it as files; turn rows with file_name "
     "into metadata.jsonl, as pandas' read_parquet or read_json and then to_json(orient='records', lines=True) do",
     r"metadata.*|.*\.(jsonl|csv|tsv)": "not read: rename to metadata.jsonl or metadata.csv",
 }
@@ -245,14 +245,13 @@ def _rows(source: str, caption_column: str) -> Iterator[tuple[str, tuple[str, ..
 def _row(row: object, where: str, caption_column: str) -> tuple[str, tuple[str, ...]]:
     if not isinstance(row, dict):
         raise InputError(f"{where} is not a JSON object with file_name and {caption_column}")
-    if None in row:
+    if any(row.pop(None, None) or ()):  # what csv keeps of fields beyond the header's
         raise InputError(f"{where} has more fields than the header: put quotes around captions with commas")
     for key in ("file_name", caption_column):
         if key not in row:
-            texts = [k for k, v in row.items() if k != "file_name" and isinstance(v, str) and re.search("[^\\W\\d]", v)]
-            advice = (
-                f"give --caption-column {texts[0]}" if key != "file_name" and len(texts) == 1 else "rename or add it"
-            )
+            texts = [k for k, v in row.items() if isinstance(v, str) and re.search(r"[^\W\d]", v) and k != "file_name"]
+            lone = key == caption_column and len(texts) == 1
+            advice = f"give --caption-column {texts[0]}" if lone else "rename or add it"
             raise InputError(f"{where} has no {key!r} but {', '.join(map(repr, row))}: {advice}")
     file_name, caption = row["file_name"], row[caption_column]
     if not isinstance(file_name, str) or not file_name:
@@ -321,9 +320,10 @@ def _facts(report: FolderReport, texts: Mapping[str, Place], caption_column: str
             problem = f"its {suffix} is not UTF-8"
     record = _object(found.get(".json"))
     columns = [caption_column] if caption_column else ["caption", "text"]
-    captions = [found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found]
-    captions += [caption for column in columns if isinstance(caption := record.get(column), str) and caption]
-    facts: dict[str, Any] = {"captions": _captions(captions[:1])}
+    caption = next((found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found), None)
+    if caption is None:
+        caption = next(filter(None, map(record.get, columns)), None)
+    facts: dict[str, Any] = {"captions": _captions(caption if isinstance(caption, list) else [caption])}
     height, width = (record.get(key) for key in ("original_height", "original_width"))
     if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
         facts["original"] = (height, width)

@@ -14,7 +14,6 @@ from minidistill.diffusion.schedule import PREDICTIONS
 from minidistill.errors import InputError
 from minidistill.interop.header import PREDICTION
 from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig
-from minidistill.models.taesd import TinyConfig
 from minidistill.models.unet import SD15, SD21, SDXL, UNetConfig
 from minidistill.models.vae import SD_VAE, VAEConfig
 
@@ -35,12 +34,12 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
             where SDXL has text and sizes (unCLIP, upscalers, SDXL's refiner).
     """
     stages = range(_count(tensors, "down_blocks"))
-    channels = tuple(_shape(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in stages)
+    channels = tuple(shape_of(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in stages)
     layers = tuple(_count(tensors, f"down_blocks.{i}.resnets") for i in stages)
     attention = next((name for name in tensors if name.endswith(".attn2.to_k.weight")), None)
     if attention is None:
         raise InputError("its U-Net reads no text: it has no cross-attention")
-    width, pooled = _shape(tensors, attention, 2)[1], "add_embedding.linear_1.weight"
+    width, pooled = shape_of(tensors, attention, 2)[1], "add_embedding.linear_1.weight"
     family = UNETS.get(width)
     if family is None:
         raise InputError(f"its U-Net reads text states of width {width}, not 768, 1024 or 2048, {NO_HEADS}")
@@ -55,8 +54,8 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
         return tuple(f"{'CrossAttn' * there}{side}Block2D" for there in attends)
 
     values = {
-        "in_channels": _shape(tensors, "conv_in.weight", 4)[1],
-        "out_channels": _shape(tensors, "conv_out.weight", 4)[0],
+        "in_channels": shape_of(tensors, "conv_in.weight", 4)[1],
+        "out_channels": shape_of(tensors, "conv_out.weight", 4)[0],
         "down_block_types": types("Down"),
         "up_block_types": types("Up"),
         "mid_block_type": "UNetMidBlock2D" if "mid_block.resnets.0.norm1.weight" in tensors else None,
@@ -69,7 +68,7 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
     if "mid_block.attentions.0.norm.weight" in tensors:
         values["mid_block_type"] = "UNetMidBlock2DCrossAttn"
     if family is SDXL:
-        values["projection_class_embeddings_input_dim"] = _shape(tensors, pooled, 2)[1]
+        values["projection_class_embeddings_input_dim"] = shape_of(tensors, pooled, 2)[1]
     return _replace("U-Net", family, **values)
 
 
@@ -107,21 +106,15 @@ def infer_vae_config(tensors: Mapping[str, Tensor], base: VAEConfig = SD_VAE) ->
     return _replace(
         "VAE",
         base,
-        in_channels=_shape(tensors, "encoder.conv_in.weight", 4)[1],
-        out_channels=_shape(tensors, "decoder.conv_out.weight", 4)[0],
-        block_out_channels=tuple(_shape(tensors, name, 4)[0] for name in first),
+        in_channels=shape_of(tensors, "encoder.conv_in.weight", 4)[1],
+        out_channels=shape_of(tensors, "decoder.conv_out.weight", 4)[0],
+        block_out_channels=tuple(shape_of(tensors, name, 4)[0] for name in first),
         layers_per_block=_count(tensors, "encoder.down_blocks.0.resnets"),
-        latent_channels=_shape(tensors, "decoder.conv_in.weight", 4)[1],
+        latent_channels=shape_of(tensors, "decoder.conv_in.weight", 4)[1],
         use_quant_conv="quant_conv.weight" in tensors,
         use_post_quant_conv="post_quant_conv.weight" in tensors,
         mid_block_add_attention="encoder.mid_block.attentions.0.group_norm.weight" in tensors,
     )
-
-
-def infer_tiny_config(tensors: Mapping[str, Tensor]) -> TinyConfig:
-    """The architecture of a TAESD, from its tensors in our names. InputError: not a TAESD."""
-    width = _shape(tensors, "encoder.layers.0.weight", 4)[0]
-    return TinyConfig(width=width, latent_channels=_shape(tensors, "decoder.layers.0.weight", 4)[1])
 
 
 def infer_text_config(tensors: Mapping[str, Tensor], hidden_act: str) -> CLIPTextConfig:
@@ -130,7 +123,7 @@ def infer_text_config(tensors: Mapping[str, Tensor], hidden_act: str) -> CLIPTex
     hidden_act: "gelu" for what came in open_clip's names, "quick_gelu" for the others: no shape tells.
     InputError: not a text encoder, or of a width that no Stable Diffusion has.
     """
-    vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
+    vocab_size, width = shape_of(tensors, "text_model.embeddings.token_embedding.weight", 2)
     family = TEXT_ENCODERS.get(width)
     if family is None:
         raise InputError(f"a text encoder in it is {width} wide, not 768, 1024 or 1280, {NO_HEADS}")
@@ -138,11 +131,11 @@ def infer_text_config(tensors: Mapping[str, Tensor], hidden_act: str) -> CLIPTex
     return replace(
         family,
         vocab_size=vocab_size,
-        intermediate_size=_shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        intermediate_size=shape_of(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         num_hidden_layers=_count(tensors, "text_model.encoder.layers"),
-        max_position_embeddings=_shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
+        max_position_embeddings=shape_of(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
         hidden_act=hidden_act,
-        projection_dim=_shape(tensors, projection, 2)[0] if projection in tensors else family.projection_dim,
+        projection_dim=shape_of(tensors, projection, 2)[0] if projection in tensors else family.projection_dim,
     )
 
 
@@ -179,7 +172,8 @@ def _replace(what: str, family, **values):
         raise InputError(f"the shapes of its {what} fit no config: {error}") from error
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a tensor. InputError: it is not there, or has another number of dimensions."""
     if name not in tensors:
         raise InputError(f"a part of it is not complete: there is no {name}")
     shape = tuple(tensors[name].shape)

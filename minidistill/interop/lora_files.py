@@ -18,7 +18,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ FORMS = ("kohya", "peft")  # that are written
 # Before the name of a layer with its dots: of PEFT and diffusers (or nothing), and of ComfyUI.
 DOTTED = {
     "unet": ("unet.", "", "diffusion_model."),
-    "text_encoder": ("text_encoder.", "", "text_encoders.clip_l.transformer."),
+    "text_encoder": ("text_encoder.", "", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
     "text_encoder_2": ("text_encoder_2.", "", "text_encoders.clip_g.transformer."),
 }
 # Before one with underscores: of kohya's scripts, and of LyCORIS.
@@ -74,17 +73,6 @@ FAMILIES = {
     1280: ("the SDXL refiner", None),
     2048: ("SDXL", "sdxl_base_v1-0"),
 }
-# A U-Net that has every layer of SD 1.x, 2.x, SDXL and the students of them; its widths mean nothing.
-WIDEST = replace(
-    SDXL,
-    block_out_channels=(4, 8, 12, 16),  # not two are equal, so that every stage starts with a conv_shortcut
-    down_block_types=("CrossAttnDownBlock2D",) * 4,
-    up_block_types=("CrossAttnUpBlock2D",) * 4,
-    layers_per_block=2,
-    transformer_layers_per_block=10,
-    attention_head_dim=1,
-    norm_num_groups=4,
-)
 
 
 # names
@@ -104,15 +92,13 @@ def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
 
 @functools.cache
 def every_name() -> dict[str, tuple[str, str]]:
-    """`name_table` of all models at once: SD 1.x, 2.x, SDXL and their students.
+    """`name_table` of SD 1.x, 2.x, SDXL and their students at once: they number their blocks alike.
 
-    That is possible since they number their blocks alike. Only the upsampler of a stage without attention has a place
-    of its own in sgm's names, hence the table of SD 1.x beside that of `WIDEST`. (sgm's names of a student, which
-    hardly anyone uses, have other numbers; they need the network.)
+    (sgm's names of a student, which hardly anyone uses, have other numbers; they need the network.)
     """
     with on_meta():
         encoders = {"text_encoder": CLIPTextModel(SDXL_TEXT_2), "text_encoder_2": CLIPTextModel(SDXL_TEXT_2, True)}
-        return name_table({"unet": UNet(SD15)}) | name_table({"unet": UNet(WIDEST), **encoders})
+        return name_table({"unet": UNet(SD15)}) | name_table({"unet": UNet(SDXL), **encoders})
 
 
 def _spellings(part: str, name: str, pairs: Pairs) -> Iterator[str]:
@@ -355,10 +341,17 @@ def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str,
             key = prefix + name.replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    every = [found for weights in loras.values() for found in weights.values()]
+    ranks, alphas = {len(found.down) for found in every}, {found.alpha for found in every}
+    header = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
+    }
     width = _text_width({name: found.down for name, found in loras.get("unet", {}).items()})
     _, version = FAMILIES.get(width, (None, None))
     family = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
-    return tensors, {"ss_network_module": "networks.lora", **family}
+    return tensors, {**header, **family}
 
 
 def _to_peft(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -83,13 +83,10 @@ def _refusal(repo: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
         return f"nothing can be uploaded to {repo}: HF_HUB_OFFLINE is set; unset it first"
-    if status == 401:
-        return f"the Hub does not know your token, which {repo} needs: {LOG_IN} anew"
-    if status in (403, 404):
-        return (
-            f"the Hub does not let your token write to {repo} (HTTP {status}): take a repository of your own, or a "
-            f"token with the right to write there, from {constants.ENDPOINT}/settings/tokens, and {LOG_IN}"
-        )
+    if status in (401, 403, 404):
+        what = "know your token" if status == 401 else f"let your token write to {repo} (HTTP {status})"
+        page = f"{constants.ENDPOINT}/settings/tokens"
+        return f"the Hub does not {what}: take a token that may write to {repo}, from {page}, and {LOG_IN}"
     if status:
         return f"the Hub did not take {repo} (HTTP {status}): try again later"
     return f"nothing can be uploaded to {repo}: there is no connection to the Hub; connect, and try again"

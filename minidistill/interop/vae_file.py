@@ -9,7 +9,7 @@ from torch import Tensor
 from minidistill.errors import InputError
 from minidistill.interop import ldm
 from minidistill.interop.header import VAE, read_config
-from minidistill.interop.infer import infer_tiny_config, infer_vae_config
+from minidistill.interop.infer import infer_vae_config, shape_of
 from minidistill.models.taesd import TinyConfig
 from minidistill.models.vae import SD_VAE, VAEConfig
 from minidistill.weights.files import read_metadata, read_tensors
@@ -49,7 +49,8 @@ def read_vae_file(path: str | Path, base: VAEConfig = SD_VAE) -> tuple[VAEConfig
                 tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         tiny = {tiny_name(name): tensor for name, tensor in tensors.items()}
         if "decoder.layers.0.weight" in tiny:
-            return infer_tiny_config(tiny), tiny
+            width, latents = (shape_of(tiny, f"{half}.layers.0.weight", 4) for half in ("encoder", "decoder"))
+            return TinyConfig(width=width[0], latent_channels=latents[1]), tiny
         if not any(name.endswith("coder.conv_in.weight") for name in tensors):
             raise InputError(f"not a VAE: it holds {len(tensors)} tensors, {ldm.first_few(list(tensors))}")
         return read_vae(tensors, metadata, base)
