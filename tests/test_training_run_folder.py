@@ -97,11 +97,13 @@ time.sleep(600)
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
     words = [sys.executable, "-c", HOLDER, tmp_path / "run"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as first:
-        assert first.stdout.readline() == "begun\n"
-        with pytest.raises(InputError, match=r"another process is writing .*run: wait for it, or take another --out"):
-            RunFolder.find(tmp_path / "run", {}, resume=True)
-        first.kill()
-        first.wait()
+        try:
+            assert first.stdout.readline() == "begun\n"
+            with pytest.raises(InputError, match=r"another process is writing .*run: wait for it, or take another"):
+                RunFolder.find(tmp_path / "run", {}, resume=True)
+        finally:
+            first.kill()
+            first.wait()
         RunFolder.find(tmp_path / "run", {}, resume=True).begin({})
         RunFolder.find(tmp_path / "run", {}, resume=True)  # the same process may, again
 
