@@ -440,11 +440,11 @@ BROKEN = {  # name: (makes a teacher of a copy, words of the message)
     "infinite weight": (lambda sd1: with_tensor(sd1, lambda w: w / 0), ["unet/ conv_in.bias is not finite"]),
     "three stages": (
         lambda sd1: other_sd1(sd1.parent / "three", stages=3),
-        ["--recipe bk-small does not fit", "three", "'down.3.1'", "stage.0 to stage.2", "--remove"],
+        ["--recipe bk-small does not fit", "three", "'down.3.1'", "stage.0, stage.1, stage.2, down.0.0", "--remove"],
     ),
     "a student as teacher": (
         lambda sd1: other_sd1(sd1.parent / "bk", layers=1),
-        ["--recipe bk-small does not fit", "'down.0.1'", "1, 1, 1, 1 layers"],
+        ["--recipe bk-small does not fit", "'down.0.1'", "down.0.0, down.1.0, down.2.0, down.3.0, up.0.0"],
     ),
 }
 
