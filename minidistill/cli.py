@@ -1,9 +1,9 @@
-"""A frozen dataclass is the whole command line: each field is a flag, its default and its help.
+"""A frozen dataclass is the whole command line: each field is a flag, with its default and its help.
 
     @dataclass(frozen=True)
     class Config:
         steps: int = option(300, "optimizer steps", minimum=1)
-        resume: bool = option(False, "go on with the run in --out")
+        resume: bool = option(False, "resume the run in --out")
 
     PRESETS = {"toy": {"comment": "300 steps, 2 min on 2 CPU cores", "steps": 300}}
 
@@ -16,20 +16,20 @@ the flags given. Field types: int, float, bool, str, a tuple of one of them such
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import math
 import shlex
 import sys
+import textwrap
 import types
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from minidistill.errors import InputError
+from minidistill.errors import DONE, INTERRUPTED, InputError
 from minidistill.metrics.cost import keep_freed_memory
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import read_json
@@ -37,9 +37,48 @@ from minidistill.weights.files import read_json
 Config = TypeVar("Config")
 Presets = dict[str, dict[str, Any]]
 
-REQUIRED = dataclasses.MISSING  # option(REQUIRED, "...") has no default: the flag must be given
+REQUIRED: Any = dataclasses.MISSING  # option(REQUIRED, "...") has no default: the flag must be given
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 NOUNS = {int: "a whole number", float: "a finite number", str: "text"}
+GATHERED = ("lora", "lora_scale")  # `--lora a --lora b` is `--lora a,b`; of any other flag the last one counts
+# The sections of --help by field name, the same in every command; what is not named here is in "run".
+GROUPS = {
+    "model": "source dest teacher model part start unet vae lora lora_scale ema layout dtype",
+    "pruning": "recipe remove copy_weights only budget by",
+    "losses": "pairing loss_weights feature_norm",
+    "LoRA": "lora_rank lora_alpha lora_targets train_text_encoder",
+    "data": "data split caption_column images resolution flip caption_dropout random_conditioning image_free "
+    "text_states store shard scan_only",
+    "optimisation": "batch_size accumulate learning_rate lr_schedule warmup layout_steps weight_decay max_grad_norm "
+    "ema_decay gradient_checkpointing",
+    "images": "prompt negative_prompt guidance sampler spacing count latents image strength height width",
+    "evaluation": "samples judged parts grid",
+    "run": "",
+    "hub": "push_to_hub private",
+}
+# Field -> what diffusers' training scripts and pipelines call it.
+ELSEWHERE = {
+    "teacher": "pretrained_model_name_or_path",
+    "model": "pretrained_model_name_or_path",
+    "vae": "pretrained_vae_model_name_or_path",
+    "lora_rank": "rank",
+    "data": "train_data_dir dataset_name instance_data_dir",
+    "flip": "random_flip",
+    "batch_size": "train_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "steps": "max_train_steps num_train_epochs num_inference_steps",
+    "lr_schedule": "lr_scheduler",
+    "warmup": "lr_warmup_steps",
+    "guidance": "guidance_scale",
+    "count": "num_images_per_prompt",
+    "out": "output_dir",
+    "precision": "mixed_precision",
+    "sample_every": "validation_steps validation_epochs",
+    "checkpoint_every": "checkpointing_steps",
+    "keep_checkpoints": "checkpoints_total_limit",
+    "resume": "resume_from_checkpoint",
+    "push_to_hub": "hub_model_id",
+}
 
 
 def option(
@@ -54,6 +93,7 @@ def option(
 
     Args:
         default: REQUIRED if there is none.
+        help: one phrase; it says "default: ..." itself where None stands for something else.
         choices: the only words allowed.
         minimum, maximum: the smallest and the largest number allowed.
         positional: a word without dashes, as SOURCE in `convert SOURCE DEST`.
@@ -63,11 +103,7 @@ def option(
 
 
 def parse(
-    config_class: type[Config],
-    presets: Presets | None,
-    argv: Sequence[str],
-    prog: str,
-    description: str | None,
+    config_class: type[Config], presets: Presets | None, argv: Sequence[str], prog: str, description: str | None
 ) -> Config:
     """Command line words -> config.
 
@@ -75,20 +111,14 @@ def parse(
         InputError: an unknown flag or preset, a bad or missing value; one line that names it.
     """
     presets = presets or {}
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    for name, preset in presets.items():
-        if unknown := set(preset) - set(fields) - {"comment"}:
-            raise ValueError(f"preset {name}: {config_class.__name__} has no field {sorted(unknown)}")
-
+    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     parser = _build_parser(config_class, presets, prog, description)
     namespace, rest = parser.parse_known_args(list(argv))
     if rest:
         raise InputError(_describe_unknown(rest[0], parser))
     given = {name: value for name, value in vars(namespace).items() if name in fields}
-    preset = dict(presets[namespace.preset]) if "preset" in namespace else {}
-    preset.pop("comment", None)
-
-    values = {**preset, **given}
+    preset = presets[namespace.preset] if "preset" in namespace else {}
+    values = {name: value for name, value in {**preset, **given}.items() if name != "comment"}
     if given.get("resume") and "out" in fields:
         values = {**_stored_settings(values.get("out", fields["out"].default), fields), **values}
     for name, field in fields.items():
@@ -106,38 +136,23 @@ def run_command(
     description: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Parse, run `main(config)` and exit: 0 done, 2 input refused, 130 interrupted (Ctrl-C).
+    """Parse, run `main(config)` and exit with one of the codes in `errors`.
 
     Any other exception is a bug and keeps its traceback.
     """
     config = None
     keep_freed_memory()
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
     try:
-        with _short_warnings():
-            config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
-            main(config)
+        config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
+        main(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"\ninterrupted. {_how_to_go_on(config, prog)}", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
-
-
-@contextlib.contextmanager
-def _short_warnings() -> Iterator[None]:
-    """In a terminal a warning is what it says, in one line, and not where in the code it was said."""
-    usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
-
-
-# ------------------------------------------------------------------------------------------------------------
-# flags
+        print(f"\ninterrupted. {_how_to_resume(config, prog)}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(DONE)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,56 +172,51 @@ def _build_parser(config_class: type, presets: Presets, prog: str, description: 
     )
     if presets:
         convert = _converter("--preset", str, list(presets))
-        text = "start from the settings of a preset (below)"
-        parser.add_argument("--preset", type=convert, metavar="NAME", help=text)
+        parser.add_argument("--preset", type=convert, metavar="NAME", help="settings to start from, listed below")
     hints = typing.get_type_hints(config_class)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for field in dataclasses.fields(config_class):
-        _add_flag(parser, field, hints[field.name])
+        title = next((title for title, names in GROUPS.items() if field.name in names.split()), "run")
+        _add_flag(groups[title], field, hints[field.name])
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
-    flag, info = _flag(field), field.metadata
-    kind, is_tuple = _item_type(hint, field.name)
-    text = info["help"].replace("%", "%%")
+def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
+    flag, info, required = _flag(field), field.metadata, field.default is REQUIRED
+    kind, is_tuple = _item_type(hint)
+    text = info["help"]
+    if "default: " not in text:
+        text += " (required)" if required else f" (default: {_show(field.default)})"
+    text = text.replace("%", "%%")
     if kind is bool:
-        off = f"--no-{flag[2:]}"
-        state = f"default: on; {off} turns it off" if field.default else "default: off"
-        parser.add_argument(flag, action="store_true", help=f"{text} ({state})")
-        parser.add_argument(off, dest=field.name, action="store_false", help=argparse.SUPPRESS)
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
-    metavar = "|".join(info["choices"]) if info["choices"] else METAVARS[kind] + (",..." if is_tuple else "")
-    required = field.default is REQUIRED
-    text += " (required)" if required else f" (default: {_show(field.default)})".replace("%", "%%")
     convert = _converter(flag, hint, info["choices"], info["minimum"], info["maximum"])
     if info["positional"]:
         parser.add_argument(flag, type=convert, nargs=None if required else "?", metavar=flag.upper(), help=text)
-    else:
-        action = _Gather if is_tuple else "store"
-        parser.add_argument(flag, type=convert, metavar=metavar, help=text, action=action)
+        return
+    metavar = "|".join(info["choices"] or [METAVARS[kind] + (",..." if is_tuple else "")])
+    action = _Gather if field.name in GATHERED else "store"
+    parser.add_argument(flag, type=convert, metavar=metavar, help=text, action=action)
 
 
 class _Gather(argparse.Action):
-    """`--lora a,b` and `--lora a --lora b` are the same."""
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, (getattr(namespace, self.dest, None) or ()) + (values or ()))
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        before = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, values if None in (before, values) else before + values)
 
-
-def _flag(field: dataclasses.Field) -> str:
+def _flag(field: dataclasses.Field[Any]) -> str:
     return field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
 
 
-def _item_type(hint: Any, name: str = "") -> tuple[type, bool]:
+def _item_type(hint: Any) -> tuple[type, bool]:
     """int -> (int, False); tuple[int, ...] | None -> (int, True)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     is_tuple = typing.get_origin(hint) is tuple
-    kind = typing.get_args(hint)[0] if is_tuple else hint
-    if kind not in (int, float, str, bool):
-        raise TypeError(f"field {name}: no flag can be made of type {hint}")
-    return kind, is_tuple
+    return (typing.get_args(hint)[0] if is_tuple else hint), is_tuple
 
 
 def _converter(
@@ -253,42 +263,31 @@ def _describe_unknown(word: str, parser: argparse.ArgumentParser) -> str:
         return f"unexpected word '{word}'; --help lists every flag"
     flag = word.split("=", maxsplit=1)[0]
     known = [flag for action in parser._actions for flag in action.option_strings]
+    spelt = flag.lstrip("-").replace("-", "_")
+    for name in [spelt, *(ours for ours, theirs in ELSEWHERE.items() if spelt in theirs.split())]:
+        if (ours := "--" + name.replace("_", "-")) in known:
+            return f"{flag} is {ours} here; --help lists every flag"
     return f"unknown flag {flag}{_did_you_mean(flag, known)}; --help lists every flag"
 
 
 def _show(value: Any) -> str:
     """A value as it would be typed after its flag."""
-    if value is None:
-        return "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
     if isinstance(value, tuple):
         return ",".join(map(_show, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _list_presets(presets: Presets) -> str | None:
-    if not presets:
-        return None
-    lines = ["presets (flags given beside --preset win):"]
-    width = max(map(len, presets))
+    lines = ["presets (a flag given beside --preset replaces its value):"]
     for name, preset in presets.items():
-        flags = [_as_typed(key, value) for key, value in preset.items() if key != "comment"]
-        lines.append(f"  {name:{width}}  {preset.get('comment', '')}")
-        lines.append(f"  {'':{width}}  {' '.join(flags)}")
-    return "\n".join(lines)
+        values = ", ".join(f"{key} {_show(value)}" for key, value in preset.items() if key != "comment")
+        lines.append(textwrap.fill(f"{name}: {preset['comment']}. {values}", 78, subsequent_indent="    "))
+    return "\n".join(lines) if presets else None
 
 
-def _as_typed(name: str, value: Any) -> str:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {_show(value)}"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# going on
-
-
-def _stored_settings(out: str, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
+def _stored_settings(out: str, fields: dict[str, dataclasses.Field[Any]]) -> dict[str, Any]:
     """The settings of the run in `out`: `--out DIR --resume` is enough. RunFolder.find compares them all."""
     path = Path(out) / "config.json"
     if not path.is_file():  # RunFolder.find refuses
@@ -300,8 +299,8 @@ def _stored_settings(out: str, fields: dict[str, dataclasses.Field]) -> dict[str
     }
 
 
-def _how_to_go_on(config: Any, prog: str) -> str:
+def _how_to_resume(config: Any, prog: str) -> str:
     out = getattr(config, "out", None)
     if hasattr(config, "resume") and out and (Path(out) / "config.json").is_file():
-        return f"To go on from the last checkpoint: {prog} --out {shlex.quote(str(out))} --resume"
-    return "To go on, or to start again if nothing was kept: run the same command again."
+        return f"To resume from the last checkpoint: {prog} --out {shlex.quote(str(out))} --resume"
+    return "To continue, or to start again if nothing was kept: run the same command again."

@@ -20,25 +20,17 @@ from pathlib import Path
 from minidistill.cli import REQUIRED, option, run_command
 from minidistill.diffusion.sampling import sampling_metadata
 from minidistill.errors import InputError
+from minidistill.generate import load_model
 from minidistill.interop.header import UNET, prediction_entry
 from minidistill.interop.ldm import to_ldm_unet
 from minidistill.interop.lora_files import FORMS, rewrite_lora
-from minidistill.interop.single_file import marks, write_single_file
-from minidistill.interop.sources import (
-    is_unet_alone,
-    load_parts,
-    load_unet,
-    merge_loras,
-    sampling_of,
-    save_parts,
-    schedule_of,
-    with_scales,
-)
-from minidistill.training.optim import PRECISIONS
+from minidistill.interop.replace import is_unet_alone, load_unet, merge_files, with_scales
+from minidistill.interop.single_file import CPP, marks, write_single_file
+from minidistill.training.device import PRECISIONS
 from minidistill.weights.files import existing_file, write_safetensors
-from minidistill.weights.folders import find_model, save_unet
+from minidistill.weights.folders import find_model, read_sampling, save_unet
 
-LAYOUTS = ("folder", "single-file", *FORMS)
+LAYOUTS = ("folder", "single-file", CPP, *FORMS)
 
 
 @dataclass(frozen=True)
@@ -50,14 +42,16 @@ class Config:
     )
     dest: str = option(REQUIRED, "new folder, or .safetensors file, to write", positional=True)
     layout: str | None = option(
-        None, "of DEST; none goes by its name; kohya and peft are forms of LoRA files", choices=LAYOUTS
+        None,
+        "layout of DEST; stable-diffusion.cpp: a file for that program; kohya, peft: LoRA files (default: by DEST)",
+        choices=LAYOUTS,
     )
-    dtype: str | None = option(None, "of all weights; none keeps them as they are", choices=PRECISIONS)
+    dtype: str | None = option(None, "precision of all weights (default: unchanged)", choices=PRECISIONS)
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
     vae: str | None = option(None, "SOURCE of another VAE for the model")
     lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
-    lora_scale: tuple[float, ...] = option((1.0,), "how strongly the LoRAs act: one for all, or one each")
-    ema: bool = option(False, "of a checkpoint with both, take the averaged weights")
+    lora_scale: tuple[float, ...] = option((1.0,), "scale of the LoRAs: one for all, or one each")
+    ema: bool = option(False, "use the averaged U-Net weights of a single file that has both kinds")
 
 
 def main(config: Config) -> None:
@@ -65,7 +59,7 @@ def main(config: Config) -> None:
     dest = Path(config.dest)
     layout = config.layout or ("single-file" if dest.suffix == ".safetensors" else "folder")
     if layout != "folder" and dest.suffix != ".safetensors":
-        what = "a single file" if layout == "single-file" else "a LoRA"
+        what = "a LoRA" if layout in FORMS else "a single file"
         raise InputError(f"{dest}: {what} is written as .safetensors: end its name so, or leave out --layout")
     if layout != config.layout and dest.suffix in (".ckpt", ".bin", ".pt", ".pth"):
         raise InputError(
@@ -78,6 +72,8 @@ def main(config: Config) -> None:
         convert_lora(config, dest)
     elif is_unet_alone(config.source, PRECISIONS.get(config.dtype)):
         refuse(config, ("unet", "vae"), f"{config.source} is a U-Net alone")
+        if layout == CPP:
+            raise InputError(f"{config.source} is a U-Net alone: {CPP} opens whole models")
         convert_unet(config, dest, layout)
     else:
         convert_pipeline(config, dest, layout)
@@ -87,31 +83,20 @@ def main(config: Config) -> None:
 def convert_pipeline(config: Config, dest: Path, layout: str) -> None:
     """A whole model to a pipeline folder or to a single file."""
     dtype = PRECISIONS.get(config.dtype)
-    loras = with_scales(config.lora, config.lora_scale)
-    parts = load_parts(
-        config.source, "cpu", dtype, dtype, unet=config.unet, vae=config.vae, loras=loras, ema=config.ema
-    )
+    pipe = load_model(config.source, config, "cpu", dtype, dtype)
     if layout == "folder":
-        save_parts(dest, parts)
+        pipe.save(dest)
         return
-    write_single_file(
-        dest,
-        parts.unet,
-        parts.vae,
-        parts.text_encoders,
-        parts.schedule,
-        parts.tokenizers,
-        metadata=sampling_metadata(parts.sampling),
-    )
+    parts = (pipe.unet, pipe.vae, pipe.text_encoders, pipe.schedule, pipe.tokenizers)
+    write_single_file(dest, *parts, metadata=sampling_metadata(pipe.sampling), for_cpp=config.layout == CPP)
 
 
 def convert_unet(config: Config, dest: Path, layout: str) -> None:
     """A U-Net alone to a folder of its own, which diffusers opens, or to a file in the layout of whole checkpoints."""
     dtype = PRECISIONS.get(config.dtype)
-    unet = load_unet(config.source, "cpu", dtype, config.ema)
-    merged = merge_loras({"unet": unet}, with_scales(config.lora, config.lora_scale))
-    header = sampling_metadata(merged or sampling_of(config.source, dtype))
-    schedule = schedule_of(config.source, dtype)
+    unet, schedule, sampling = load_unet(config.source, "cpu", dtype, config.ema)
+    merged = merge_files({"unet": unet}, with_scales(config.lora, config.lora_scale))
+    header = sampling_metadata(merged or sampling)
     if layout == "folder":
         if schedule and schedule.prediction_type != "epsilon":
             print(
@@ -132,7 +117,7 @@ def convert_unet(config: Config, dest: Path, layout: str) -> None:
 def convert_lora(config: Config, dest: Path) -> None:
     """A LoRA file to another of kohya's or PEFT's form."""
     source = existing_file(find_model(config.source))
-    sampling = sampling_of(source)  # it may be in the file's name alone
+    sampling = read_sampling(source)  # it may be in the file's name alone
     rewrite_lora(source, dest, config.layout, PRECISIONS.get(config.dtype), sampling_metadata(sampling))
 
 

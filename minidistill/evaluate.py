@@ -1,7 +1,7 @@
-"""Judge a model's images of held-out scenes: python -m minidistill.evaluate --model SOURCE
+"""Evaluate a model of the miniature's scenes: python -m minidistill.evaluate --model SOURCE
 
-The judge looks at each image and says which of the attributes in its caption hold (`metrics/scene_judge.py`). Image
-number i is always made of the same caption and the same noise, so that two models compare image by image.
+Images are generated from held-out captions; the scene judge (`miniature/judge.py`) tells which attributes of a caption
+each one shows. Image i always has the same caption and the same noise, so models can be compared image by image.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from pathlib import Path
 from huggingface_hub.utils import tqdm
 
 from minidistill.cli import option, run_command
+from minidistill.diffusion.sampling import SAMPLERS
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_scores, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.judge import judge, score_verdicts
 from minidistill.miniature.scenes import SIDE, held_out_captions
-from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, load_pipeline
+from minidistill.pipeline import GUIDANCE, STEPS, load_pipeline
 from minidistill.report import save_image_grid
+from minidistill.training.device import get_device
 from minidistill.training.log import format_table
-from minidistill.training.optim import get_device
 from minidistill.weights import folders
 from minidistill.weights.files import write_json
 
@@ -29,33 +30,33 @@ from minidistill.weights.files import write_json
 @dataclass(frozen=True)
 class Config:
     model: str = option("miniature", "SOURCE: a model folder, or miniature")
-    samples: int = option(1000, "held-out captions to draw", minimum=1)
+    samples: int = option(1000, "number of images, one for each held-out caption", minimum=1)
     steps: int | None = option(None, f"sampling steps; none: the model's own, else {STEPS}", minimum=1)
-    sampler: str | None = option(None, "how to sample; none: the model's own, else ddim", choices=SAMPLERS)
+    sampler: str | None = option(None, "sampler; none: the model's own, else ddim", choices=SAMPLERS)
     guidance: float | None = option(
-        None, f"scale of classifier-free guidance; 1: off; none: the model's own, else {GUIDANCE:g}"
+        None, f"scale of classifier-free guidance; 1 disables it; none: the model's own, else {GUIDANCE:g}"
     )
-    seed: int = option(0, "decides the noise")
-    batch_size: int = option(16, "images at a time; the result does not depend on it", minimum=1)
-    parts: bool = option(False, "also judge the VAE's reconstructions and, where the folder has a clip/, its retrieval")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    seed: int = option(0, "seed of the noise")
+    batch_size: int = option(16, "images per batch; the result does not depend on it", minimum=1)
+    parts: bool = option(False, "evaluate the VAE's reconstructions too, and retrieval if the folder has a clip/")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     out: str | None = option(None, "write the numbers to this JSON file")
-    grid: str | None = option(None, "write the first 16 images, with their captions, to this PNG file")
+    grid: str | None = option(None, "write an image grid of the first 16 images with their captions to this PNG file")
 
 
 def main(config: Config) -> None:
-    """Draw, judge, print a table."""
+    """Generate images, judge them, print a table."""
     pipe = load_pipeline(config.model, get_device(config.device))
     if pipe.trained_size() != (SIDE, SIDE):
         raise InputError(
-            f"{config.model} draws {pipe.trained_size()} images; the judge reads {SIDE}x{SIDE} scenes only"
+            f"{config.model} makes images of {pipe.trained_size()}; the judge reads {SIDE}x{SIDE} scenes only"
         )
     folder = folders.find_model(config.model)
     captions = held_out_captions(config.samples)
     verdicts, shown, similarity = [], [], []
     clip = folders.load_clip(folder) if (folder / "clip").is_dir() else None
     begin = time.perf_counter()
-    with tqdm(total=len(captions), desc="drawing", unit="image", disable=None) as bar:
+    with tqdm(total=len(captions), desc="generating", unit="image", disable=None) as bar:
         for start in range(0, len(captions), config.batch_size):
             some = captions[start : start + config.batch_size]
             images = pipe(
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
         results["vae"] = evaluate_vae(pipe.vae, config.samples)
         if clip:
             results["clip_retrieval_top1_of_100"] = retrieval(clip, pipe.tokenizers[0])
-    rows = [("attribute", "right")] + [(kind, f"{share:.1%}") for kind, share in results["judge"].items()]
+    rows = [("attribute", "correct")] + [(kind, f"{share:.1%}") for kind, share in results["judge"].items()]
     print(format_table(rows))
     print(f"\n{len(captions)} held-out captions in {seconds:.0f} s")
     for name in ("clip_similarity", "clip_retrieval_top1_of_100", "vae"):

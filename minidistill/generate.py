@@ -12,6 +12,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from huggingface_hub.utils import tqdm
 from PIL import Image
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from minidistill.cli import option, run_command
 from minidistill.data.folders import to_rgb
-from minidistill.diffusion.sampling import Sampling
+from minidistill.diffusion.sampling import SAMPLERS, Sampling
 from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
-from minidistill.interop.sources import with_scales
-from minidistill.pipeline import GUIDANCE, SAMPLERS, STEPS, Pipeline, load_pipeline
-from minidistill.training.optim import PRECISIONS, get_device, get_dtype
+from minidistill.pipeline import GUIDANCE, STEPS, Pipeline, load_pipeline
+from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
+from minidistill.weights.folders import Device, DType
 
 BATCH_SIZE = 8
 
@@ -38,30 +39,27 @@ class GenerateConfig:
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
     vae: str | None = option(None, "SOURCE of another VAE for the model; a TAESD is one")
     lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
-    lora_scale: tuple[float, ...] = option((1.0,), "how strongly the LoRAs act: one for all, or one each")
-    ema: bool = option(False, "of a single file with both, take the averaged weights")
+    lora_scale: tuple[float, ...] = option((1.0,), "scale of the LoRAs: one for all, or one each")
+    ema: bool = option(False, "use the averaged U-Net weights of a single file that has both kinds")
     prompt: str = option("a large red circle left of a small blue square", "what the image shows")
     negative_prompt: str | None = option(None, "what guidance leads away from")
-    steps: int | None = option(None, f"network evaluations; none: the model's own, else {STEPS}", minimum=1)
-    sampler: str | None = option(None, "solver; none: the model's own, else ddim", choices=SAMPLERS)
-    spacing: str | None = option(None, "which timesteps; none: as the model says", choices=SPACINGS)
+    steps: int | None = option(None, f"sampling steps (default: the model's own, else {STEPS})", minimum=1)
+    sampler: str | None = option(None, "sampler (default: the model's own, else ddim)", choices=SAMPLERS)
+    spacing: str | None = option(None, "timestep spacing (default: the model's own)", choices=SPACINGS)
     guidance: float | None = option(
-        None, f"scale of classifier-free guidance; 1 and below: off; none: the model's own, else {GUIDANCE:g}"
+        None, f"scale of classifier-free guidance; 1 or less is off (default: the model's own, else {GUIDANCE:g})"
     )
-    seed: int = option(0, "decides the initial noise")
-    count: int = option(1, "images of the prompt, in a row", minimum=1)
-    latents: str | None = option(
-        None,
-        "safetensors file with the noise to start from, `latents` (B, 4, h, w); B images in a row",
-    )
-    image: str | None = option(None, "image to start from")
-    strength: float = option(0.8, "how far an image goes back to noise, above 0 to 1")
-    height: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
-    width: int | None = option(None, "pixels; none: what the model was trained at", minimum=1)
-    device: str = option("cpu", "cpu or cuda")
-    precision: str = option("fp32", "of U-Net and text encoder", choices=PRECISIONS)
-    vae_precision: str = option("fp32", "of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
-    low_memory: bool = option(False, "free the text encoders after use, decode in tiles")
+    seed: int = option(0, "seed of the initial noise")
+    count: int = option(1, "number of images of the prompt, side by side in the file", minimum=1)
+    latents: str | None = option(None, "safetensors file with the initial noise, `latents` (B, 4, h, w): B images")
+    image: str | None = option(None, "image to start from (image to image)")
+    strength: float = option(0.8, "share of the steps done from the noised image on, above 0 to 1")
+    height: int | None = option(None, "height in pixels (default: what the model was trained at)", minimum=1)
+    width: int | None = option(None, "width in pixels (default: what the model was trained at)", minimum=1)
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    precision: str = option("fp32", "precision of the U-Net and the text encoders", choices=PRECISIONS)
+    vae_precision: str = option("fp32", "precision of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
+    low_memory: bool = option(False, "text encoders on the CPU while sampling, images decoded in tiles")
     out: str = option("generated.png", "the image, a .png file")
 
 
@@ -71,15 +69,12 @@ def generate(config: GenerateConfig) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
     check_flags(config)
-    device = get_device(config.device)
+    device = get_device(config.device, report=False)  # the progress bar does
     dtype = get_dtype(config.precision, device)
     vae_dtype = get_dtype(config.vae_precision, device, "--vae-precision")
     noise = read_latents(config.latents) if config.latents else None
     image = read_image(config.image) if config.image else None
-    loras = with_scales(config.lora, config.lora_scale)
-    pipe = load_pipeline(
-        config.model, device, dtype, vae_dtype, unet=config.unet, vae=config.vae, loras=loras, ema=config.ema
-    )
+    pipe = load_model(config.model, config, device, dtype, vae_dtype)
     for text in (config.prompt, config.negative_prompt or ""):
         warn_if_cut(pipe, text)
     own = pipe.sampling.guidance if pipe.sampling else GUIDANCE
@@ -109,6 +104,34 @@ def generate(config: GenerateConfig) -> None:
     print(out)
 
 
+class Edits(Protocol):
+    """The flags that change a model after it is loaded."""
+
+    unet: str | None
+    vae: str | None
+    lora: tuple[str, ...] | None
+    lora_scale: tuple[float, ...]
+    ema: bool
+
+
+def load_model(source: str, edits: Edits, device: Device, dtype: DType, vae_dtype: DType) -> Pipeline:
+    """`load_pipeline`, and then another U-Net, its averaged weights, another VAE or LoRAs, if flags ask for them."""
+    unet = edits.unet or (source if edits.ema else None)
+    without = [part for part, other in (("unet", unet), ("vae", edits.vae)) if other]
+    if not without and not edits.lora:
+        return load_pipeline(source, device, dtype, vae_dtype)
+    from minidistill.interop.replace import merge_loras, replace_unet, replace_vae, with_scales
+
+    loras = with_scales(edits.lora, edits.lora_scale)
+    pipe = load_pipeline(source, device, dtype, vae_dtype, without)
+    if unet:
+        replace_unet(pipe, unet, dtype, edits.ema)
+    if edits.vae:
+        replace_vae(pipe, edits.vae, vae_dtype)
+    merge_loras(pipe, loras)
+    return pipe
+
+
 def check_flags(config: GenerateConfig) -> None:
     """Refuse flags that would change nothing, for want of another."""
     usual = GenerateConfig()
@@ -125,7 +148,9 @@ def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
     steps = config.steps or own.steps
     if config.image:
         steps = math.floor(steps * config.strength)
-    return tqdm(total=steps * math.ceil(count / BATCH_SIZE), desc="sampling", unit="step", disable=None)
+    return tqdm(
+        total=steps * math.ceil(count / BATCH_SIZE), desc=f"sampling on {pipe.device}", unit="step", disable=None
+    )
 
 
 def read_image(path: str) -> Image.Image:

@@ -2,89 +2,81 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidistill.diffusion.noise import generator_for
-from minidistill.diffusion.samplers import Callback, Model, ddim, euler, guide, sigmas_at
-from minidistill.diffusion.sampling import SAMPLERS, Sampling
-from minidistill.diffusion.schedule import ScheduleConfig, final_alpha_bar, make_alpha_bar, time_grid
+from minidistill.diffusion.noise import initial_noise
+from minidistill.diffusion.samplers import Callback, Model, guide
+from minidistill.diffusion.sampling import Sampling, as_distilled, default_solver, solver
+from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
-from minidistill.interop import sources
 from minidistill.models.clip import CLIPTextModel
+from minidistill.models.conditioning import Origin, TextStates, micro_conditions
 from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, decode_tiled
+from minidistill.weights import folders
 
 VAE = AutoencoderKL | AutoencoderTiny
-Origin = tuple[int, int, int, int]  # of an image: original height and width; what was cropped above and at the left
+Size = tuple[int | None, int | None]  # height and width in pixels
 STEPS, GUIDANCE = 25, 7.5  # where neither the caller nor the checkpoint says
 
 
 def load_pipeline(
     source: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    vae_dtype: torch.dtype = torch.float32,
-    *,
-    unet: str | Path | None = None,
-    vae: str | Path | None = None,
-    loras: Sequence[tuple[str | Path, float]] = (),
-    ema: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+    vae_dtype: torch.dtype | None = torch.float32,
+    without: Collection[str] = (),
 ) -> Pipeline:
     """Load a SOURCE: a pipeline folder, a Hub id, a single file (.safetensors, .ckpt), or "miniature", in this package.
 
-    `dtype` is for the U-Net and the text encoders. The VAE has its own: several of them overflow in float16.
+    Another U-Net, another VAE and LoRAs are steps after it: `interop.replace`.
+    InputError: something is missing, broken or does not fit together; the message says what.
 
     Args:
-        unet: SOURCE of another U-Net for it, such as sdxl_lightning_4step_unet.safetensors.
-        vae: SOURCE of another VAE for it; a TAESD is one.
-        loras: (file, scale) of each LoRA to merge into it.
-        ema: of a single file with both, take the averaged weights of the U-Net.
-
-    Raises:
-        InputError: something is missing, broken or does not fit together; the message says what.
+        dtype: of the U-Net and the text encoders; None keeps the files'.
+        vae_dtype: of the VAE, which has its own: several VAEs overflow in float16.
+        without: "unet", "vae": networks that will be replaced; they stay on the meta device, their weights unread.
     """
-    return Pipeline(*sources.load_parts(source, device, dtype, vae_dtype, unet=unet, vae=vae, loras=loras, ema=ema))
+    folders.check_placement(device, dtype, vae_dtype)
+    path = folders.find_model(source, dtype)
+    if path.is_file():
+        from minidistill.interop.single_pipeline import load_parts
 
-
-def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard-normal noise (N, *shape), float32, CPU, for N indices. Sample i depends on (seed, i) alone."""
-    return torch.stack([torch.randn(shape, generator=generator_for(seed, "image", i)) for i in indices])
+        return Pipeline(**load_parts(path, device, dtype, vae_dtype, without))
+    index = folders.read_model_index(path)
+    is_sdxl = index["_class_name"] == folders.SDXL
+    suffixes = ("", "_2") if is_sdxl else ("",)
+    schedule = folders.load_schedule(path)
+    return Pipeline(
+        unet=folders.load_unet(path, dtype, "meta" if "unet" in without else device),
+        vae=folders.load_vae(path, vae_dtype, "meta" if "vae" in without else device),
+        text_encoders=[folders.load_text_encoder(path, dtype, device, f"text_encoder{x}") for x in suffixes],
+        tokenizers=[folders.load_tokenizer(path, f"tokenizer{x}") for x in suffixes],
+        # Old files of SD 1.x and 2.x lack the offset, and diffusers' pipelines set it too.
+        schedule=schedule if is_sdxl else replace(schedule, steps_offset=1),
+        sampling=None if "unet" in without else folders.load_sampling(path, dtype),
+        zero_unconditional=is_sdxl and index.get("force_zeros_for_empty_prompt", True),
+    )
 
 
 def to_pixels(images: Iterable[Image.Image]) -> Tensor:
     """RGB images of one size -> (B, 3, H, W) float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class TextStates(NamedTuple):
-    """What a U-Net reads of prompts."""
-
-    context: Tensor  # (B, L, D)
-    pooled: Tensor | None  # (B, D'), of SDXL only
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> TextStates:
-        """The same states, each tensor changed: moved, say, or with other rows."""
-        return TextStates(*(None if part is None else change(part) for part in self))
-
-    @classmethod
-    def join(cls, batches: Sequence[TextStates]) -> TextStates:
-        """The states of several batches as one."""
-        context, pooled = zip(*batches, strict=True)
-        return cls(torch.cat(context), None if pooled[0] is None else torch.cat(pooled))
 
 
 class Pipeline:
@@ -101,7 +93,7 @@ class Pipeline:
     def __init__(
         self,
         unet: UNet,
-        vae: AutoencoderKL,
+        vae: VAE,
         text_encoders: list[CLIPTextModel],
         tokenizers: list[CLIPTokenizer],
         schedule: ScheduleConfig,
@@ -113,10 +105,9 @@ class Pipeline:
         self.text_encoders = text_encoders
         self.tokenizers = tokenizers
         self.schedule = schedule
-        self.sampling = sampling
+        self.set_sampling(sampling)
         self.zero_unconditional = zero_unconditional
-        if problem := next(self._misfits(), None):
-            raise InputError(f"the parts of this pipeline do not fit: {problem}")
+        self.check_parts()
 
     @property
     def is_sdxl(self) -> bool:
@@ -131,37 +122,39 @@ class Pipeline:
     @property
     def networks(self) -> dict[str, nn.Module]:
         """U-Net and text encoders by their names in model folders and LoRA files."""
-        return sources.named_networks(self.unet, self.text_encoders)
+        names = ("text_encoder", "text_encoder_2")[: len(self.text_encoders)]
+        return {"unet": self.unet, **dict(zip(names, self.text_encoders, strict=True))}
+
+    def set_sampling(self, sampling: Sampling | None) -> None:
+        """What the U-Net was distilled for; prediction type and spacing of the schedule follow it. None: nothing."""
+        self.sampling = sampling
+        self.schedule = as_distilled(self.schedule, sampling)
+
+    def check_parts(self) -> None:
+        """InputError: the parts do not fit together. A network left on the meta device is checked once replaced."""
+        left_out = any(next(network.parameters()).is_meta for network in (self.unet, self.vae))
+        if not left_out and (problem := next(self._misfits(), None)):
+            raise InputError(f"the parts of this pipeline do not fit: {problem}")
 
     def _misfits(self) -> Iterator[str]:
         """What keeps the parts from working together, the plainest first."""
-        unet, vae, encoders = self.unet.config, self.vae.config, self.text_encoders
+        unet, encoders = self.unet.config, self.text_encoders
         if not len(encoders) == len(self.tokenizers) == 1 + self.is_sdxl:
             yield f"a U-Net of this kind needs {1 + self.is_sdxl} text encoder(s), there are {len(encoders)}"
-        if unet.in_channels != vae.latent_channels:
-            yield (
-                f"the U-Net reads {unet.in_channels} channels, the VAE's latents have {vae.latent_channels} "
-                "(inpainting and editing models are not supported)"
-            )
-        width = sum(encoder.config.hidden_size for encoder in encoders)
-        if unet.cross_attention_dim != width:
-            yield (
-                f"the U-Net reads text states of width {unet.cross_attention_dim}, the text encoder makes "
-                f"{width}: they are of different models"
-            )
+        if (read := unet.in_channels) != (made := self.vae.config.latent_channels):
+            yield f"the U-Net reads {read} channels, the VAE's latents have {made} (no inpainting or editing models)"
+        if (read := unet.cross_attention_dim) != (made := sum(encoder.config.hidden_size for encoder in encoders)):
+            reason = "they are of different models"
+            yield f"the U-Net reads text states of width {read}, the text encoder makes {made}: {reason}"
         for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
-            made, read = tokenizer.max_length, encoder.config.max_position_embeddings
-            if made > read:
+            if (made := tokenizer.max_length) > (read := encoder.config.max_position_embeddings):
                 yield f"the tokenizer makes {made} tokens, the text encoder reads {read}"
         if self.is_sdxl:
-            projection = encoders[-1].text_projection
-            pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-            if projection is None or projection.out_features != pooled:
-                made = "none" if projection is None else f"one of {projection.out_features}"
-                yield (
-                    f"the U-Net reads a pooled text of width {pooled}, the last text encoder makes {made} "
-                    "(an SDXL refiner is not supported)"
-                )
+            read = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+            if (made := getattr(encoders[-1].text_projection, "out_features", None)) != read:
+                yield f"the U-Net reads pooled text of width {read}, the last encoder makes {made} (no SDXL refiner)"
+
+    # text
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str | None]) -> TextStates:
@@ -174,8 +167,6 @@ class Pipeline:
         SD 1.x and 2.x: the encoder's last state after the final norm. SDXL (arXiv 2307.01952, sec. 2.1): both encoders'
         last state but one, without the final norm, side by side, and the second one's pooled state, projected.
         """
-        if not self.text_encoders:
-            raise InputError("the text encoders were freed (low_memory): load the pipeline again for more prompts")
         texts = [prompt or "" for prompt in prompts]
         outputs = [
             encoder(tokenizer(texts).to(next(encoder.parameters()).device))
@@ -194,15 +185,10 @@ class Pipeline:
     def added_cond(
         self, pooled: Tensor | None, height: int, width: int, origins: Sequence[Origin] | None = None
     ) -> dict[str, Tensor] | None:
-        """SDXL's micro-conditions for images of height x width pixels (arXiv 2307.01952, sec. 2.2).
+        """`models.conditioning.micro_conditions` of SDXL; None for other models."""
+        return None if pooled is None else micro_conditions(pooled, height, width, origins)
 
-        origins: what each was cut from; None: they are whole. None for other models than SDXL.
-        """
-        if pooled is None:
-            return None
-        origins = origins or [(height, width, 0, 0)] * len(pooled)
-        ids = [(*origin, height, width) for origin in origins]
-        return {"text_embeds": pooled, "time_ids": torch.tensor(ids, dtype=torch.float32, device=pooled.device)}
+    # sampling
 
     @torch.no_grad()
     def __call__(
@@ -226,194 +212,144 @@ class Pipeline:
         low_memory: bool = False,
         output: str = "images",
     ) -> list[Image.Image] | Tensor:
-        """One image for each prompt.
-
-        Where steps, guidance, sampler or spacing are None, the checkpoint's own are taken (`sampling`, of a distilled
-        model), else 25, 7.5, "ddim" and the schedule's spacing.
+        """One image for each prompt. InputError: settings that do not fit, or a sample that is not finite.
 
         Args:
             negative_prompts: one for all or one each, what guidance leads away from; None is no prompt.
-            guidance: scale of classifier-free guidance; 1 and below switch it off.
+            steps, guidance, sampler ("ddim", "euler"), spacing ("leading", "trailing", "linspace"): None takes the
+                checkpoint's own (`sampling`), else 25, 7.5, "ddim" and the schedule's. Guidance of 1 and below is off.
             seed: with a sample's index it decides the sample's noise, whatever the batch size.
-            sampler: "ddim" or "euler".
-            spacing: "leading", "trailing" or "linspace" timesteps.
             latents: standard-normal initial noise (B, C, h, w), in place of `seed`, `height` and `width`.
             image: RGB image(s) to start from, one for all or one each (image to image, arXiv 2108.01073).
-            strength: how much of the way to noise an image goes, (0, 1]: that share of the steps is done.
+            strength: share of the steps that is done from the noised image on, (0, 1].
             height, width: of the images, in pixels; None takes the image's or the size the model was trained at.
-            first_index: index of the first prompt: prompts split over calls then get the noise of one call.
-            callback: called once per step of each batch with {"i", "t", "x", "x0"}: `diffusion.samplers`.
-            low_memory: free the text encoders once the prompts are read, and decode each image in tiles.
+            first_index: of the first prompt, so that prompts split over calls get the noise of one call.
+            callback: called once per step of each batch: `diffusion.samplers.Callback`.
+            low_memory: keep the text encoders on the CPU while sampling, and decode each image in tiles.
             output: "images", or "latents": (B, C, h, w), float32, on the U-Net's device.
-
-        Raises:
-            InputError: settings that do not fit the model or each other, or a sample that is not finite.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        negatives = _one_each(negative_prompts, len(prompts), "negative prompts")
-        if not prompts or batch_size < 1:
-            raise InputError("one prompt at least and a batch size of 1 or more are needed")
-        if output not in ("images", "latents"):
-            raise InputError(f"output must be images or latents, not {output!r}")
-        self._warn_of_other_settings(steps, guidance, sampler, spacing)
-        own = self.sampling or Sampling(STEPS, "ddim", self.schedule.timestep_spacing, GUIDANCE)
-        guidance = own.guidance if guidance is None else guidance
-        started = None
-        if image is not None:
-            started = self._encode_images(_one_each(image, len(prompts), "images"), batch_size)
-            factor = self.vae.config.downscale
-            self._check_latents(started, len(prompts), height, width)
-            height, width = started.shape[2] * factor, started.shape[3] * factor
-        if latents is None:
-            shape = self._latent_shape(height, width)
-            latents = initial_noise(seed, range(first_index, first_index + len(prompts)), shape)
-        else:
-            self._check_latents(latents, len(prompts), height, width)
-        solve = self._solver(
-            own.steps if steps is None else steps,
-            sampler or own.sampler,
-            spacing or own.spacing,
-            callback,
-            strength if image is not None else None,
-        )
+        prompts = _one_each(prompts, None, "prompts", str | None, "text")
+        negatives = _one_each(negative_prompts, len(prompts), "negative prompts", str | None, "text")
+        _check_integers(seed=seed, first_index=first_index, batch_size=batch_size)
+        if not prompts or batch_size < 1 or output not in ("images", "latents"):
+            raise InputError("one prompt or more, a batch size of 1 or more, and output images or latents are needed")
         batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-        states = [self.encode_prompts(prompts[batch]) for batch in batches]
-        nothing = [self.encode_prompts(negatives[batch]) if guidance > 1 else None for batch in batches]
-        if low_memory:
-            self.text_encoders = []
-        done = []
-        for batch, text, no_text in zip(batches, states, nothing, strict=True):
-            noise = latents[batch].to(self.device).float()
-            model = self._guided(text, no_text, guidance, noise)
-            try:
-                x0 = solve(model, noise, None if started is None else started[batch].to(self.device))
-            except ValueError as error:  # of a sampler or a network, about settings it cannot do
-                raise InputError(str(error)) from error
-            self._refuse_non_finite(x0, prompts, batch.start)
-            done.append(x0)
-        sampled = torch.cat(done)
-        if output == "latents":
-            return sampled
-        return self.decode(sampled, 1 if low_memory else batch_size, tiled=low_memory)
+        indices = range(first_index, first_index + len(prompts))
+        started = None if image is None else self._encode_images(image, len(prompts), batch_size)
+        latents = self._noise(indices, seed, latents, started, (height, width))
+        done: list[Tensor] = []
+        try:
+            settings = self._settings(steps, guidance, sampler, spacing)
+            solve = solver(self.schedule, settings, callback, None if image is None else strength)
+            models = [self._guided(prompts[b], negatives[b], settings.guidance, latents.shape[2:]) for b in batches]
+            with self._text_encoders_on_cpu() if low_memory else nullcontext():
+                for model, b in zip(models, batches, strict=True):
+                    noise, start = latents[b].to(self.device).float(), None if started is None else started[b]
+                    done.append(self._finite(solve(model, noise, start), prompts, b.start))
+                if output == "latents":
+                    return torch.cat(done)
+                return self.decode(torch.cat(done), 1 if low_memory else batch_size, tiled=low_memory)
+        except ValueError as error:  # of settings, a sampler or a network, about what it cannot do
+            raise InputError(str(error)) from error
 
-    def _warn_of_other_settings(self, steps, guidance, sampler, spacing) -> None:
-        """A distilled model sampled otherwise than it was made for gives poor images: say so."""
-        if self.sampling is None:
-            return
-        own = self.sampling
-        asked = replace(
-            own,
-            steps=own.steps if steps is None else max(1, steps),
-            guidance=own.guidance if guidance is None or max(guidance, own.guidance) <= 1 else guidance,
-            sampler=sampler if sampler in SAMPLERS else own.sampler,
-            spacing=spacing or own.spacing,
-        )
-        if asked != own:
-            warnings.warn(f"this model is made for {own}; you ask for {asked}: expect poor images", stacklevel=3)
+    @contextmanager
+    def _text_encoders_on_cpu(self) -> Iterator[None]:
+        """The text encoders leave their device for the block, and come back."""
+        home = [next(encoder.parameters()).device for encoder in self.text_encoders]
+        for encoder in self.text_encoders:
+            encoder.to("cpu")
+        try:
+            yield
+        finally:
+            for encoder, device in zip(self.text_encoders, home, strict=True):
+                encoder.to(device)
 
-    def _guided(self, text: TextStates, no_text: TextStates | None, guidance: float, noise: Tensor) -> Model:
-        """model(x, t) with the prompts in it."""
-        factor = self.vae.config.downscale
-        size = noise.shape[2] * factor, noise.shape[3] * factor
-        return guide(
-            self._run_unet,
-            text.context,
-            None if no_text is None else no_text.context,
-            guidance,
-            added_cond=self.added_cond(text.pooled, *size),
-            uncond_added_cond=None if no_text is None else self.added_cond(no_text.pooled, *size),
-        )
+    def _settings(
+        self, steps: int | None, guidance: float | None, sampler: str | None, spacing: str | None
+    ) -> Sampling:
+        """What is asked for, else the checkpoint's own. A distilled model sampled otherwise gives poor images: warn."""
+        if self.schedule.ignored:
+            left_out = ", ".join(self.schedule.ignored)
+            warnings.warn(f"not supported in sampling, and ignored, of scheduler_config.json: {left_out}", stacklevel=4)
+        own = self.sampling or Sampling(STEPS, *default_solver(self.schedule, sampler, spacing), GUIDANCE)
+        asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing}
+        settings = replace(own, **{name: value for name, value in asked.items() if value is not None})
+        if self.sampling and str(settings) != str(own):  # the text does not tell one guidance that is off from another
+            warnings.warn(f"this model is made for {own}; you ask for {settings}: expect poor images", stacklevel=4)
+        return settings
 
-    def _run_unet(self, x: Tensor, t: Tensor, context: Tensor, added_cond: dict[str, Tensor] | None = None) -> Tensor:
-        """The samplers' view of the U-Net: state in float32, network in its own dtype."""
-        return self.unet(x, t, context, added_cond)
+    def _guided(
+        self, prompts: Sequence[str | None], negatives: Sequence[str | None], guidance: float, size: Sequence[int]
+    ) -> Model:
+        """model(x, t) with the prompts in it, for latents of a size (h, w)."""
+        pixels = [side * self.vae.config.downscale for side in size]
+        text = self.encode_prompts(prompts)
+        added = self.added_cond(text.pooled, *pixels)
+        if guidance <= 1:
+            return guide(self.unet, text.context, None, guidance, added_cond=added)
+        absent = self.encode_prompts(negatives)
+        uncond = self.added_cond(absent.pooled, *pixels)
+        return guide(self.unet, text.context, absent.context, guidance, added_cond=added, uncond_added_cond=uncond)
 
     def trained_size(self) -> tuple[int, int]:
         """Height and width in pixels that the U-Net was trained at. InputError if its config does not say."""
-        size = self.unet.config.sample_size
+        size, factor = self.unet.config.sample_size, self.vae.config.downscale
         if size is None:
             raise InputError("this model's config.json names no sample_size: give height and width")
-        factor = self.vae.config.downscale
         return (size[0] * factor, size[1] * factor) if isinstance(size, tuple) else (size * factor, size * factor)
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) for images of a size in pixels; None: the size the U-Net was trained at."""
+    def _noise(self, indices: range, seed: int, latents: Tensor | None, started: Tensor | None, size: Size) -> Tensor:
+        """The initial noise (B, C, h, w): `latents`, else drawn, in the size asked for or that of `started`."""
+        for given in (started, latents):
+            if given is not None:
+                size = self._check_latents(given, len(indices), *size)
+        if latents is not None:
+            return latents
+        own = self.trained_size() if None in size else size
+        height, width = (b if a is None else a for a, b in zip(size, own, strict=True))
+        _check_integers(height=height, width=width)
         factor = self.vae.config.downscale
-        if height is None or width is None:
-            own_height, own_width = self.trained_size()
-        h, w = (own_height if height is None else height), (own_width if width is None else width)
-        if min(h, w) < factor or h % factor or w % factor:
-            raise InputError(f"height and width must be multiples of {factor} for this model, got {h} and {w}")
-        return self.unet.config.in_channels, h // factor, w // factor
+        if min(height, width) < factor or height % factor or width % factor:
+            raise InputError(f"height and width must be multiples of {factor} for this model, got {height} and {width}")
+        return initial_noise(seed, indices, (self.unet.config.in_channels, height // factor, width // factor))
 
-    def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> None:
+    def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels of what `count` latents decode to. InputError: they do not fit."""
         channels, factor = self.unet.config.in_channels, self.vae.config.downscale
-        if latents.ndim != 4 or tuple(latents.shape[:2]) != (count, channels):
-            raise InputError(
-                f"the initial latents must be ({count}, {channels}, h, w) for {count} prompts, "
-                f"got {tuple(latents.shape)}"
-            )
+        shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        if len(shape) != 4 or shape[:2] != (count, channels):
+            raise InputError(f"latents must be a Tensor ({count}, {channels}, h, w) for {count} prompts, not {shape}")
         h, w = latents.shape[2] * factor, latents.shape[3] * factor
         if (height or h, width or w) != (h, w):
             raise InputError(f"what you start from makes images {h} high and {w} wide: leave out height and width")
         if not latents.isfinite().all():
             raise InputError("the initial latents are not finite")
+        return h, w
 
-    def _refuse_non_finite(self, x0: Tensor, prompts: list[str], start: int) -> None:
-        for i, sample in enumerate(x0, start):
+    def _finite(self, latents: Tensor, prompts: list[str], first: int) -> Tensor:
+        """The same latents, of the prompts from `first` on. InputError: one is not finite."""
+        for i, sample in enumerate(latents, first):
             if not sample.isfinite().all():
                 raise InputError(
                     f"the latents of sample {i} ({prompts[i]!r}) are not finite with the U-Net in {self.unet.dtype}: "
                     "try float32 or bfloat16, or check the weights"
                 )
+        return latents
 
-    def _encode_images(self, images: list[Image.Image], batch_size: int) -> Tensor:
-        """RGB images of one size -> their latents (B, C, h, w): the posterior's mean."""
+    # images and latents
+
+    def _encode_images(self, image: Image.Image | Sequence[Image.Image], count: int, batch_size: int) -> Tensor:
+        """RGB images of one size, one for all or one each -> their latents (count, C, h, w): the posterior's mean."""
+        images = _one_each(image, count, "images", Image.Image, "PIL images (Image.open reads a file)")
         factor, (width, height) = self.vae.config.downscale, images[0].size
         if any(image.size != (width, height) for image in images):
             raise InputError("all images of one call must have the same size")
         if min(width, height) < factor or width % factor or height % factor:
-            raise InputError(
-                f"the image is {width} wide and {height} high: both must be multiples of {factor}; resize or crop it"
-            )
+            size = f"{width} wide and {height} high"
+            raise InputError(f"the image is {size}: both must be multiples of {factor}; resize or crop it")
         weight = next(self.vae.parameters())
         pixels = to_pixels(image.convert("RGB") for image in images).to(weight.device, weight.dtype)
         return torch.cat([self.vae.to_latents(part) for part in pixels.split(batch_size)]).float()
-
-    def _solver(
-        self, steps: int, sampler: str, spacing: str, callback: Callback | None, strength: float | None
-    ) -> Callable[[Model, Tensor, Tensor | None], Tensor]:
-        """solver(model, noise, started) -> x0 latents, with everything else decided.
-
-        With a `strength`, `started` are clean latents, and only the last steps of the grid are done.
-        """
-        schedule = self.schedule
-        if sampler not in SAMPLERS:
-            raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
-        total, offset, is_euler = schedule.num_train_timesteps, schedule.steps_offset, sampler == "euler"
-        try:
-            grid = time_grid(steps, spacing, total, offset, fractional=is_euler)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        if strength is not None:
-            done = min(math.floor(steps * strength), steps) if 0 < strength <= 1 else 0
-            if done < 1:
-                raise InputError(
-                    f"strength must be above 0, at most 1 and 1 step at least: got {strength:g} of {steps}"
-                )
-            grid = grid[steps - done :]
-        alpha_bar = make_alpha_bar(schedule)
-        common = {"timesteps": grid, "alpha_bar": alpha_bar, "prediction": schedule.prediction_type}
-        common |= {"callback": callback}
-        if is_euler:
-            # As in diffusers: start at variance 1 with leading steps, a little below with the others.
-            solve = partial(euler, **common, pure_noise=spacing == "leading" or strength is not None)
-        else:
-            solve = partial(ddim, **common, final_alpha_bar=final_alpha_bar(schedule, alpha_bar))
-        if strength is None:
-            return lambda model, noise, started: solve(model, noise)
-        sigma = sigmas_at(alpha_bar, grid[:1]).item()
-        return lambda model, noise, started: solve(model, (started + sigma * noise) / math.hypot(1, sigma))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 8, tiled: bool = False) -> list[Image.Image]:
@@ -433,28 +369,27 @@ class Pipeline:
         return images
 
     def save(self, folder: str | Path) -> None:
-        """Write a pipeline folder that `load_pipeline` and diffusers read: `weights.sources.save_parts`."""
-        sources.save_parts(
-            folder,
-            sources.Parts(
-                self.unet,
-                self.vae,
-                self.text_encoders,
-                self.tokenizers,
-                self.schedule,
-                self.sampling,
-                self.zero_unconditional,
-            ),
-        )
+        """Write a pipeline folder, which `load_pipeline` and diffusers read. InputError: it cannot be written."""
+        parts = (self.unet, self.vae, self.text_encoders, self.tokenizers, self.schedule)
+        folders.save_pipeline(folder, *parts, self.sampling, self.zero_unconditional)
 
 
-def _one_each(given, count: int, what: str) -> list:
-    """A list of `count`, from one for all or from one each."""
-    if given is None or isinstance(given, str | Image.Image):
-        return [given] * count
-    if len(given) != count:
-        raise InputError(f"{len(given)} {what} for {count} prompts: give one for all, or one each")
-    return list(given)
+def _check_integers(**given: object) -> None:
+    """InputError: one of the arguments, by its name, is no integer."""
+    if wrong := [name for name, value in given.items() if not isinstance(value, Integral)]:
+        raise InputError(f"{wrong[0]} must be an integer, not {given[wrong[0]]!r}")
+
+
+def _one_each(given: Any, count: int | None, what: str, kind: Any, words: str) -> list:
+    """A list of `count`, from one for all or from one each; count None: as many as there are. `words`: of the kind."""
+    if isinstance(given, kind):
+        return [given] * (count or 1)
+    items = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(item, kind) for item in items):
+        raise InputError(f"{what} must be {words}, one or a list of them, not {given!r:.60}")
+    if count not in (None, len(items)):
+        raise InputError(f"{len(items)} {what} for {count} prompts: give one for all, or one each")
+    return items
 
 
 def _to_image(image: Tensor) -> Image.Image:

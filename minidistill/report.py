@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
-import statistics
 import textwrap
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from minidistill.distill.block_removal import format_count
-from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
-from minidistill.errors import InputError
-from minidistill.metrics.cost import count_macs, on_device
+from minidistill.distill.probes import Probe, distance_to_teacher
+from minidistill.errors import InputError, NonFiniteLoss
+from minidistill.interop.model_card import write_card
+from minidistill.interop.publish import push
+from minidistill.metrics.cost import count_macs, milliseconds, on_device
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import held_out_captions
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batches, at_once
+from minidistill.training.curves import draw_curves
 from minidistill.training.log import format_table
-from minidistill.training.optim import NonFiniteLoss
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import atomic_path, read_json, write_json
 
 CELL, GAP, LABEL = 128, 6, 92  # pixels: image, space, row label
 INK, PAPER = (30, 30, 30), (255, 255, 255)
-SHOWN = 8  # images in a image grid
-STEPS, SEED = 25, 0  # of every image made here
-PROBES = 64  # noisy latents, at least, on which outputs are compared
+SHOWN, SEED = 8, 0  # images in a grid, and the seed of their noise
+COLUMNS = {  # measures of results.json in the printed table: heading, format
+    "parameters": ("parameters", format_count),
+    "macs": ("MACs", format_count),
+    "ms_per_call": ("ms per call", "{:.1f}".format),
+    "distance_to_teacher": ("MSE to teacher", "{:.4f}".format),
+    "loss": ("loss", "{:.4f}".format),
+    "judge": ("all attributes correct", lambda shares: f"{shares['all']:.0%}"),
+}
 
 
 def draw(
@@ -41,17 +47,16 @@ def draw(
     captions: Sequence[str],
     size: tuple[int, int],
     seed: int,
-    steps: int | None = None,
     guidance: float | None = None,
-    autocast: contextlib.AbstractContextManager | None = None,
+    autocast: AbstractContextManager | None = None,
 ) -> list[Image.Image]:
     """An image of each caption, few at a time where they are large.
 
-    size: (width, height) in pixels. steps, guidance: None takes the model's own. autocast: the precision that latents
-    are sampled in; the VAE keeps its own.
+    size: (width, height) in pixels. guidance: None takes the model's own. autocast: the precision that latents are
+    sampled in; the VAE keeps its own.
     """
     few, (width, height) = at_once(size), size
-    settings = {"steps": steps, "guidance": guidance, "seed": seed, "height": height, "width": width}
+    settings = {"guidance": guidance, "seed": seed, "height": height, "width": width}
     with autocast or contextlib.nullcontext():
         latents = pipe(captions, batch_size=2 * few, output="latents", **settings)
     return pipe.decode(latents, few)
@@ -79,7 +84,7 @@ def save_image_grid(
             kind = Image.Resampling.NEAREST if image.width <= CELL else Image.Resampling.LANCZOS
             sheet.paste(image.resize((CELL, CELL), kind), (left + c * (CELL + GAP), y))
     for c, lines in enumerate(texts):
-        pen.multiline_text((left + c * (CELL + GAP), height - GAP), "\n".join(lines), INK, font, anchor="ld")
+        pen.multiline_text((left + c * (CELL + GAP), len(rows) * (CELL + GAP) + GAP), "\n".join(lines), INK, font)
     with atomic_path(path) as temporary:
         sheet.save(temporary, "PNG")
 
@@ -94,106 +99,108 @@ def drawing(model: str) -> Iterator[None]:
         raise NonFiniteLoss(f"{model} makes no images: {error}; {hint}") from error
 
 
-class Comparison:
-    """What a distillation run shows of itself. Always the same captions and noise, so that images compare."""
+def unet_numbers(unet: UNet, probes: Sequence[Probe]) -> dict[str, Any]:
+    """Size and cost of a U-Net and, on the probes, its distance to the teacher."""
+    height, width = probes[0].x_t.shape[-2:]
+    return {
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "macs": count_macs(unet, height, width, probes[0].context.shape[1])["conv_linear"],
+        "ms_per_call": milliseconds(unet, probes[0][:4]),
+        "distance_to_teacher": distance_to_teacher(unet, probes),
+    }
+
+
+class Report:
+    """Image grids, results.json and the final table of one run. Always the same captions and noise: images compare.
+
+    The reference, which is the teacher or the model before training, is measured once; its images are the upper row of
+    every grid, above those of the model that is trained.
+    """
 
     def __init__(
         self,
         run: RunFolder,
-        teacher: Pipeline,
-        student: UNet,
         batches: Batches,
-        judged: int,
-        guidance: float,
-        autocast: AbstractContextManager,
+        numbers: Callable[[Pipeline], dict[str, Any]],
+        reference: tuple[str, Pipeline],
+        *,
+        trained: str = "model",
+        judged: int = 0,
+        idle: Sequence[nn.Module] = (),
+        guidance: float | None = None,
+        autocast: AbstractContextManager | None = None,
     ) -> None:
-        """judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes.
+        """Measures the reference, which writes no file yet; of a resumed run its images are drawn, no more.
 
-        autocast: the precision that latents are sampled in, as they are in training; the VAE keeps its own.
+        Args:
+            numbers: what to measure of a model besides its images.
+            reference: name and model.
+            trained: what the trained model is called in image grids.
+            judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes.
+            idle: networks that only images need. They wait on the CPU.
+            guidance, autocast: as in `draw`.
         """
-        self.run, self.teacher, self.batches, self.judged = run, copy.copy(teacher), batches, judged
-        self.guidance, self.autocast = guidance, autocast
-        for network in batches.idle:  # from now on they are needed for images only, which fetch them
-            network.to("cpu")
-        self.student = copy.copy(teacher)
-        self.student.unet = student
+        self.run, self.numbers, self.trained, self.judged, self.idle = run, numbers, trained, judged, idle
+        self.size, self.guidance, self.autocast = batches.size, guidance, autocast
         self.captions = held_out_captions(SHOWN) if judged else batches.captions(SHOWN)
-        self.probes: list[Probe] = []
-        self.teacher_row: list[Image.Image] = []
+        for network in idle:
+            network.to("cpu")
         self.file = run.path / "results.json"
-        self.results = read_json(self.file) if self.file.exists() else {}
+        self.results: dict[str, dict[str, Any]] = read_json(self.file) if self.file.exists() else {}
+        self.reference, pipe = reference
+        is_known = self.reference in self.results
+        self.upper_row = self._images(pipe, self.captions) if is_known else self._measure(self.reference, pipe)
 
-    def look(self, step: int) -> None:
-        """Write samples/step-NNNNNN.png, the teacher's images above the student's."""
-        with drawing(f"the student of step {step}"):
-            row = self._images(self.student, self.captions)
-        self._save(step, row)
+    def look(self, pipe: Pipeline, step: int) -> None:
+        """Write samples/step-NNNNNN.png. NonFiniteLoss: the model makes no images."""
+        with drawing(f"the {self.trained} of step {step}"):
+            images = self._images(pipe, self.captions)
+        self._write(step, images)
 
-    def measure(self, name: str, step: int) -> None:
-        """Measure the student under `name`, and the teacher if it is not yet, kept in results.json; and look."""
-        if "teacher" not in self.results:
-            self.results["teacher"], self.teacher_row = self._measure(self.teacher)
-        with drawing(f"the student of step {step}"):
-            self.results[name], row = self._measure(self.student)
-        write_json(self.file, self.results)
-        self._save(step, row)
+    def measure(self, name: str, pipe: Pipeline, step: int) -> None:
+        """Measure the trained model, keep the result in results.json under `name`, and write the image grid."""
+        with drawing(f"the {self.trained} of step {step}"):
+            images = self._measure(name, pipe)
+        self._write(step, images)
 
     def table(self) -> str:
         """All that was measured, a row for each model."""
-        rows = [("", "parameters", "MACs", "ms a call", "MSE to teacher", *(["all correct"] if self.judged else []))]
-        for name, result in self.results.items():
-            row = [
-                name,
-                format_count(result["parameters"]),
-                format_count(result["macs"]),
-                f"{result['ms_per_call']:.1f}",
-                f"{result['distance_to_teacher']:.4f}",
-            ]
-            if self.judged:
-                row.append(f"{result['judge']['all']:.0%}")
-            rows.append(tuple(row))
-        return format_table(rows)
+        shown = [name for name in COLUMNS if any(name in result for result in self.results.values())]
+        rows = [(name, *(COLUMNS[c][1](result[c]) for c in shown)) for name, result in self.results.items()]
+        return format_table([("", *(COLUMNS[c][0] for c in shown)), *rows])
 
-    def _images(self, pipe: Pipeline, captions: list[str]) -> list[Image.Image]:
-        with on_device(self.batches.idle, pipe.device):
-            return draw(pipe, captions, self.batches.size, SEED, STEPS, self.guidance, self.autocast)
+    def finish(self, folder: Path, kind: str, files: Sequence[str] | None, settings: Mapping[str, Any]) -> None:
+        """Draw the curves, write the model card, print the table and where everything is; upload, if asked to.
 
-    def _save(self, step: int, row: list[Image.Image]) -> None:
-        self.teacher_row = self.teacher_row or self._images(self.teacher, self.captions)
-        save_image_grid(
-            self.run.image_grid(step), [self.teacher_row, row], self.captions, ["teacher", f"student, step {step}"]
-        )
+        Args:
+            folder: of the trained model.
+            kind: of model card.
+            files: those of the folder to upload; None: all.
+            settings: all settings of the run.
+        """
+        draw_curves(self.run.metrics, self.run.curves)
+        grid, repo = self.run.last_image_grid(settings["steps"]), settings["push_to_hub"]
+        write_card(folder, kind, settings, self.results, grid, repo)
+        print(f"\n{self.table()}\n\n{self.trained:9} {folder}\nimages    {grid}\ncurves    {self.run.curves}")
+        if repo:
+            print(f"online    {push(folder, repo, settings['private'], files)}")
 
-    def _measure(self, pipe: Pipeline) -> tuple[dict, list[Image.Image]]:
-        """What results.json says of a model, and its images for a image grid."""
-        if not self.probes:  # of samples that no run trains on: negative numbers
-            self.probes = make_probes(self.batches, range(-math.ceil(PROBES / self.batches.batch_size), 0))
-        probe = self.probes[0]
-        height, width = probe.x_t.shape[-2:]
-        result = {
-            "parameters": sum(p.numel() for p in pipe.unet.parameters()),
-            "macs": count_macs(pipe.unet, height, width, probe.context.shape[1])["conv_linear"],
-            "ms_per_call": milliseconds(pipe.unet, probe),
-            "distance_to_teacher": distance_to_teacher(pipe.unet, self.probes),
-        }
+    def _images(self, pipe: Pipeline, captions: Sequence[str]) -> list[Image.Image]:
+        with on_device(self.idle, pipe.device):
+            return draw(pipe, captions, self.size, SEED, self.guidance, self.autocast)
+
+    @torch.no_grad()
+    def _measure(self, name: str, pipe: Pipeline) -> list[Image.Image]:
+        """Put a model's measures into the results -> its images for the grid."""
+        result = self.numbers(pipe)
         captions = held_out_captions(max(SHOWN, self.judged)) if self.judged else self.captions
         images = self._images(pipe, captions)
         if self.judged:
             result["judge"] = score(images[: self.judged], captions[: self.judged])
-        return result, images[:SHOWN]
+        self.results[name] = result
+        return images[:SHOWN]
 
-
-@torch.no_grad()
-def milliseconds(unet: UNet, probe: Probe, rounds: int = 7) -> float:
-    """Median time of one U-Net call on a probe. Timings on a busy machine compare only within one run."""
-    x, context = probe.x_t.to(unet.dtype), probe.context.to(unet.dtype)
-    times = []
-    for _ in range(rounds + 2):  # the first two warm up
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        unet(x, probe.t, context, probe.added_cond)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(times[2:])
+    def _write(self, step: int, images: Sequence[Image.Image]) -> None:
+        write_json(self.file, self.results)
+        labels = [self.reference, f"{self.trained}, step {step}"]
+        save_image_grid(self.run.image_grid(step), [self.upper_row, images], self.captions, labels)

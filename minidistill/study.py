@@ -1,12 +1,11 @@
-"""Distil the miniature under several settings, each with several seeds, and put what comes out into one table.
+"""Distil the miniature with several settings and seeds, and tabulate the results: recipes, ablations, later options.
 
-    python -m minidistill.study                                    everything: hours on a CPU
+    python -m minidistill.study                                    all studies: hours on a CPU
     python -m minidistill.study --only ablation --seeds 1 --steps 240
 
-Every run is one of `train_kd`, in OUT/NAME-STEPS-seedN, so it can be looked at, and a study that was stopped goes on
-where it was when the command is given again. A run that diverged is left out of the means, and counted. Each student is
-judged once, and the teacher, all on the same captions and the same noisy latents. The tables are printed and written to
-OUT/study.md, all numbers to OUT/study.json.
+Each run is one of `train_kd`, in OUT/NAME-STEPS-seedN; the same command resumes a study that was interrupted. Diverged
+runs are counted and left out of the means. All models are evaluated on the same captions and the same noisy latents.
+Tables are printed and written to OUT/study.md, all numbers to OUT/study.json.
 """
 
 from __future__ import annotations
@@ -14,24 +13,26 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minidistill import train_kd
 from minidistill.cli import option, run_command
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
+from minidistill.errors import NonFiniteLoss
+from minidistill.metrics.cost import milliseconds
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
-from minidistill.pipeline import load_pipeline
-from minidistill.report import SEED, STEPS, milliseconds
+from minidistill.pipeline import STEPS, load_pipeline
+from minidistill.report import SEED
 from minidistill.training.batches import Batches
-from minidistill.training.optim import PRECISIONS, NonFiniteLoss, get_device
+from minidistill.training.device import PRECISIONS, get_device
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
 TASK, OUTPUT = (1.0, 0.0, 0.0), (1.0, 1.0, 0.0)  # loss weights
-RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flags, but for steps
+RUNS: dict[str, dict[str, Any]] = {  # settings that differ from the defaults of `train_kd`, except steps
     "inner": {},
     "bk-base": {"recipe": "bk-base"},
     "bk-small": {"recipe": "bk-small"},
@@ -45,17 +46,18 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from `train_kd` without flag
     "random-conditioning": {"random_conditioning": True},
     "image-free": {"image_free": 1024},
 }
-PROBES = 256  # noisy latents on which outputs are compared
+COMMON = {"judged": 0, "log_every": 50, "checkpoint_every": 250, "keep_checkpoints": 1}  # settings of all runs
+PROBES = 256  # noisy latents on which the MSE to teacher is measured
 
 
 class Study(NamedTuple):
-    """One table: its rows, and the optimizer steps of each run."""
+    """One table: the names of its runs, and the optimizer steps of each."""
 
     rows: tuple[str, ...]
     steps: int
 
 
-STUDIES = {  # inner is train_kd without flags: copied weights, all three losses
+STUDIES = {  # "inner" has the defaults of train_kd: copied weights, all three losses
     "students": Study(("inner", "bk-base", "bk-small", "bk-tiny"), 2000),
     "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "inner"), 1000),
     "options": Study(("inner", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 320),
@@ -64,22 +66,20 @@ STUDIES = {  # inner is train_kd without flags: copied weights, all three losses
 
 @dataclass(frozen=True)
 class Config:
-    only: str | None = option(None, "one of the studies; none: all", choices=STUDIES)
-    seeds: int = option(3, "runs of each kind", minimum=1)
+    only: str | None = option(None, "run one study; none: all", choices=STUDIES)
+    seeds: int = option(3, "runs with each setting", minimum=1)
     steps: int | None = option(
-        None,
-        f"steps of each run; none: {', '.join(f'{title} {study.steps}' for title, study in STUDIES.items())}",
-        minimum=1,
+        None, f"steps per run; none: {', '.join(f'{name} {s.steps}' for name, s in STUDIES.items())}", minimum=1
     )
-    judged: int = option(200, "held-out captions that each model is judged on", minimum=1, maximum=len(Scenes("test")))
-    precision: str = option("bf16", "of the forward passes", choices=PRECISIONS)
-    device: str = option("cpu", "cpu, cuda or cuda:N")
-    out: str = option("runs/study", "folder of the runs")
+    judged: int = option(200, "held-out captions judged for each model", minimum=1, maximum=len(Scenes("test")))
+    precision: str = option("bf16", "precision of the forward passes", choices=PRECISIONS)
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    out: str = option("runs/study", "folder for the runs, study.md and study.json")
 
 
 def main(config: Config) -> None:
-    """Do the runs that are missing, judge what is not judged yet, and write the tables."""
-    get_device(config.device)  # refuses
+    """Train and evaluate what is not done yet, and write the tables."""
+    config = replace(config, device=str(get_device(config.device)))
     out = Path(config.out)
     chosen = {config.only: STUDIES[config.only]} if config.only else STUDIES
     lengths = {title: config.steps or study.steps for title, study in chosen.items()}
@@ -89,7 +89,7 @@ def main(config: Config) -> None:
     probes = make_probes(Batches(Scenes("test", length=PROBES), pipe, batch_size=32, seed=SEED), range(PROBES // 32))
     teacher = measured("miniature", out / "teacher.json", config, probes)
     students: dict[str, str] = {}
-    for seed in range(config.seeds):  # all kinds of one seed first: a study cut short compares what it has
+    for seed in range(config.seeds):  # all settings with one seed first: an interrupted study can be compared
         for name, steps in kinds:
             folder = out / f"{name}-{steps}-seed{seed}"
             result = run(config, name, steps, seed, folder)
@@ -99,40 +99,36 @@ def main(config: Config) -> None:
             result["student after"] |= measured(str(folder / "student"), folder / "measured.json", config, probes)
             results[name, steps].append({**result, "teacher": {**result["teacher"], **teacher}})
     times = time_students({"teacher": "miniature", **students}, probes[0], config)
-    blocks = []
+    text = ""
     for title, study in chosen.items():
         rows = table_rows({name: results[name, lengths[title]] for name in study.rows}, times, teacher, config.seeds)
-        blocks.append(f"{title}: runs of {lengths[title]} steps, {config.seeds} of each kind\n\n{to_markdown(rows)}")
-    text = "\n\n".join(blocks)
-    (out / "study.md").write_text(text + "\n")
+        text += f"{title}: {lengths[title]} steps per run, {config.seeds} seeds\n\n{to_markdown(rows)}\n\n"
+    (out / "study.md").write_text(text.rstrip() + "\n")
     numbers = {f"{name}-{steps}": result for (name, steps), result in results.items()}
     write_json(out / "study.json", {"settings": dataclasses.asdict(config), "results": numbers, "ms_per_call": times})
-    print(f"\n{text}\n\ntables   {out / 'study.md'}\nnumbers  {out / 'study.json'}")
+    print(f"\n{text}tables   {out / 'study.md'}\nnumbers  {out / 'study.json'}")
 
 
 def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict | None:
-    """The results of one run, from its folder if it is done: {"teacher": {...}, "student after": {...}, ...}.
+    """Results of one run, read from its folder if it is complete: {"teacher": {...}, "student after": {...}, ...}.
 
-    None: it diverged, as it would again; a file in its folder says so, and how.
+    None if it diverged: `diverged.txt` in its folder has the reason, and it is not run again.
     """
     diverged = folder / "diverged.txt"
     settings = train_kd.Config(
+        **COMMON,
         **RUNS[name],
         seed=seed,
         steps=steps,
-        judged=0,
         precision=config.precision,
         device=config.device,
         out=str(folder),
-        log_every=50,
         sample_every=steps,
-        checkpoint_every=250,
-        keep_checkpoints=1,
         resume=(folder / "config.json").is_file(),
     )
-    if diverged.is_file() or (folder / "student" / "model_index.json").is_file():
+    if diverged.is_file() or (folder / "student/model_index.json").is_file():
         given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
-        RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)  # refuses other settings
+        RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)  # InputError if they differ
     else:
         print(f"\n=== {name}, {steps} steps, seed {seed}", flush=True)
         try:
@@ -146,7 +142,7 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict 
 
 
 def measured(source: str, file: Path, config: Config, probes: Sequence[Probe]) -> dict[str, Any]:
-    """What the scene judge says of a model and its distance to the teacher; kept in `file`, so that it is done once."""
+    """Scene judge scores of a model and its MSE to teacher, cached in `file`."""
     settings = {"steps": STEPS, "guidance": train_kd.Config().guidance, "seed": SEED}
     asked = {"captions": config.judged, "probes": PROBES, **settings}
     known = read_json(file) if file.is_file() else {}
@@ -160,48 +156,46 @@ def measured(source: str, file: Path, config: Config, probes: Sequence[Probe]) -
 
 
 def time_students(sources: Mapping[str, str], probe: Probe, config: Config) -> dict[str, float]:
-    """Milliseconds of a U-Net call at batch 32 of each model, in turns within one go."""
+    """Latency in milliseconds of a U-Net call at batch 32, for each model; measured in turns, so that they compare."""
     unets = {name: load_pipeline(source, config.device).unet for name, source in sources.items()}
-    rounds = [{name: milliseconds(unet, probe, rounds=3) for name, unet in unets.items()} for _ in range(5)]
+    rounds = [{name: milliseconds(unet, probe[:4], rounds=3) for name, unet in unets.items()} for _ in range(5)]
     return {name: statistics.median(r[name] for r in rounds) for name in unets}
 
 
 def table_rows(
     results: Mapping[str, Sequence[dict]], times: Mapping[str, float], teacher: Mapping[str, Any], seeds: int
 ) -> list[tuple[str, ...]]:
-    """A row for each kind of run: mean over its seeds, and in brackets the smallest and the largest.
+    """A row for each setting: mean over its seeds, with minimum and maximum in brackets.
 
-    Of the `seeds` runs of a kind those that are not in `results` have diverged.
+    Runs that are missing from the `seeds` of a setting have diverged.
     """
-    rows = [
-        ("run", "parameters", "MACs", "time of a call", "MSE to teacher", "all attributes correct", "of the teacher's")
-    ]
+    rows = [("run", "parameters", "MACs", "latency", "MSE to teacher", "all attributes correct", "relative to teacher")]
     for name, runs in results.items():
         label = name if len(runs) == seeds else f"{name} ({seeds - len(runs)} of {seeds} diverged)"
         if not runs:
             rows.append((label, *[""] * (len(rows[0]) - 1)))
             continue
-        whole, student = runs[0]["teacher"], runs[0]["student after"]
-        changes = [f"{100 * (student[key] / whole[key] - 1):+.0f} %" for key in ("parameters", "macs")]
+        before, student = runs[0]["teacher"], runs[0]["student after"]
+        changes = [f"{100 * (student[key] / before[key] - 1):+.0f} %" for key in ("parameters", "macs")]
         changes.append(f"{100 * (times[name] / times['teacher'] - 1):+.0f} %")
         after = [result["student after"] for result in runs]
-        right = [result["judge"]["all"] for result in after]
-        shares = [value / max(teacher["judge"]["all"], 1e-9) for value in right]
-        distances = [result["distance_to_teacher"] for result in after]
-        rows.append((label, *changes, spread(distances, ".4f"), spread(right, ".1%"), spread(shares, ".0%")))
+        correct = [result["judge"]["all"] for result in after]
+        relative = [value / max(teacher["judge"]["all"], 1e-9) for value in correct]
+        errors = [result["distance_to_teacher"] for result in after]
+        rows.append((label, *changes, spread(errors, ".4f"), spread(correct, ".1%"), spread(relative, ".0%")))
     rows.append(("teacher", "", "", "", "", f"{teacher['judge']['all']:.1%}", ""))
     return rows
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """0.5 (0.4 to 0.7): mean, smallest, largest."""
+    """0.5 (0.4 to 0.7): mean, minimum, maximum."""
     if len(values) == 1:
         return f"{values[0]:{form}}"
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def to_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table as README.md has it."""
+    """A Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

@@ -1,13 +1,12 @@
-"""What several test files need: a tiny Stable Diffusion 1.x with all four stages, and a folder of captioned images."""
+"""What several test files need: tiny Stable Diffusions, and a folder of captioned images."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from minidistill.models.tokenizer import train_bpe
 
 CAPTIONS = [
     "a red circle on a blue ground",
@@ -22,66 +21,8 @@ CAPTIONS = [
     "a red ring above two circles",
 ]
 TOKENS = 16
-
-
-def save_tiny_sd1(folder, stages: int = 4, layers: int = 2, side: int = 32) -> None:
-    """Save, by diffusers, a pipeline with SD 1.x's architecture and seeded random weights, some 200 k parameters.
-
-    side: of its images in pixels; the latents' is a quarter of that.
-    """
-    import diffusers  # here, for the sake of the test files that need neither: they take seconds to import
-    import transformers
-
-    torch.manual_seed(0)
-    ours = train_bpe(CAPTIONS, vocab_size=600, max_length=TOKENS)
-    ours.save(folder / "tokenizer")
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=ours.vocab_size,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=TOKENS,
-            hidden_act="quick_gelu",
-            bos_token_id=0,
-            eos_token_id=2,
-        )
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=side // 4,
-        block_out_channels=(8, 16, 24, 24)[:stages],
-        down_block_types=(*("CrossAttnDownBlock2D",) * (stages - 1), "DownBlock2D"),
-        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (stages - 1)),
-        layers_per_block=layers,
-        cross_attention_dim=16,
-        norm_num_groups=4,
-        attention_head_dim=2,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=side,
-    )
-    diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=unet,
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+torch.set_num_threads(1)  # in each worker of pytest-xdist; tiny networks wait for threads most of the time
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # and what tests start: on the CPU, one thread
 
 
 def save_images(folder, captions_in: str = "jsonl") -> None:
@@ -116,6 +57,8 @@ def counting_pipe():
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory):
     """A pipeline folder, as diffusers saves it; not to be changed."""
+    from tiny import save_tiny_sd1  # here, for the sake of files that do not need diffusers: it takes seconds to import
+
     folder = tmp_path_factory.mktemp("tiny-sd1")
     save_tiny_sd1(folder)
     return folder
@@ -132,7 +75,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory):
     """{"sd1", "sd2", "sdxl"}: pipeline folders with other shapes than `tiny_sd1`'s; not to be changed."""
-    from tiny import save_oracle, save_sdxl  # here: it imports diffusers
+    from tiny import save_oracle, save_sdxl
 
     found = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in ("sd1", "sd2", "sdxl")}
     save_oracle(found["sd1"], "sd1")

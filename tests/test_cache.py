@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,22 +9,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, TOKENS
+from conftest import CAPTIONS
 from PIL import Image, ImageOps
+from tiny import save_tiny_sd1
 
 from minidistill import cache as command
 from minidistill.cache import CacheConfig
 from minidistill.cli import run_command
 from minidistill.data import cache as module
-from minidistill.data.cache import LatentCache, open_data, text_path
+from minidistill.data.cache import LatentCache, open_data
 from minidistill.data.folders import ImageFolder
-from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
-from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
-from minidistill.models.tokenizer import train_bpe
-from minidistill.models.unet import UNet, UNetConfig
-from minidistill.models.vae import AutoencoderKL, VAEConfig
-from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.models.vae import AutoencoderKL
+from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches, to_pixels
 
 SIDE = 32
@@ -33,32 +29,9 @@ SIDE = 32
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The smallest pipeline there can be, saved."""
-    torch.manual_seed(0)
-    tokenizer = train_bpe(CAPTIONS, vocab_size=600, max_length=TOKENS)
-    text = CLIPTextConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    unet = UNetConfig(
-        sample_size=SIDE // 4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-    )
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=SIDE))
+    """A pipeline with the smallest U-Net."""
     folder = tmp_path_factory.mktemp("model")
-    Pipeline(UNet(unet), vae, [CLIPTextModel(text)], [tokenizer], ScheduleConfig()).save(folder)
+    save_tiny_sd1(folder, stages=2, layers=1, side=SIDE)
     return folder
 
 
@@ -88,9 +61,8 @@ def write_rows(folder, rows) -> None:
 def make(model, data, out=None, **options):
     """A cache beside the data, small shards."""
     out = out or data.parent / "cache"
-    command.main(
-        CacheConfig(model=str(model), data=str(data), out=str(out), **{"shard": 4, "batch_size": 4, **options})
-    )
+    options = {"shard": 4, "batch_size": 4, **options}
+    command.main(CacheConfig(model=str(model), data=str(data), out=str(out), **options))
     return out
 
 
@@ -109,8 +81,8 @@ def from_disk(path, pipe, **options) -> Batches:
     return Batches(LatentCache(path), pipe, batch_size=6, seed=0, **options)
 
 
-def assert_same(a: Batches, b: Batches, numbers=range(8)) -> None:
-    for k in numbers:
+def assert_same(a: Batches, b: Batches) -> None:
+    for k in range(8):
         for left, right in zip(a[k], b[k], strict=True):
             assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
@@ -165,24 +137,6 @@ def test_every_other_sample_is_flipped_and_every_caption_of_several_drawn(model,
     assert sum(counts) == 20 and min(counts) >= 2
 
 
-def test_text_states_are_those_of_the_text_encoder(model, pipe, data):
-    out = make(model, data)
-    before = {file.name: file.read_bytes() for file in out.glob("latents-*")}
-    make(model, data, text_states=True)  # adds them
-    assert before == {file.name: file.read_bytes() for file in out.glob("latents-*")}
-    assert len(list(out.glob("text-*"))) == 4  # no caption, the empty one, and 13 others
-    latents = LatentCache(out)
-    assert latents.has_text and "text states" in latents.summary()
-    for captions in ([*CAPTIONS], ["", None], ["three", "three"]):
-        torch.testing.assert_close(latents.text_states(captions).context, pipe.encode_prompts(captions).context)
-    assert Batches(latents, pipe, batch_size=2, seed=0).idle == [pipe.vae, *pipe.text_encoders]
-    batch = from_disk(out, pipe, caption_dropout=0.3)[0]
-    torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context, rtol=1e-4, atol=1e-5)
-    os.utime(text_path(out, 0), ns=(1, 1))
-    make(model, data, text_states=True)  # nothing to do
-    assert text_path(out, 0).stat().st_mtime_ns == 1
-
-
 def test_half_precision_halves_the_files(model, pipe, data):
     whole, half = (make(model, data, data.parent / store, store=store) for store in ("fp32", "fp16"))
     a, b = (LatentCache(path).latents(range(11), [False] * 11) for path in (whole, half))
@@ -190,6 +144,23 @@ def test_half_precision_halves_the_files(model, pipe, data):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     sizes = [sum(file.stat().st_size for file in path.glob("latents-*")) for path in (whole, half)]
     assert abs(sizes[0] - sizes[1] - 11 * 2 * 2 * 4 * 64) < 200  # the headers have padding
+
+
+def test_text_states_are_added_to_a_cache_and_are_those_of_the_text_encoder(model, pipe, data):
+    out = make(model, data)
+    make(model, data, text_states=True)
+    latents = LatentCache(out)
+    assert len(list(out.glob("text-*"))) == 4  # no caption, the empty one, and 13 others
+    assert "text states" in latents.summary()
+    captions = [CAPTIONS[0], None, "", "three"]
+    torch.testing.assert_close(latents.text.text_states(captions).context, pipe.encode_prompts(captions).context)
+    assert Batches(latents, pipe, batch_size=2, seed=0).idle == [pipe.vae, *pipe.text_encoders]
+    batch = Batches(latents, pipe, batch_size=4, seed=0, caption_dropout=0.5)[0]
+    torch.testing.assert_close(batch.context, pipe.encode_prompts(batch.captions).context, rtol=1e-4, atol=1e-5)
+    other = load_pipeline(model)
+    with torch.no_grad():
+        other.text_encoders[0].text_model.final_layer_norm.weight += 1
+    assert "text states of other text encoders" in refusal(lambda: Batches(latents, other, batch_size=2, seed=0))
 
 
 def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, pipe, data, capsys):
@@ -215,12 +186,9 @@ def test_names_and_captions_that_are_not_unicode_are_cached_and_known_again(mode
     (data / "10.png").rename(data / name)
     (data / name).with_suffix(".txt").write_text("a café", encoding="utf-8")
     (data / "metadata.jsonl").write_text(r'{"file_name": "00.png", "text": "cat \ud83d"}')
-    latents = LatentCache(make(model, data, text_states=True))
-    assert [*zip(latents.names, map(latents.captions, range(2)), strict=True)] == [
-        ("00.png", ("cat ?",)),
-        (r"caf\udce9.png", ("a café",)),
-    ]
-    latents.text_states(["cat ?", "a café"])
+    latents = LatentCache(make(model, data))
+    assert latents.names == ["00.png", r"caf\udce9.png"]
+    assert [latents.captions(i) for i in range(2)] == [("cat ?",), ("a café",)]
 
 
 def test_a_fingerprint_tells_images_captions_and_settings(model, data):
@@ -234,6 +202,18 @@ def test_a_fingerprint_tells_images_captions_and_settings(model, data):
     assert after.startswith("11 images, ") and after != before
 
 
+def test_a_cache_knows_of_which_split_and_column_it_is(model, data):
+    (data / "metadata.jsonl").write_text("".join(f'{{"file_name": "{i:02}.png", "prompt": "{i}"}}\n' for i in range(4)))
+    data = data.rename(data.parent / "train")
+    shutil.copytree(data, data.parent / "test")
+    out = make(model, data.parent, data.parent / "cache", split="test", caption_column="prompt")
+    latents = open_data(out, SIDE)  # compared with the folder, opened in the same way
+    assert latents.names == [f"test/{i:02}.png" for i in range(4)] and latents.captions(3) == ("3",)
+    assert open_data(out, SIDE, "test", "prompt").fingerprint() == latents.fingerprint()
+    assert "made with split test, not train" in refusal(lambda: open_data(out, SIDE, "train"))
+    assert "made with caption_column prompt, not text" in refusal(lambda: open_data(out, SIDE, None, "text"))
+
+
 # what is refused
 
 
@@ -245,7 +225,7 @@ def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data
     content = (data / "06.png").read_bytes()
     shutil.copyfile(data / "05.png", data / "06.png")
     message = refusal(lambda: LatentCache(out))
-    assert "06.png has changed" in message and "python -m minidistill.cache" in message and "--resolution 32" in message
+    assert "06.png has changed" in message and "python -m minidistill.cache" in message
     assert "06.png has changed" in refusal(lambda: make(model, data))
     (data / "06.png").write_bytes(content)
     write_rows(data, [*rows[:4], {**rows[4], "text": "another"}, *rows[5:]])
@@ -260,35 +240,29 @@ def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data
     assert len(LatentCache(out)) == 11
 
 
-def test_the_loss_of_a_image_that_stood_in_for_a_broken_one_is_said(model, data):
+def test_the_loss_of_an_image_that_stood_in_for_a_broken_one_is_said(model, data):
     (data / "03.png").write_bytes(b"no")
     out = make(model, data)
     rows = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(rows[:4]))
-    for row in range(4, 11):
-        (data / f"{row:02}.png").unlink()
     assert "it holds 4 examples, then 11" in refusal(lambda: LatentCache(out))
 
 
-def test_other_networks_and_settings_are_refused(model, pipe, data):
-    out = make(model, data, text_states=True)
+@torch.no_grad()
+def test_another_vae_and_other_settings_are_refused(model, pipe, data):
+    out = make(model, data)
     latents = open_data(out, SIDE)
     assert isinstance(latents, LatentCache) and isinstance(open_data(data, SIDE), ImageFolder)
     assert "32-pixel images and the training asks for 64" in refusal(lambda: open_data(out, 64))
-    assert "holds no mirror images" in refusal(lambda: from_disk(out, pipe, flip=True))
-    for network, weight, said in (
-        (pipe.vae, "encoder.conv_out.weight", "another VAE"),
-        (pipe.vae, "decoder.conv_in.weight", ""),  # latents do not depend on it
-        (pipe.text_encoders[0], "final_layer_norm.weight", "text states of other text encoders"),
-    ):
-        tensor = next(value for name, value in network.state_dict().items() if name.endswith(weight))
-        before = tensor.clone()
-        tensor += 1
+    assert "holds no mirror images" in refusal(lambda: latents.check(pipe, flip=True))
+    for weight, said in ((pipe.vae.encoder.conv_out.weight, "another VAE"), (pipe.vae.decoder.conv_in.weight, "")):
+        before = weight.clone()
+        weight.add_(1)
         if said:
-            assert said in refusal(lambda: from_disk(out, pipe))
+            assert said in refusal(lambda: latents.check(pipe))
         else:
-            from_disk(out, pipe)
-        tensor.copy_(before)
+            latents.check(pipe)  # latents do not depend on it
+        weight.copy_(before)
     message = refusal(lambda: make(model, data, resolution=16, flip=True))
     assert "resolution 16 (was 32), flip True (was False)" in message and "take another --out" in message
     assert "must be a multiple of --batch-size" in refusal(lambda: make(model, data, shard=6))
@@ -349,31 +323,13 @@ def test_a_cache_whose_making_was_killed_is_refused_then_finished_with_the_same_
     assert [file.name for file in sorted(out.glob("latents-*"))] == [f"latents-0000{i}.safetensors" for i in (0, 1)]
     assert len(list(out.glob(".*.safetensors"))) == 1
     message = refusal(lambda: open_data(out, SIDE))
-    assert "not finished" in message and f"--out {out}" in message
+    assert f"{out}: this cache is not finished" in message
     first = module.shard_path(out, 0)
     os.utime(first, ns=(1, 1))
     make(model, data, out, shard=2, batch_size=2)
-    assert "going on after 4 of 11 examples" in capsys.readouterr().out
+    assert "resuming after 4 of 11 examples" in capsys.readouterr().out
     assert first.stat().st_mtime_ns == 1
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in straight.iterdir()}
-
-
-def test_the_command_that_a_refusal_names_finishes_the_cache(model, data):
-    data = data.rename(data.parent / "my data")
-    options = {"flip": True, "store": "fp16", "precision": "bf16", "text_states": True, "shard": 3, "batch_size": 3}
-    out, straight = (make(model, data, data.parent / name, **options) for name in ("a cache", "straight"))
-    for file in (module.shard_path(out, 3), *out.glob("text-*")):
-        file.unlink()
-    index = json.loads((out / "cache.json").read_text())
-    (out / "cache.json").write_text(json.dumps({**index, "complete": False, "text": None}))
-    said = refusal(lambda: open_data(out, SIDE)).partition("go on with: ")[2]
-    prog, words = shlex.split(said)[:3], shlex.split(said)[3:]
-    assert prog == ["python", "-m", "minidistill.cache"]
-    with pytest.raises(SystemExit) as done:
-        run_command(command.main, CacheConfig, prog="cache", argv=words)
-    assert done.value.code == 0
-    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in straight.iterdir()}
-    assert "--resolution 64 --flip --store fp16" in refusal(lambda: open_data(out, 64))
 
 
 def test_the_command_scans_and_refuses_in_one_line(data, capsys):
@@ -384,8 +340,7 @@ def test_the_command_scans_and_refuses_in_one_line(data, capsys):
 
     (data / "10.png").write_bytes(b"no")
     code, said = run("--data", str(data), "--scan-only", "--resolution", "37")
-    assert code == 0 and "1 unreadable, skipped: 10.png (not an image)" in said.out, said
-    assert "10 smaller than the resolution" in said.out
-    assert len(ImageFolder(data, SIDE)) == 10
+    assert code == 0 and "1 unreadable: another image stands in" in said.out and "10.png (not an image)" in said.out
+    assert "10 smaller than 37 pixels" in said.out
     code, said = run("--data", "nowhere", "--out", "x")
     assert code == 2 and said.err == "error: data folder nowhere does not exist\n"

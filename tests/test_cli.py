@@ -1,13 +1,20 @@
-"""Protects the command line: where values come from, one clear line for what is refused, exit codes."""
+"""Protects the command line: where values come from, one clear line for what is refused, help, exit codes."""
 
+import contextlib
 import dataclasses
+import importlib
+import io
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from minidistill.cli import REQUIRED, option, parse, run_command
-from minidistill.errors import InputError
+from minidistill.__main__ import commands, main
+from minidistill.cli import ELSEWHERE, GROUPS, REQUIRED, option, parse, run_command
+from minidistill.errors import InputError, NonFiniteLoss
 from minidistill.training.run_folder import RunFolder
 
 
@@ -15,11 +22,12 @@ from minidistill.training.run_folder import RunFolder
 class Config:
     steps: int = option(300, "optimizer steps", minimum=1, maximum=1_000_000)
     learning_rate: float = option(1e-4, "AdamW learning rate; 100% of it after the warm-up")
-    recipe: str = option("bk-small", "which blocks to remove", choices=("bk-base", "bk-small", "bk-tiny"))
+    recipe: str = option("bk-small", "pruning recipe", choices=("bk-base", "bk-small", "bk-tiny"))
     stages: tuple[int, ...] = option((32, 8, 4), "step counts of the stages")
-    lora_rank: int | None = option(None, "rank of the LoRA, none trains everything")
-    flip: bool = option(True, "mirror half of the images")
-    resume: bool = option(False, "go on with the run in --out")
+    lora: tuple[str, ...] | None = option(None, "LoRA files")
+    lora_rank: int | None = option(None, "rank of the LoRA (default: all weights are trained)")
+    flip: bool = option(True, "random horizontal flip")
+    resume: bool = option(False, "resume the run in --out")
     out: str = option("runs/toy", "folder of the run")
 
 
@@ -41,49 +49,27 @@ def refusal(*words, **options):
     return str(error.value)
 
 
-def test_no_flags_give_the_defaults():
-    assert parsed() == Config()
-
-
-def test_a_list_flag_given_again_goes_on_and_another_flag_starts_over():
-    assert parsed("--stages", "8,4", "--stages", "1").stages == (8, 4, 1)
-    assert parsed("--steps", "7", "--steps", "9").steps == 9
-
-
 def test_every_field_type_is_read():
-    config = parsed(
-        *[
-            "--steps",
-            "7",
-            "--learning-rate",
-            "3e-5",
-            "--recipe",
-            "bk-tiny",
-            "--stages",
-            "8,4,1",
-            "--lora-rank",
-            "16",
-            "--no-flip",
-            "--resume",
-        ]
-    )
-    expected = Config(
-        steps=7, learning_rate=3e-5, recipe="bk-tiny", stages=(8, 4, 1), lora_rank=16, flip=False, resume=True
-    )
-    assert config == expected
+    words = "--steps 7 --learning-rate 3e-5 --recipe bk-tiny --stages 8,4,1 --lora-rank 16 --no-flip --resume"
+    config = parsed(*words.split())
+    expected = {"steps": 7, "learning_rate": 3e-5, "recipe": "bk-tiny", "stages": (8, 4, 1), "lora_rank": 16}
+    assert config == Config(**expected, flip=False, resume=True)
     assert isinstance(config.learning_rate, float) and isinstance(config.stages[0], int)
     assert parsed("--lora-rank", "none").lora_rank is None
     assert parsed("--steps=9").steps == 9
+    assert parsed() == Config()
+
+
+def test_of_a_flag_given_twice_the_last_counts_but_lora_files_gather():
+    assert parsed("--stages", "8,4", "--stages", "1").stages == (1,)
+    assert parsed("--steps", "7", "--steps", "9").steps == 9
+    assert parsed("--lora", "a,b", "--lora", "c").lora == ("a", "b", "c")
 
 
 def test_a_preset_gives_values_and_flags_win_in_any_order():
     assert parsed("--preset", "toy") == Config(steps=20, flip=False)
     assert parsed("--preset", "toy", "--steps", "5", "--flip") == Config(steps=5, flip=True)
-    assert parsed("--steps", "5", "--preset", "toy") == Config(steps=5, flip=False)
-
-
-def test_a_flag_that_repeats_the_default_still_beats_the_preset():
-    assert parsed("--preset", "toy", "--steps", "300").steps == 300
+    assert parsed("--steps", "300", "--preset", "toy") == Config(flip=False)  # also one that repeats the default
 
 
 @pytest.mark.parametrize(
@@ -105,6 +91,12 @@ def test_a_flag_that_repeats_the_default_still_beats_the_preset():
         ("--recipe bk-smal", "not 'bk-smal' (did you mean bk-small?)"),
         ("--stages 8,x", "--stages takes a whole number, not 'x'"),
         ("--preset tiny", "--preset takes toy, long, not 'tiny'"),
+        ("--learning_rate 1", "--learning_rate is --learning-rate here"),
+        ("--max_train_steps 5", "--max_train_steps is --steps here"),
+        ("--num_inference_steps=5", "--num_inference_steps is --steps here"),
+        ("--resume_from_checkpoint latest", "--resume_from_checkpoint is --resume here"),
+        ("--output-dir x", "--output-dir is --out here"),
+        ("--hub_model_id x", "unknown flag --hub_model_id;"),  # which is no flag of this command
     ],
 )
 def test_bad_input_is_refused_in_one_line_that_names_it(words, expected):
@@ -124,86 +116,111 @@ def test_a_required_setting_and_positional_words():
     assert "SOURCE" in refusal("--prompt", "x", config_class=Convert, presets=None)
 
 
-def test_a_preset_with_an_unknown_field_is_an_error_of_the_programmer():
-    with pytest.raises(ValueError, match="preset toy: Config has no field"):
-        parsed(presets={"toy": {"stepps": 3}})
-
-
-def test_help_shows_defaults_choices_and_presets_with_their_comments(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        parsed("--help")
-    text = capsys.readouterr().out
+def help_of(call):
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as exit_info:
+        call()
     assert exit_info.value.code == 0
-    assert "A toy command." in text
+    return " ".join(out.getvalue().split())
+
+
+def test_help_shows_sections_defaults_choices_and_presets_with_their_comments():
+    text = help_of(lambda: parsed("--help"))
     for expected in (
-        "optimizer steps (default: 300)",
-        "(default: 0.0001)",
-        "bk-base|bk-small|bk-tiny",
+        "A toy command.",
+        "data: --flip, --no-flip random horizontal flip (default: on) optimisation: --learning-rate X AdamW",
+        "100% of it after the warm-up (default: 0.0001) run: --steps N optimizer steps (default: 300)",
+        "--recipe bk-base|bk-small|bk-tiny",
         "(default: 32,8,4)",
-        "--no-flip turns it off",
-        "50% of nothing",
-        "--steps 20 --no-flip",
-        "--steps 50000",
-        "SUPPRESS",
+        "rank of the LoRA (default: all weights are trained) data:",
+        "toy: 20 steps, 5 s on 1 CPU core, 50% of nothing. steps 20, flip off",
     ):
-        assert (expected in " ".join(text.split())) == (expected != "SUPPRESS")
+        assert expected in text
+    assert "SUPPRESS" not in text and text.count("(default: ") == len(dataclasses.fields(Config))
 
 
-def test_resume_takes_the_settings_stored_in_the_run_folder(tmp_path):
-    stored = dataclasses.asdict(Config(learning_rate=0.5, stages=(2, 1), steps=10))
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    config = parsed("--out", str(tmp_path), "--resume", "--steps", "20")
-    assert config == Config(learning_rate=0.5, stages=(2, 1), steps=20, resume=True, out=str(tmp_path))
-    assert parsed("--out", str(tmp_path)).learning_rate == 1e-4  # a new run does not
+@pytest.mark.parametrize("name", commands())
+def test_the_help_of_every_command_is_plain(name):
+    module = importlib.import_module(f"minidistill.{name}")
+    configs = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+    text = help_of(lambda: parse(configs[0], getattr(module, "PRESETS", None), ["--help"], PROG, module.__doc__))
+    assert not re.search("none (takes|leaves|keeps|goes|trains)|nobody|averages nothing", text)
+
+
+def test_sections_and_other_tools_names_are_of_flags_that_there_are():
+    names = set()
+    for name in commands():
+        module = importlib.import_module(f"minidistill.{name}")
+        for found in vars(module).values():
+            if dataclasses.is_dataclass(found) and found.__module__ == module.__name__:
+                names |= {field.name for field in dataclasses.fields(found)}
+    assert {name for group in GROUPS.values() for name in group.split()} <= names
+    assert set(ELSEWHERE) <= names
+
+
+def test_every_command_is_listed_without_loading_torch():
+    code = "import sys, runpy; sys.argv[1:] = [{!r}]; runpy.run_module('minidistill', run_name='__main__')"
+    check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    for word, status, said in (("--help", 0, "train_kd "), ("train", 2, "error: no command train; there are cache,")):
+        words = [sys.executable, "-c", check + code.format(word)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.split()[-1]) == (status, "False"), done.stderr
+        assert said in done.stdout + done.stderr
+    assert {"train_kd", "finetune", "generate", "convert", "cache"} <= set(commands())
+    assert all(commands().values())
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_command_is_run_by_its_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minidistill", "train-kd", "--stepz"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2 and "did you mean --steps?" in capsys.readouterr().err
 
 
 def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
     def open_as_told(*words):
         config = parsed("--out", str(tmp_path / "run"), *words)
         settings = dataclasses.asdict(config)
-        return RunFolder.find(config.out, settings, resume=config.resume).begin(settings)
+        RunFolder.find(config.out, settings, resume=config.resume).begin(settings)
+        return config
 
-    open_as_told("--preset", "toy", "--learning-rate", "0.01", "--lora-rank", "4")
-    open_as_told("--resume")
-    open_as_told("--resume", "--steps", "40")
+    first = open_as_told("--preset", "toy", "--learning-rate", "0.01", "--lora-rank", "4", "--stages", "2,1")
+    assert open_as_told("--resume") == dataclasses.replace(first, resume=True)
+    assert parsed("--out", str(tmp_path / "run")).learning_rate == 1e-4  # a new run does not take what is stored
+    assert open_as_told("--resume", "--steps", "40", "--learning-rate", "0.01").steps == 40
     assert "steps 40 (was 20)" in capsys.readouterr().out
-    open_as_told("--resume", "--learning-rate", "0.01")
     with pytest.raises(InputError, match=r"learning_rate 0.02 \(was 0.01\)"):
         open_as_told("--resume", "--learning-rate", "0.02")
     with pytest.raises(InputError, match="in use"):
         open_as_told()
 
 
-def outcome(main, *words, capsys):
+def outcome(command, *words, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        run_command(main, Config, PRESETS, prog=PROG, argv=words)
+        run_command(command, Config, PRESETS, prog=PROG, argv=words)
     return exit_info.value.code, capsys.readouterr().err
 
 
+def raising(error):
+    def fail(config):
+        raise error
+
+    return fail
+
+
 def test_exit_codes(capsys, tmp_path):
-    def refuse(config):
-        raise InputError("no such teacher")
-
-    def interrupt(config):
-        raise KeyboardInterrupt
-
     assert outcome(lambda config: None, capsys=capsys) == (0, "")
-    assert outcome(refuse, capsys=capsys) == (2, "error: no such teacher\n")
-    code, err = outcome(refuse, "--stepz", "3", capsys=capsys)
+    assert outcome(raising(InputError("no such teacher")), capsys=capsys) == (2, "error: no such teacher\n")
+    assert outcome(raising(NonFiniteLoss("nan")), capsys=capsys) == (3, "error: nan\n")
+    code, err = outcome(lambda config: None, "--stepz", "3", capsys=capsys)
     assert (code, err.count("\n"), err.startswith("error: unknown flag --stepz")) == (2, 1, True)
 
     out = str(tmp_path / "a run")
-    code, err = outcome(interrupt, "--out", out, capsys=capsys)
-    assert code == 130 and "To go on, or to start again if nothing was kept: run the same command again" in err
+    code, err = outcome(raising(KeyboardInterrupt), "--out", out, capsys=capsys)
+    assert code == 130 and "to start again if nothing was kept: run the same command again" in err
     (tmp_path / "a run").mkdir()
-    (tmp_path / "a run" / "config.json").write_text("{}")
-    code, err = outcome(interrupt, "--out", out, capsys=capsys)
+    (tmp_path / "a run" / "config.json").write_text(json.dumps({}))
+    code, err = outcome(raising(KeyboardInterrupt), "--out", out, capsys=capsys)
     assert code == 130 and f"{PROG} --out '{out}' --resume" in err
-
-
-def test_a_bug_keeps_its_traceback():
-    def bug(config):
-        raise RuntimeError("bug")
-
-    with pytest.raises(RuntimeError, match="bug"):
-        run_command(bug, Config, PRESETS, prog=PROG, argv=[])
+    with pytest.raises(RuntimeError, match="bug"):  # which keeps its traceback
+        outcome(raising(RuntimeError("bug")), capsys=capsys)

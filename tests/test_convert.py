@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_pipeline import change_json
-from test_sources import UNET, altered, run_convert
+from test_sources import UNET, altered, edited, run_convert
 
 from minidistill.diffusion.sampling import Sampling, find_sampling, sampling_metadata
 from minidistill.interop.lora_files import write_lora
@@ -70,20 +70,15 @@ def refused(capsys, *words) -> str:
     return captured.err
 
 
-def test_a_name_of_a_file_that_is_not_written_makes_no_folder(tmp_path, capsys):
-    assert ".safetensors" in refused(capsys, "miniature", tmp_path / "student.ckpt")
-    assert not (tmp_path / "student.ckpt").exists()
+# replaced a whole model
 
 
-# laid over a whole model
-
-
-def test_every_part_that_is_laid_over_is_in_what_is_written(sources, parts, tmp_path):
+def test_every_part_that_is_replaced_is_in_what_is_written(sources, parts, tmp_path):
     other = altered(sources["sd1"], tmp_path / "other")
     loras = f"{parts['style']},{parts['pose']}"
     words = ("--unet", other, "--vae", parts["taesd"], "--lora", loras, "--lora-scale", "0.5,-1")
     assert run_convert(sources["sd1"], tmp_path / "made", *words) == 0
-    expected = load_pipeline(
+    expected = edited(
         sources["sd1"], unet=other, vae=parts["taesd"], loras=[(parts["style"], 0.5), (parts["pose"], -1.0)]
     )
     found = load_pipeline(tmp_path / "made")
@@ -94,7 +89,7 @@ def test_every_part_that_is_laid_over_is_in_what_is_written(sources, parts, tmp_
     assert isinstance(oracle.vae, diffusers.AutoencoderTiny)
     # One scale is for all; and each of the flags has its effect.
     assert run_convert(sources["sd1"], tmp_path / "alike", "--lora", loras, "--lora-scale", "0.5") == 0
-    alike = load_pipeline(sources["sd1"], loras=[(parts["style"], 0.5), (parts["pose"], 0.5)])
+    alike = edited(sources["sd1"], loras=[(parts["style"], 0.5), (parts["pose"], 0.5)])
     assert same(load_file(tmp_path / "alike" / UNET), alike.unet.state_dict())
     assert not same(alike.unet.state_dict(), load_pipeline(sources["sd1"]).unet.state_dict())
 
@@ -111,9 +106,10 @@ def test_the_average_is_taken_of_the_file_that_has_the_unet(sources, parts, tmp_
 
 def test_flags_that_have_no_meaning_or_do_not_fit_are_refused(sources, parts, tmp_path, capsys):
     new = tmp_path / "new"
-    assert "2 scales for 1 LoRAs" in refused(
-        capsys, sources["sd1"], new, "--lora", parts["style"], "--lora-scale", "1,2"
-    )
+    assert ".safetensors" in refused(capsys, "miniature", tmp_path / "new.ckpt"), "no file of that name is written"
+    assert not (tmp_path / "new.ckpt").exists()
+    two = ("--lora", parts["style"], "--lora-scale", "1,2")
+    assert "2 scales for 1 LoRAs" in refused(capsys, sources["sd1"], new, *two)
     assert "only single files may hold both" in refused(capsys, sources["sd1"], new, "--ema")
     assert "only single files" in refused(capsys, parts["both"], new, "--unet", sources["sd1"], "--ema")
     assert "no EMA weights" in refused(capsys, parts["both"], new, "--unet", single_unet(sources, tmp_path), "--ema")
@@ -151,7 +147,7 @@ def test_a_unet_alone_becomes_a_folder_and_a_file_and_stays_the_same(sources, pa
         theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / dest)
         assert same(theirs.state_dict(), expected)
         assert theirs.config.cross_attention_dim == 24
-        assert run_convert(sources["sd1"], tmp_path / f"{dest}-model", "--unet", tmp_path / dest) == 0  # it goes on
+        assert run_convert(sources["sd1"], tmp_path / f"{dest}-model", "--unet", tmp_path / dest) == 0
 
 
 def test_diffusers_opens_the_file_of_a_unet_alone(sources, tmp_path):
@@ -170,7 +166,9 @@ def test_a_unet_alone_takes_a_precision_an_average_loras_and_keeps_its_settings(
     write_lora(tmp_path / "lora.safetensors", {"unet": made_lora(pipe.unet, 5)})
     words = ("--ema", "--dtype", "bf16", "--lora", tmp_path / "lora.safetensors", "--lora-scale", "2")
     assert run_convert(one, tmp_path / "a", *words) == 0
-    merged = load_pipeline(parts["both"], dtype=torch.bfloat16, ema=True, loras=[(tmp_path / "lora.safetensors", 2.0)])
+    merged = edited(
+        parts["both"], unet=parts["both"], dtype=torch.bfloat16, ema=True, loras=[(tmp_path / "lora.safetensors", 2.0)]
+    )
     assert same(load_file(tmp_path / "a" / WEIGHTS), merged.unet.state_dict())
     assert run_convert(tmp_path / "a", tmp_path / "b.safetensors") == 0
     for path in (tmp_path / "a" / WEIGHTS, tmp_path / "b.safetensors"):
@@ -207,7 +205,7 @@ def test_a_lora_goes_from_form_to_form(sources, parts, tmp_path, capsys):
     assert any(name.endswith(".lora_A.weight") for name in load_file(in_peft))
     assert same(load_file(again), load_file(parts["style"]))
     assert read_metadata(again) == read_metadata(parts["style"])
-    one, other = (load_pipeline(sources["sd1"], loras=[(file, 1.0)]) for file in (parts["style"], in_peft))
+    one, other = (edited(sources["sd1"], loras=[(file, 1.0)]) for file in (parts["style"], in_peft))
     for part, network in one.networks.items():
         assert same(other.networks[part].state_dict(), network.state_dict())
     assert run_convert(parts["style"], tmp_path / "half.safetensors", "--layout", "peft", "--dtype", "fp16") == 0

@@ -37,11 +37,7 @@ def refused(call, *args) -> str:
 
 def some_tensors() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return {
-        "a": torch.randn(3, 5, generator=g),
-        "b": torch.randn(7, generator=g).half(),
-        "n": torch.arange(4),
-    }
+    return {"a": torch.randn(3, 5, generator=g), "b": torch.randn(7, generator=g).half(), "n": torch.arange(4)}
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -72,17 +68,9 @@ def test_written_tensors_come_back_with_values_types_and_metadata(tmp_path):
 
 def test_tensors_with_other_strides_or_shared_memory_are_written_as_what_they_hold(tmp_path):
     x = torch.arange(24.0).reshape(2, 3, 4)
-    tensors = {
-        "transposed": x.transpose(0, 2),
-        "channels_last": torch.arange(48.0).reshape(1, 3, 4, 4).to(memory_format=torch.channels_last),
-        "whole": x,
-        "tied": x,
-        "part": x[1, 1:],
-        "overlap": x.flatten()[3:20],
-        "scalar": torch.tensor(2.5),
-        "none": torch.zeros(0, 3),
-        "trained": nn.Parameter(torch.ones(2)),
-    }
+    tensors = {"transposed": x.transpose(0, 2), "whole": x, "tied": x, "part": x[1, 1:], "overlap": x.flatten()[3:20]}
+    tensors["channels_last"] = torch.arange(48.0).reshape(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    tensors |= {"scalar": torch.tensor(2.5), "none": torch.zeros(0, 3), "trained": nn.Parameter(torch.ones(2))}
     write_safetensors(tmp_path / "x.safetensors", tensors)
     assert_same(read_safetensors(tmp_path / "x.safetensors"), {name: t.detach() for name, t in tensors.items()})
 
@@ -97,12 +85,12 @@ def test_a_file_can_be_rewritten_while_its_tensors_are_in_use(tmp_path):
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"old": 1})
+    path, old = tmp_path / "x.json", {"z": "Füchse", "a": [1, None, True], "m": {"x": 1e-6}}
+    write_json(path, old)
     with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
         temporary.write_text('{"half')
         raise ZeroDivisionError
-    assert read_json(path) == {"old": 1}
+    assert list(read_json(path).items()) == list(old.items()), "letters and order are kept too"
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -119,12 +107,6 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "folder.json").mkdir()
     assert "folder.json" in refused(write_json, tmp_path / "folder.json", {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.json"]
-
-
-def test_json_keeps_letters_and_order(tmp_path):
-    content = {"z": "Füchse", "a": [1, None, True], "m": {"x": 1e-6}}
-    write_json(tmp_path / "x.json", content)
-    assert list(read_json(tmp_path / "x.json").items()) == list(content.items())
 
 
 # reading what others wrote
@@ -157,12 +139,13 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path):
 def test_a_pickle_of_something_else_than_named_tensors_is_refused(tmp_path):
     torch.save({"epoch": 3, "a": torch.ones(2)}, tmp_path / "x.bin")
     assert "state dict" in refused(read_tensors, tmp_path / "x.bin")
-    torch.save(torch.ones(2), tmp_path / "y.bin")
-    assert "state dict" in refused(read_tensors, tmp_path / "y.bin")
+    for content in (torch.ones(2), {0: torch.ones(1)}):
+        torch.save(content, tmp_path / "y.ckpt")
+        assert "state dict" in refused(read_tensors, tmp_path / "y.ckpt")
 
 
-def lying(header: dict) -> bytes:
-    text = json.dumps(header).encode()
+def lying(dtype: str, shape: list[int], end: int) -> bytes:
+    text = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}).encode()
     return len(text).to_bytes(8, "little") + text + b"\0" * 16
 
 
@@ -179,18 +162,9 @@ BROKEN = {
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
     "header length": ((1 << 40).to_bytes(8, "little") + GOOD[8:], "damaged or cut short"),
     "header not json": (GOOD[:8] + b"}" + GOOD[9:], "damaged or cut short"),
-    "size": (
-        lying({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}}),
-        "damaged or cut short",
-    ),
-    "offset": (
-        lying({"a": {"dtype": "F32", "shape": [9, 2], "data_offsets": [0, 72]}}),
-        "damaged or cut short",
-    ),
-    "dtype": (
-        lying({"a": {"dtype": "F99", "shape": [2, 2], "data_offsets": [0, 16]}}),
-        "damaged or cut short",
-    ),
+    "size": (lying("F32", [2, 2], 12), "damaged or cut short"),
+    "offset": (lying("F32", [9, 2], 72), "damaged or cut short"),
+    "dtype": (lying("F99", [2, 2], 16), "damaged or cut short"),
 }
 
 
@@ -232,6 +206,7 @@ def test_a_broken_bin_file_is_refused_with_its_name_and_the_reason(tmp_path, cas
         (b"{'a': 1}", "not valid json"),
         (b'{"a": 1%s}' % (b"0" * 5000), "not valid json"),
         (b"[1]", "list"),
+        (b"[" * 100_000, "not valid json"),  # deeper than Python can follow
     ],
 )
 def test_a_broken_json_file_is_refused_with_its_name_and_the_reason(tmp_path, content, reason):
@@ -306,10 +281,6 @@ def test_what_does_not_fit_is_counted_and_named():
     assert net[0].weight.is_meta, "nothing may be loaded from a file that does not fit"
 
 
-def test_a_file_with_nothing_in_common_says_so():
-    assert "9 of 9 tensors are missing" in refused(load_into, on_meta(), {}, "x")
-
-
 def test_a_buffer_outside_of_the_state_dict_cannot_pass_unfilled():
     net = on_meta()
     net.register_buffer("mask", torch.empty(2, device="meta"), persistent=False)
@@ -335,13 +306,8 @@ def test_text_encoder_files_of_every_age_load():
     flat = {name.removeprefix("text_model."): tensor for name, tensor in with_ids.items()}
     for spelling in (old, with_ids, flat):
         assert_same(load_into(TextLike(), spelling, "x").state_dict(), old)
-
-
-def test_a_model_without_the_prefix_takes_a_file_with_it():
-    torch.manual_seed(0)
-    net = nn.ModuleDict({"embeddings": nn.Linear(2, 2)})
-    tensors = {f"text_model.{name}": tensor for name, tensor in net.state_dict().items()}
-    assert_same(load_into(nn.ModuleDict({"embeddings": nn.Linear(2, 2)}), tensors, "x").state_dict(), net.state_dict())
+    bare = nn.ModuleDict({"embeddings": nn.Linear(2, 2, bias=False), "final": nn.LayerNorm(2)})
+    assert_same(load_into(bare, old, "x").state_dict(), {n.removeprefix("text_model."): t for n, t in old.items()})
 
 
 def test_only_position_ids_are_dropped():
@@ -400,21 +366,11 @@ def test_a_damaged_pickle_is_read_or_refused_whatever_its_bytes_make_the_reader_
     path, refusals = tmp_path / "x.bin", 0
     torch.save(some_tensors(), path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
-    for seed in range(600):
+    for seed in range(300):
         path.write_bytes(damaged(whole, seed))
         try:
             read_tensors(path)
         except InputError as error:
             assert "\n" not in str(error)
             refusals += 1
-    assert 100 < refusals < 600
-
-
-def test_a_pickle_whose_names_are_no_words_is_refused(tmp_path):
-    torch.save({0: torch.ones(1)}, tmp_path / "x.ckpt")
-    assert "not a state dict" in refused(read_tensors, tmp_path / "x.ckpt")
-
-
-def test_json_nested_deeper_than_python_can_follow_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("[" * 100_000)
-    assert "not valid json" in refused(read_json, tmp_path / "config.json")
+    assert 50 < refusals < 300

@@ -6,42 +6,30 @@ without activation checkpointing, which the original recipe for BK-Tiny fails to
 later than the paper, and runs of the command with them and with a tiny SDXL.
 """
 
-import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import CAPTIONS
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from tiny import save_sdxl
+from runs import assert_same_files, contents, metrics, read
 
-from minidistill import report as comparison
-from minidistill import train_kd
+from minidistill import pipeline, report, train_kd
 from minidistill.data.folders import ImageFolder
 from minidistill.diffusion.sampling import Sampling
 from minidistill.distill import kd
+from minidistill.distill import random_conditioning as rc
 from minidistill.distill.block_removal import PAIRINGS, RECIPES, build_student, feature_pairs, plan_removal
-from minidistill.errors import InputError
 from minidistill.miniature.scenes import Scenes
-from minidistill.models.unet import SD15, SD21, UNet
+from minidistill.models.unet import UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.training.batches import Batches, captions_of
-from minidistill.training.optim import adamw, get_precision, optimizer_step
+from minidistill.training.device import get_precision
+from minidistill.training.optim import adamw, optimizer_step
 
-TINY = {
-    "sd15": replace(
-        SD15, block_out_channels=(16, 32, 48, 48), norm_num_groups=8, cross_attention_dim=20, attention_head_dim=4
-    ),
-    "sd21": replace(
-        SD21,
-        block_out_channels=(16, 32, 48, 48),
-        norm_num_groups=8,
-        cross_attention_dim=20,
-        attention_head_dim=(1, 2, 4, 4),
-    ),
-}
+TINY = {"sd15": tiny.TINY, "sd21": tiny.TINY_SD21}
 # Where the original codes hook (teacher's module, student's module), read from both repositories.
 BLOCKS = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
 UPS = [("up_blocks.1", "up_blocks.0"), ("up_blocks.2", "up_blocks.1"), ("up_blocks.3", "up_blocks.2")]
@@ -62,7 +50,7 @@ HOOKS = {
         *UPS,
     ],
 }
-every_recipe = pytest.mark.parametrize("recipe", HOOKS)
+CASES = [*((name, "sd15") for name in HOOKS), ("bk-tiny", "sd21")]  # (recipe, family)
 
 
 def make_nets(recipe: str, family: str = "sd15"):
@@ -124,8 +112,7 @@ def run_hooked(unet: UNet, names, inputs):
 # -------------------------------------------------------------------------------------------------- the numbers
 
 
-@pytest.mark.parametrize("family", TINY)
-@every_recipe
+@pytest.mark.parametrize(("recipe", "family"), CASES)
 def test_every_loss_and_the_total_are_those_of_the_papers_formulas(recipe, family):
     teacher, student, pairs = make_nets(recipe, family)
     inputs, target = make_inputs()
@@ -204,8 +191,7 @@ def adamw_by_hand(p, gradients, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1
     return p
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-@pytest.mark.parametrize("recipe", ["bk-tiny", "segmind-tiny"])
+@pytest.mark.parametrize(("recipe", "max_grad_norm"), [("bk-tiny", None), ("segmind-tiny", 0.5)])
 def test_two_optimizer_steps_are_adamw_on_the_weighted_sum_of_the_three_losses(recipe, max_grad_norm):
     teacher, student, pairs = make_nets(recipe)
     inputs, target = make_inputs()
@@ -263,9 +249,7 @@ def pair_gradients(recipe, family, checkpointing):
     return result
 
 
-@pytest.mark.parametrize(
-    ("recipe", "family"), [*((name, "sd15") for name in HOOKS), ("bk-tiny", "sd21"), ("segmind-small", "sd21")]
-)
+@pytest.mark.parametrize(("recipe", "family"), CASES)
 def test_every_feature_pair_teaches_and_checkpointing_changes_nothing(recipe, family):
     plain, saving = (pair_gradients(recipe, family, checkpointing) for checkpointing in (False, True))
     assert list(plain) == list(saving) and len(plain) == len(HOOKS[recipe])
@@ -285,8 +269,7 @@ def test_every_feature_pair_teaches_and_checkpointing_changes_nothing(recipe, fa
                 torch.testing.assert_close(saving[feature][name], gradient, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@every_recipe
+@pytest.mark.parametrize(("recipe", "checkpointing"), [("bk-tiny", False), *((name, True) for name in HOOKS)])
 def test_a_sound_run_passes_the_check_and_can_still_go_backward(recipe, checkpointing):
     teacher, student, pairs = make_nets(recipe)
     student.gradient_checkpointing = checkpointing
@@ -305,15 +288,10 @@ def sound():
 
 
 @pytest.mark.parametrize("name", ["task", "output", "feature"])
-def test_a_loss_cut_off_from_the_student_is_named(sound, name):
+def test_a_loss_without_gradient_in_the_student_is_named(sound, name):
     losses, student, teacher = sound
     with pytest.raises(RuntimeError, match=f"the {name} loss is cut off from the student"):
         kd.check_gradients(losses | {name: losses[name].detach()}, student, teacher)
-
-
-@pytest.mark.parametrize("name", ["task", "output", "feature"])
-def test_a_loss_without_gradient_in_the_student_is_named(sound, name):
-    losses, student, teacher = sound
     elsewhere = torch.ones(3, requires_grad=True)
     for loss in (losses[name] * 0, elsewhere.square()):
         with pytest.raises(RuntimeError, match=f"the {name} loss has no gradient in the student"):
@@ -369,9 +347,9 @@ def test_normalised_features_weigh_alike_whatever_their_size():
 
 
 def test_random_captions_are_rare_in_clear_images_and_the_rule_in_noise():
-    p = kd.random_caption_probability(torch.tensor([0, 500, 900, 1000]))
+    p = rc.random_caption_probability(torch.tensor([0, 500, 900, 1000]))
     assert p.tolist() == pytest.approx([0.00673795, 0.0820850, 0.6065307, 1.0], rel=1e-5)
-    assert kd.random_caption_probability(torch.tensor([50]), 100).item() == pytest.approx(0.0820850, rel=1e-5)
+    assert rc.random_caption_probability(torch.tensor([50]), 100).item() == pytest.approx(0.0820850, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -380,24 +358,16 @@ def pipe(tiny_sd1):
     return load_pipeline(tiny_sd1)
 
 
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory):
-    """A folder with a tiny SDXL, not to be changed."""
-    folder = tmp_path_factory.mktemp("xl")
-    save_sdxl(folder)
-    return folder
-
-
 def folder_data(images) -> ImageFolder:
     return ImageFolder(images, 32)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, images, kind):
-    pipe = pipe if kind == "sd1" else load_pipeline(xl)
+def test_random_conditioning_changes_captions_and_nothing_else(pipe, sources, images, kind):
+    pipe = pipe if kind == "sd1" else load_pipeline(sources["sdxl"])
     settings = {"batch_size": 24, "seed": 3, "caption_dropout": 0.3, "cache": False}
     plain = Batches(folder_data(images), pipe, **settings)[2]
-    found = kd.RandomCaptions(folder_data(images), pipe, **settings)[2]
+    found = rc.RandomCaptions(folder_data(images), pipe, **settings)[2]
     for name in ("x0", "eps", "t"):
         assert torch.equal(getattr(found, name), getattr(plain, name))
     changed = [a != b for a, b in zip(found.captions, plain.captions, strict=True)]
@@ -413,12 +383,12 @@ def test_random_conditioning_changes_captions_and_nothing_else(pipe, xl, images,
 
 def test_random_captions_do_not_depend_on_the_batch_size_and_are_as_frequent_as_the_formula_says(pipe, images):
     data = folder_data(images)
-    large = kd.RandomCaptions(data, pipe, batch_size=200, seed=0)[0]
-    small = kd.RandomCaptions(data, pipe, batch_size=4, seed=0)
+    large = rc.RandomCaptions(data, pipe, batch_size=200, seed=0)[0]
+    small = rc.RandomCaptions(data, pipe, batch_size=4, seed=0)
     assert [c for k in range(5) for c in small[k].captions] == large.captions[:20]
     plain = Batches(data, pipe, batch_size=200, seed=0)[0].captions
     other = torch.tensor([a != b for a, b in zip(plain, large.captions, strict=True)]).float()
-    p = 0.9 * kd.random_caption_probability(large.t)  # one in ten draws its own
+    p = 0.9 * rc.random_caption_probability(large.t)  # one in ten draws its own
     deviation = (p * (1 - p)).sum().sqrt()
     assert abs(other.sum() - p.sum()) < 4 * deviation
     assert other[large.t < 300].mean() < 0.1 and other[large.t > 850].mean() > 0.4
@@ -433,9 +403,9 @@ def test_captions_are_found_without_reading_images(images, monkeypatch):
     assert captions_of([("image", "a caption")], 0) == ("a caption",)
 
 
-def test_image_free_latents_are_the_teachers_samples(pipe, xl):
-    for teacher in (pipe, load_pipeline(xl)):
-        made = kd.sample_latents(teacher, CAPTIONS[:5], 32, seed=4, guidance=3.0, batch_size=2)
+def test_image_free_latents_are_the_teachers_samples(pipe, sources):
+    for teacher in (pipe, load_pipeline(sources["sdxl"])):
+        made = rc.sample_latents(teacher, CAPTIONS[:5], 32, seed=4, guidance=3.0, batch_size=2)
         expected = teacher(CAPTIONS[:5], seed=4, output="latents", steps=25, guidance=3.0, batch_size=5)
         batch = Batches(made, teacher, batch_size=5, seed=0)[0]
         order = [CAPTIONS.index(caption) for caption in batch.captions]
@@ -446,44 +416,44 @@ def test_image_free_latents_are_the_teachers_samples(pipe, xl):
     again = Batches(made, teacher, batch_size=5, seed=0)[1]  # another epoch: the same latents, other noise
     assert set(again.captions) == set(batch.captions) and not torch.equal(again.eps, batch.eps)
     teacher.sampling = Sampling(2)  # a distilled one knows better: two steps, guidance off
-    own = kd.sample_latents(teacher, CAPTIONS[:1], 32, seed=4, guidance=3.0).mean[0] * teacher.vae.config.scaling_factor
+    own = rc.sample_latents(teacher, CAPTIONS[:1], 32, seed=4, guidance=3.0).mean[0] * teacher.vae.config.scaling_factor
     torch.testing.assert_close(own, teacher(CAPTIONS[:1], seed=4, output="latents"), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- through the command
 
 
-@pytest.fixture
-def train(monkeypatch, images):
+@pytest.fixture(scope="module")
+def train(images):
     """train(teacher, out, **settings): a short run on ten images, without what takes time and is tested elsewhere."""
-    monkeypatch.setattr(comparison, "STEPS", 2)
-    monkeypatch.setattr(comparison, "count_macs", lambda *_: {"conv_linear": 0})
-    monkeypatch.setattr(comparison, "milliseconds", lambda *_: 0.0)
-    monkeypatch.setattr(train_kd, "removal_rows", lambda *_: [("removed",), ("",)])
 
     def run(teacher, out, **settings):
         usual = {"data": str(images), "batch_size": 4, "steps": 4, "warmup": 0, "learning_rate": 1e-3}
         usual |= {"log_every": 1, "sample_every": 100, "checkpoint_every": 2, "precision": "fp32"}
-        config = train_kd.Config(teacher=str(teacher), out=str(out), **{**usual, **settings})
-        train_kd.main(config)
-        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        train_kd.main(train_kd.Config(teacher=str(teacher), out=str(out), **{**usual, **settings}))
+        return metrics(out)
 
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "STEPS", 2)
+        patch.setattr(train_kd, "PROBES", 16)
+        patch.setattr(report, "count_macs", lambda *_: {"conv_linear": 0})
+        patch.setattr(report, "milliseconds", lambda *_: 0.0)
+        patch.setattr(train_kd.block_removal, "removal_rows", lambda *_: [("removed",), ("",)])
+        yield run
 
 
 EVERY_OPTION = {"feature_norm": True, "random_conditioning": True, "image_free": 6, "remove": ("mid", "stage.3")}
 
 
-def test_a_run_with_every_option_goes_on_to_the_same_bits(train, tiny_sd1, tmp_path):
-    whole = train(tiny_sd1, tmp_path / "whole", **EVERY_OPTION)
-    assert all(line["feature"] > 0 for line in whole)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut/student")
-    shutil.rmtree(tmp_path / "cut/checkpoints/step-000004")
-    train(tiny_sd1, tmp_path / "cut", **EVERY_OPTION, resume=True)
-    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/student").rglob("*") if p.is_file()]
-    for name in (*files, "checkpoints/step-000004/state.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+def test_a_run_with_every_option_resumes_to_the_same_bits(train, tiny_sd1, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert all(line["feature"] > 0 for line in train(tiny_sd1, whole, **EVERY_OPTION))
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "student")
+    shutil.rmtree(resumed / "checkpoints/step-000004")
+    train(tiny_sd1, resumed, **EVERY_OPTION, resume=True)
+    names = [f"student/{name}" for name in contents(whole / "student")]
+    assert_same_files(whole, resumed, [*names, "checkpoints/step-000004/state.safetensors"])
 
 
 def test_every_option_changes_what_is_learned(train, tiny_sd1, tmp_path):
@@ -496,19 +466,13 @@ def test_every_option_changes_what_is_learned(train, tiny_sd1, tmp_path):
     assert len({tuple(values) for values in losses.values()}) == 4
 
 
-def test_mirror_images_of_no_images_are_refused(train, tiny_sd1, tmp_path):
-    with pytest.raises(InputError, match="--flip needs images"):
-        train(tiny_sd1, tmp_path / "run", flip=True, image_free=4)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_student_of_sdxl_learns_and_loads_in_diffusers(train, xl, tmp_path):
+def test_a_student_of_sdxl_learns_and_loads_in_diffusers(train, sources, tmp_path):
     settings = {"pairing": "segmind", "loss_weights": (0, 1, 0.1), "ema_decay": 0, "steps": 60, "batch_size": 8}
-    lines = train(xl, tmp_path / "run", remove=("mid@0", "down.2.0@1", "up.0.0@1", "up.0.1@1"), **settings)
+    lines = train(sources["sdxl"], tmp_path / "run", remove=("mid@0", "down.2.0@1", "up.0.0@1", "up.0.1@1"), **settings)
     for name in ("output", "feature"):
         first, last = (np.mean([line[name] for line in some]) for some in (lines[:5], lines[-5:]))
         assert last < 0.8 * first, name
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = read(tmp_path / "run/results.json")
     before, after = (results[f"student {when}"]["distance_to_teacher"] for when in ("before", "after"))
     assert after < 0.95 * before  # on noise that no step saw, of a teacher with random weights
     student = tmp_path / "run/student"

@@ -23,22 +23,23 @@ from tiny import PROMPTS, make_prompts_matter
 
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.interop.single_file import write_single_file
-from minidistill.interop.sources import Parts, save_parts
 from minidistill.models.clip import SD1_TEXT, SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import ALL, find_targets
 from minidistill.models.tokenizer import CLIPTokenizer, train_bpe
 from minidistill.models.unet import SDXL, UNet
 from minidistill.models.vae import SDXL_VAE, AutoencoderKL
+from minidistill.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "sdxl_lightning_{}.safetensors"
 RANK, ALPHA = 64, 8.0
 SIZE = 32  # pixels; the latents' is a quarter of that
+AS_MADE = ["--steps", "4", "--sampler", "euler", "--spacing", "trailing", "--guidance", "0"]
 MADE_FOR = "this model is made for 4 steps of euler with trailing timesteps, guidance off; you ask for "
 
 
-def make_parts() -> Parts:
+def make_pipeline() -> Pipeline:
     """An SDXL with its widths of text and few layers, float16."""
     torch.manual_seed(0)
     words = train_bpe(PROMPTS, vocab_size=600)
@@ -49,14 +50,13 @@ def make_parts() -> Parts:
     encoders = [CLIPTextModel(replace(SD1_TEXT, **few)), CLIPTextModel(replace(SDXL_TEXT_2, **few), True)]
     for encoder in encoders:
         make_prompts_matter(unet, encoder)
-    return Parts(
+    return Pipeline(
         unet.half(),
         AutoencoderKL(replace(SDXL_VAE, block_out_channels=(32, 32, 64))).half(),
         [encoder.half() for encoder in encoders],
         [words, CLIPTokenizer(words.vocab, words.merges, pad_token="!")],
         ScheduleConfig(timestep_spacing="leading"),
-        None,
-        True,
+        zero_unconditional=True,
     )
 
 
@@ -78,16 +78,16 @@ def lightning_lora(unet: UNet) -> dict[str, torch.Tensor]:
 def folder(tmp_path_factory):
     """base/ is the pipeline folder; beside it lie the files, and the noise.safetensors all start from."""
     folder = tmp_path_factory.mktemp("lightning")
-    parts = make_parts()
-    save_parts(folder / "base", parts)
-    save_file(lightning_lora(parts.unet), folder / NAME.format("4step_lora"))
+    pipe = make_pipeline()
+    pipe.save(folder / "base")
+    save_file(lightning_lora(pipe.unet), folder / NAME.format("4step_lora"))
     with torch.no_grad():
-        for weight in parts.unet.parameters():
+        for weight in pipe.unet.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
     for name in ("4step_unet", "1step_unet_x0"):
-        save_file(parts.unet.state_dict(), folder / NAME.format(name))
+        save_file(pipe.unet.state_dict(), folder / NAME.format(name))
     whole = folder / NAME.format("4step")
-    write_single_file(whole, parts.unet, parts.vae, parts.text_encoders, parts.schedule)
+    write_single_file(whole, pipe.unet, pipe.vae, pipe.text_encoders, pipe.schedule)
     extra = {
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
         "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6).half(),
@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
     tensors = {name: tensor.clone() for name, tensor in load_file(whole).items()} | extra
     for name in ("4step", "1step_x0"):
         save_file(tensors, folder / NAME.format(name))
-    parts.tokenizers[0].save(folder / "tokenizer")  # in place of CLIP's own vocabulary
+    pipe.tokenizers[0].save(folder / "tokenizer")  # in place of CLIP's own vocabulary
     save_file({"latents": torch.randn(1, 4, SIZE // 4, SIZE // 4)}, folder / "noise.safetensors")
     return folder
 
@@ -136,10 +136,9 @@ def test_the_unet_and_the_whole_file_draw_one_image_and_diffusers_the_same(folde
     unet, whole = draw(folder, "4step_unet"), draw(folder, "4step")
     assert np.array_equal(unet, whole)
     assert differ(unet, draw_oracle(folder, "4step_unet", 4)) <= 2
-    settings = ["--steps", "4", "--sampler", "euler", "--spacing", "trailing", "--guidance", "0"]
-    assert np.array_equal(draw(folder, "4step_unet", *settings), unet)
+    assert np.array_equal(draw(folder, "4step_unet", *AS_MADE), unet)
     assert not [warning for warning in recwarn if "made for" in str(warning.message)]
-    assert differ(draw(folder, "base", *settings), unet) > 20, "the file's weights must be seen in its image"
+    assert differ(draw(folder, "base", *AS_MADE), unet) > 20, "the file's weights must be seen in its image"
 
 
 def test_the_lora_draws_what_it_draws_in_diffusers(folder, capsys):
@@ -147,8 +146,7 @@ def test_the_lora_draws_what_it_draws_in_diffusers(folder, capsys):
     count = len(load_file(folder / NAME.format("4step_lora"))) // 3
     assert f"4step_lora.safetensors: {count}/{count} modules matched" in capsys.readouterr().err
     assert differ(lora, draw_oracle(folder, "4step_lora", 4)) <= 2
-    settings = ["--steps", "4", "--sampler", "euler", "--spacing", "trailing", "--guidance", "0"]
-    assert differ(draw(folder, "base", *settings), lora) > 20
+    assert differ(draw(folder, "base", *AS_MADE), lora) > 20
 
 
 def test_the_files_of_one_step_put_out_the_image_itself(folder):
@@ -161,9 +159,7 @@ def test_the_files_of_one_step_put_out_the_image_itself(folder):
 @pytest.mark.parametrize(
     ("form", "words", "asked"),
     [
-        ("4step_unet", "--steps 25", "25 steps of euler with trailing timesteps, guidance off"),
         ("4step_lora", "--guidance 7.5", "4 steps of euler with trailing timesteps, guidance 7.5"),
-        ("4step", "--sampler ddim", "4 steps of ddim with trailing timesteps, guidance off"),
         ("4step", "--spacing leading", "4 steps of euler with leading timesteps, guidance off"),
         ("4step_unet", "--steps 5 --guidance 3 --sampler ddim", "5 steps of ddim with trailing timesteps, guidance 3"),
     ],

@@ -1,4 +1,4 @@
-"""The embedded miniature: an ordinary pipeline folder, small, that diffusers samples to the same image as we do."""
+"""The embedded miniature: a small pipeline folder that gives the same images in diffusers, and correct ones."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import minidistill
+from minidistill.diffusion.noise import initial_noise
 from minidistill.metrics.clip_score import retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
-from minidistill.pipeline import initial_noise
 from minidistill.train_miniature import UNET
 from minidistill.weights import folders
 
@@ -24,7 +24,8 @@ def pipe():
     return minidistill.load_pipeline("miniature")
 
 
-def test_it_weighs_at_most_20_megabytes():
+def test_it_is_at_most_20_megabytes_of_package_data():
+    assert Path(minidistill.__file__).parent == folders.MINIATURE.parent
     files = [path for path in folders.MINIATURE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20e6
     assert {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "clip"} <= {
@@ -39,13 +40,7 @@ def test_its_unet_has_the_shape_of_stable_diffusion_1():
     assert config.mid_block_type == "UNetMidBlock2DCrossAttn" and set(config.layers_per_block) == {2}
 
 
-def test_its_schedule_is_stable_diffusions():
-    schedule = folders.load_schedule(folders.MINIATURE)
-    assert (schedule.beta_schedule, schedule.prediction_type) == ("scaled_linear", "epsilon")
-    assert not schedule.rescale_betas_zero_snr
-
-
-def test_diffusers_loads_it_and_draws_the_same_image(pipe):
+def test_diffusers_loads_it_and_gives_the_same_images(pipe):
     theirs = StableDiffusionPipeline.from_pretrained(folders.MINIATURE, torch_dtype=torch.float32)
     assert isinstance(theirs.scheduler, DDIMScheduler)
     theirs.set_progress_bar_config(disable=True)
@@ -57,9 +52,9 @@ def test_diffusers_loads_it_and_draws_the_same_image(pipe):
         assert np.abs(np.asarray(mine, float) - 255 * other).max() <= 2.0
 
 
-def test_the_vae_keeps_what_a_caption_says():
-    result = evaluate_vae(folders.load_vae(folders.MINIATURE), 200)
-    assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["judged_right"] >= 0.97, result
+def test_the_vae_preserves_the_attributes_of_captions():
+    result = evaluate_vae(folders.load_vae(folders.MINIATURE), 100)
+    assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["all_correct"] >= 0.97, result
 
 
 def test_latents_have_unit_variance_in_every_channel(pipe):
@@ -70,36 +65,25 @@ def test_latents_have_unit_variance_in_every_channel(pipe):
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.15)
 
 
-def test_clip_finds_the_caption_of_a_image():
+def test_clip_retrieves_captions():
     clip, tokenizer = folders.load_clip(folders.MINIATURE), folders.load_tokenizer(folders.MINIATURE)
-    assert retrieval(clip, tokenizer, rounds=3) >= 0.75
+    assert retrieval(clip, tokenizer, rounds=2) >= 0.75
 
 
-def test_its_text_encoder_is_of_its_clips_shape():
-    """It was CLIP's, and was trained further with the U-Net."""
-    clip, encoder = folders.load_clip(folders.MINIATURE), folders.load_text_encoder(folders.MINIATURE)
-    shapes = {name: weight.shape for name, weight in clip.text_model.state_dict().items()}
-    assert {name: weight.shape for name, weight in encoder.text_model.state_dict().items()} == shapes
-
-
-def test_it_draws_what_captions_say(pipe):
-    captions = held_out_captions(48)
-    result = score(pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=24), captions)
+def test_its_images_show_what_the_captions_state(pipe):
+    captions = held_out_captions(32)
+    result = score(pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=32), captions)
     assert result["all"] >= 0.85 and result["relation"] >= 0.9, result
     assert min(result["shape"], result["colour"], result["size"], result["background"]) >= 0.9, result
 
 
-def test_a_caption_fits_into_the_text_encoder(pipe):
+def test_captions_fit_the_text_encoder(pipe):
     tokenizer = pipe.tokenizers[0]
     lengths = [len(tokenizer.encode(Scenes(split).caption(i))) for split in ("train", "test") for i in range(500)]
     assert max(lengths) <= tokenizer.max_length - 2
 
 
-def test_it_is_package_data():
-    assert Path(minidistill.__file__).parent == folders.MINIATURE.parent
-
-
-def test_loading_draws_no_random_weights_and_loads_no_compiler():
+def test_loading_does_not_import_the_compiler():
     code = "import sys, minidistill; minidistill.load_pipeline('miniature'); assert 'torch._dynamo' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

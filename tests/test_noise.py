@@ -1,4 +1,4 @@
-"""Protects the addresses of random draws: same address same numbers, other address other numbers."""
+"""Seeded random numbers: equal for equal seed and keys, different otherwise."""
 
 import numpy as np
 import torch
@@ -6,17 +6,17 @@ import torch
 from minidistill.diffusion.noise import generator_for
 
 
-def draw(*address):
-    return torch.randn(4, generator=generator_for(*address))
+def draw(*keys):
+    return torch.randn(4, generator=generator_for(*keys))
 
 
-def test_the_draws_of_an_address_never_change():
-    """Otherwise a run could not be repeated, or resumed, with a newer version."""
+def test_the_numbers_never_change():
+    """Otherwise runs could not be reproduced or resumed with a later version."""
     expected = torch.tensor([-1.176871, -0.31511, 0.989977, -1.543161])
     torch.testing.assert_close(draw(0, "noise", 3), expected, rtol=0, atol=1e-5)
 
 
-def test_the_same_address_draws_the_same_whatever_was_drawn_before():
+def test_numbers_do_not_depend_on_earlier_draws():
     first = draw(0, "noise", 7)
     torch.randn(100)
     draw(0, "noise", 6)
@@ -25,9 +25,8 @@ def test_the_same_address_draws_the_same_whatever_was_drawn_before():
 
 
 def test_neighbours_differ():
-    addresses = [(s, *key) for s in range(4) for key in [(), (0,), (0, 0), (1,), (0, 1), (1, 0), (2**32,), ("1",)]]
-    draws = {tuple(draw(*address).tolist()) for address in addresses}
-    assert len(draws) == len(addresses)
+    keys = [(s, *key) for s in range(4) for key in [(), (0,), (0, 0), (1,), (0, 1), (1, 0), (2**32,), ("1",)]]
+    assert len({tuple(draw(*key).tolist()) for key in keys}) == len(keys)
     many = {generator_for(seed, step).initial_seed() for seed in range(30) for step in range(300)}
     assert len(many) == 30 * 300
 

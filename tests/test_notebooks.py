@@ -1,4 +1,4 @@
-"""The notebooks: every exercise's check, both ways, in one fast run of each; and what is stored in them.
+"""The notebooks: one fast run of each, with right and wrong solutions of every exercise; and their stored outputs.
 
 `python tests/test_notebooks.py` runs every notebook in full and stores its outputs.
 """
@@ -19,18 +19,15 @@ MACHINE = re.compile(
     r"(?<![\w.:/])(/(home|root|usr|tmp|opt|work|mnt|Users|private|var)/|[A-Z]:\\)|ipykernel_\d|0x[0-9a-f]{9,}"
 )
 
-# {exercise: (a right answer, [(a wrong answer, what the check says of it), ...])}
-ANSWERS = {
+# {exercise: (right solution, [(text in it, replaced by, what the check says of that), ...])}
+SOLUTIONS = {
     "outer_levels": (
         'def outer_levels():\n    return ("down.0.1", "down.1.1", "up.3.1", "up.2.1", "mid")',
         [
-            (
-                'def outer_levels():\n    return ("down.0.1", "down.1.1", "up.0.1", "up.1.1", "mid")',
-                "does not fit together",
-            ),
-            ('def outer_levels():\n    return ("down.0.1", "down.1.1", "up.3.1", "up.2.1")', "still there"),
-            ('def outer_levels():\n    return RECIPES["bk-small"].remove', "the down stages keep"),
-            ("def outer_levels():\n    pass", "a tuple of names"),
+            ('"up.3.1", "up.2.1"', '"up.0.1", "up.1.1"', "does not fit together"),
+            (', "mid"', "", "the mid block is not removed"),
+            ('"down.0.1", "down.1.1", "up.3.1", "up.2.1"', '*RECIPES["bk-base"].remove', "the down stages keep"),
+            ("return", "remove =", "a tuple of names"),
         ],
     ),
     "conv_costs": (
@@ -40,15 +37,8 @@ def conv_costs(kernel, c_in, c_out, h, w):
     return weights + c_out, weights * h * w
 """,
         [
-            (
-                "def conv_costs(kernel, c_in, c_out, h, w):\n    n = kernel**2 * c_in * c_out\n    return n, n * h * w",
-                "bias included",
-            ),
-            (
-                "def conv_costs(kernel, c_in, c_out, h, w):\n"
-                "    n = kernel**2 * c_in * c_out + c_out\n    return n, n * h * w",
-                "MACs in one call",
-            ),
+            ("weights + c_out,", "weights,", "bias included"),
+            ("weights * h * w", "(weights + c_out) * h * w", "MACs in one call"),
         ],
     ),
     "teacher_name": (
@@ -65,17 +55,8 @@ def teacher_name(name, removal):
     return ".".join([part, *rest])
 """,
         [
-            ("def teacher_name(name, removal):\n    return name", "is filled by"),
-            (
-                """
-def teacher_name(name, removal):
-    part, *rest = name.split(".")
-    if part == "up_blocks" and rest[1] != "upsamplers":
-        rest[2] = str(removal.kept_up[int(rest[0])][int(rest[2])])
-    return ".".join([part, *rest])
-""",
-                "bk-tiny: up_blocks.0",
-            ),
+            ("str(layers[int(rest[2])])", "rest[2]", "is initialised by"),
+            ("stage + removal.stages_removed", "stage", "bk-tiny: up_blocks.0"),
         ],
     ),
     "greedy": (
@@ -84,44 +65,14 @@ def greedy(scores, saving):
     taken = []
     while sum(s.parameters for s in taken) < saving:
         free = [s for s in scores if not any(s.weights & old.weights for old in taken)]
-        taken.append(min(free, key=lambda s: s.damage / s.parameters))
+        taken.append(min(free, key=lambda s: s.sensitivity / s.parameters))
     return taken
 """,
         [
-            (
-                """
-def greedy(scores, saving):
-    taken = []
-    while sum(s.parameters for s in taken) < saving:
-        free = [s for s in scores if not any(s.weights & old.weights for old in taken)]
-        taken.append(min(free, key=lambda s: s.damage))
-    return taken
-""",
-                "the least damage per parameter",
-            ),
-            (
-                """
-def greedy(scores, saving):
-    taken = []
-    for s in sorted(scores, key=lambda s: s.damage / s.parameters):
-        if sum(old.parameters for old in taken) < saving:
-            taken.append(s)
-    return taken
-""",
-                "shares the weight",
-            ),
-            (
-                """
-def greedy(scores, saving):
-    taken = []
-    while sum(s.parameters for s in taken) <= saving:
-        free = [s for s in scores if not any(s.weights & old.weights for old in taken)]
-        taken.append(min(free, key=lambda s: s.damage / s.parameters))
-    return taken
-""",
-                "that is enough",
-            ),
-            ("def greedy(scores, saving):\n    pass", "returns nothing"),
+            ("s.sensitivity / s.parameters", "s.sensitivity", "the least sensitivity per parameter"),
+            ("not any(s.weights & old.weights for old in taken)", "s not in taken", "shares the weight"),
+            ("< saving", "<= saving", "that is enough"),
+            ("return taken", "return None", "returns nothing"),
         ],
     ),
     "my_output_loss": (
@@ -130,54 +81,24 @@ def my_output_loss(student_out, teacher_out):
     return (student_out.float() - teacher_out.detach().float()).square().flatten(1).mean(1)
 """,
         [
-            (
-                "def my_output_loss(student_out, teacher_out):\n"
-                "    return (student_out - teacher_out.detach()).square().mean()",
-                "one number for each",
-            ),
-            (
-                "def my_output_loss(student_out, teacher_out):\n"
-                "    return (student_out.float() - teacher_out.float()).square().flatten(1).mean(1)",
-                "reaches the teacher",
-            ),
-            (
-                "def my_output_loss(student_out, teacher_out):\n"
-                "    return (student_out - teacher_out.detach()).square().flatten(1).mean(1)",
-                "in float16",
-            ),
-            (
-                "def my_output_loss(student_out, teacher_out):\n"
-                "    return (student_out - teacher_out.detach()).abs().flatten(1).mean(1)",
-                "should be",
-            ),
-            (
-                "def my_output_loss(student_out, teacher_out):\n"
-                "    return (student_out - teacher_out).detach().float().square().flatten(1).mean(1)",
-                "no gradient reaches the student",
-            ),
+            (".flatten(1).mean(1)", ".mean()", "one number for each"),
+            (".detach()", "", "reaches the teacher"),
+            (".float()", "", "in float16"),
+            (".square()", ".abs()", "should be"),
+            (".square()", ".detach().square()", "no gradient reaches the student"),
         ],
     ),
     "normalised_term": (
         """
 def normalised_term(f_student, f_teacher):
     size = f_teacher.float().square().flatten(1).mean(1)
-    return (f_student.float() - f_teacher.float()).square().flatten(1).mean(1) / size
+    error = (f_student.float() - f_teacher.float()).square().flatten(1).mean(1)
+    return error / size
 """,
         [
-            (
-                "def normalised_term(f_student, f_teacher):\n"
-                "    return (f_student - f_teacher).square().flatten(1).mean(1) / f_teacher.square().mean()",
-                "a feature of zeros is off by",
-            ),
-            (
-                "def normalised_term(f_student, f_teacher):\n"
-                "    return (f_student - f_teacher).flatten(1).norm(dim=1) / f_teacher.flatten(1).norm(dim=1)",
-                "three times the teacher's feature is off by",
-            ),
-            (
-                "def normalised_term(f_student, f_teacher):\n    return (f_student - f_teacher).square().mean()",
-                "one number for each",
-            ),
+            ("error / size", "error / size.mean()", "a feature of zeros has the term"),
+            ("error / size", "(error / size).sqrt()", "three times the teacher's feature has the term"),
+            ("error / size", "(error / size).mean()", "one number for each"),
         ],
     ),
     "reached": (
@@ -189,13 +110,8 @@ def reached(feature):
     return parts | {f"up_blocks.{i}" for i in range(up)}
 """,
         [
-            (
-                "def reached(feature):\n"
-                '    return {feature.replace("down", "down_blocks").replace("up", "up_blocks")[:13]}',
-                "also reaches",
-            ),
-            ("def reached(feature):\n    return set(PARTS)", "down.0 does not reach"),
-            ('def reached(feature):\n    return set(PARTS[:5 if feature[0] == "d" else 8])', "down.0 does not reach"),
+            ('{"conv_in", "time_embedding"} | ', "", "also reaches"),
+            ("return parts", "return set(PARTS)", "down.0 does not reach"),
         ],
     ),
     "eps_loss_of_v": (
@@ -204,21 +120,8 @@ def eps_loss_of_v(v_student, v_teacher, t, alpha_bar):
     return alpha_bar[t] * kd.mean_square(v_student, v_teacher)
 """,
         [
-            (
-                "def eps_loss_of_v(v_student, v_teacher, t, alpha_bar):\n"
-                "    return kd.mean_square(v_student, v_teacher)",
-                "times the right answer",
-            ),
-            (
-                "def eps_loss_of_v(v_student, v_teacher, t, alpha_bar):\n"
-                "    return (1 - alpha_bar[t]) * kd.mean_square(v_student, v_teacher)",
-                "times the right answer",
-            ),
-            (
-                "def eps_loss_of_v(v_student, v_teacher, t, alpha_bar):\n"
-                "    return alpha_bar[t].sqrt() * kd.mean_square(v_student, v_teacher)",
-                "times the right answer",
-            ),
+            ("alpha_bar[t] * ", "", "times the expected loss"),
+            ("alpha_bar[t]", "(1 - alpha_bar[t])", "times the expected loss"),
         ],
     ),
 }
@@ -269,10 +172,10 @@ def named(notebook, tag: str) -> dict:
     return {cell.metadata["name"]: cell for cell in notebook.cells if tag in cell.metadata.get("tags", ())}
 
 
-def with_answers(notebook) -> list[tuple[str, str, nbformat.NotebookNode]]:
-    """After every check of the notebook try all answers, then go on with the stub, as a reader does at first.
+def with_solutions(notebook) -> list[tuple[str, str, nbformat.NotebookNode]]:
+    """After each check insert all solutions with the check again, then the stub, so that the rest runs as for a reader.
 
-    -> (exercise, what the check is to say, the cell that checks)
+    Returns (exercise, what the check is to say, the cell that checks) for each.
     """
     stubs, cells, expected = named(notebook, "exercise"), [], []
     for cell in notebook.cells:
@@ -280,34 +183,34 @@ def with_answers(notebook) -> list[tuple[str, str, nbformat.NotebookNode]]:
         if "check" not in cell.metadata.get("tags", ()):
             continue
         name = cell.metadata["name"]
-        right, wrong = ANSWERS[name]
+        right, wrong = SOLUTIONS[name]
+        assert all(old in right for old, _, _ in wrong)
+        attempts = [(right, "correct"), *((right.replace(old, new), says) for old, new, says in wrong)]
         expected.append((name, "not solved yet", cell))
-        for answer, says in [(right, "right"), *wrong, (stubs[name].source, "not solved yet")]:
+        for solution, says in [*attempts, (stubs[name].source, "not solved yet")]:
             check = nbformat.v4.new_code_cell(cell.source, metadata={"tags": ["raises-exception"]})
-            cells += [nbformat.v4.new_code_cell(answer), check]
+            cells += [nbformat.v4.new_code_cell(solution), check]
             expected.append((name, says, check))
     notebook.cells = cells
     return expected
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs_from_top_to_bottom_and_checks_tell_right_answers_from_wrong_ones(path):
+def test_runs_from_top_to_bottom_and_checks_tell_right_solutions_from_wrong_ones(path):
     notebook = nbformat.read(path, as_version=4)
-    expected = with_answers(notebook)
+    expected = with_solutions(notebook)
     run_notebook(notebook, fast=True)
     for name, says, cell in expected:
         said = "\n".join(map(text_of, cell.outputs))
-        if says in ("right", "not solved yet"):
+        if says in ("correct", "not solved yet"):
             assert said.strip() == says, f"{name}: {said}"
         else:
-            assert any(o.output_type == "error" and o.ename == "AssertionError" for o in cell.outputs), (
-                f"{name}: {said}"
-            )
+            assert [o.ename for o in cell.outputs if o.output_type == "error"] == ["AssertionError"], f"{name}: {said}"
             assert says in said, f"{name}: {said}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_has_three_exercises_or_more_each_with_a_check_and_answers(path):
+def test_has_three_exercises_or_more_each_with_a_check_and_solutions(path):
     notebook = nbformat.read(path, as_version=4)
     exercises, checks = named(notebook, "exercise"), named(notebook, "check")
     assert len(exercises) >= 3
@@ -315,8 +218,9 @@ def test_has_three_exercises_or_more_each_with_a_check_and_answers(path):
     for name, cell in exercises.items():
         assert 'raise NotImplementedError("your turn")' in cell.source
         assert f"def {name}(" in cell.source
-        assert ANSWERS[name][1], f"{name} has no wrong answers"
-        assert ANSWERS[name][0].strip() not in "".join(cell.source for cell in notebook.cells)
+        right, wrong = SOLUTIONS[name]
+        assert wrong, f"{name} has no wrong solutions"
+        assert right.strip() not in "".join(cell.source for cell in notebook.cells)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,8 +1,8 @@
-"""Protects the solvers: DDIM and Euler step for step as diffusers, exact where theory is exact, and guidance.
+"""The samplers: DDIM and Euler against diffusers and against exact solutions, and guidance.
 
-diffusers' DDIMScheduler takes its previous timestep from an integer division, which leaves the grid wherever
-the spacing varies; ours goes to the next entry of the grid. The oracle below is told the true gap, so
-that its formulas are compared on our grid; another test holds both loops equal where the division fits.
+The previous timestep of diffusers' DDIMScheduler is t - T // steps, which is not on its own grid where the spacing
+varies; ours is the next entry of the grid. `oracle_ddim` sets the gaps of our grid in the scheduler, so that its
+formulas are compared; with true_gaps=False the scheduler is unmodified.
 """
 
 import math
@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from minidistill.diffusion.samplers import ddim, ddim_step, euler, guide
+from minidistill.diffusion.samplers import ddim, euler, guide
 from minidistill.diffusion.schedule import (
     PREDICTIONS,
     SPACINGS,
@@ -23,12 +23,14 @@ from minidistill.diffusion.schedule import (
     time_grid,
 )
 
-SD = ScheduleConfig()
-ALPHA_BAR = make_alpha_bar(SD)
+ALPHA_BAR = make_alpha_bar(ScheduleConfig())
+COUNTS = (1, 2, 3, 4, 5, 7, 8, 13, 20, 25, 30, 50)  # of steps; 3, 7, 13, 30 do not divide 1000
+samplers = pytest.mark.parametrize("sampler", [ddim, euler])
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
 
 
 def toy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Smooth, bounded, and different at every x and t."""
+    """A smooth, bounded function of x and t."""
     t = t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) / 1000
     return 0.8 * torch.tanh(x + 0.3) + 0.2 * torch.sin(5 * t + x)
 
@@ -58,38 +60,36 @@ def oracle_ddim(steps: int, config: ScheduleConfig, x: torch.Tensor, eta: float 
     return x
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@predictions
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize(("eta", "to_one"), [(0.0, True), (0.7, False)])
-def test_ddim_is_diffusers_ddim_for_1_to_50_steps(spacing, prediction, eta, to_one):
+def test_ddim_equals_diffusers_formulas_on_our_grid(spacing, prediction, eta, to_one):
     config = ScheduleConfig(timestep_spacing=spacing, prediction_type=prediction, set_alpha_to_one=to_one)
-    for steps in range(1, 51):
-        ours = ddim(
-            toy,
-            noise(),
-            time_grid(steps, spacing),
-            ALPHA_BAR,
-            prediction,
-            eta=eta,
-            final_alpha_bar=final_alpha_bar(config, ALPHA_BAR),
-            generators=seeds(2),
-        )
+    settings = {"eta": eta, "final_alpha_bar": final_alpha_bar(config, ALPHA_BAR)}
+    for steps in COUNTS:
+        grid = time_grid(steps, spacing)
+        ours = ddim(toy, noise(), grid, ALPHA_BAR, prediction, generators=seeds(2), **settings)
         assert_close(ours, oracle_ddim(steps, config, noise(), eta))
 
 
-@pytest.mark.parametrize(
-    ("spacing", "counts"), [("leading", range(1, 51)), ("trailing", (1, 2, 4, 5, 8, 10, 20, 25, 50))]
-)
-def test_ddim_is_the_unmodified_diffusers_loop_where_the_spacing_is_constant(spacing, counts):
+@pytest.mark.parametrize(("spacing", "counts"), [("leading", COUNTS), ("trailing", (1, 2, 4, 5, 8, 10, 20, 25, 50))])
+def test_ddim_equals_the_unmodified_diffusers_scheduler_where_the_spacing_is_constant(spacing, counts):
     config = ScheduleConfig(timestep_spacing=spacing)
     for steps in counts:
         ours = ddim(toy, noise(), time_grid(steps, spacing), ALPHA_BAR, final_alpha_bar=float(ALPHA_BAR[0]))
         assert_close(ours, oracle_ddim(steps, config, noise(), true_gaps=False))
 
 
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 25), ("trailing", 30)])
+def test_ddim_differs_from_the_unmodified_diffusers_scheduler_where_the_spacing_varies(spacing, steps):
+    ours = ddim(toy, noise(), time_grid(steps, spacing), ALPHA_BAR, final_alpha_bar=float(ALPHA_BAR[0]))
+    theirs = oracle_ddim(steps, ScheduleConfig(timestep_spacing=spacing), noise(), true_gaps=False)
+    assert (ours - theirs).norm() > 0.005 * theirs.norm()
+
+
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
-def test_ddim_works_from_zero_terminal_snr(spacing, prediction):
+def test_ddim_starts_from_zero_terminal_snr(spacing, prediction):
     config = ScheduleConfig(timestep_spacing=spacing, prediction_type=prediction, rescale_betas_zero_snr=True)
     alpha_bar = make_alpha_bar(config)
     for steps in (2, 7, 25):
@@ -108,26 +108,26 @@ def oracle_euler(steps: int, config: ScheduleConfig, x: torch.Tensor) -> torch.T
     return x
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@predictions
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_euler_is_diffusers_euler_for_1_to_50_steps(spacing, prediction):
+def test_euler_equals_diffusers_euler(spacing, prediction):
     config = ScheduleConfig(timestep_spacing=spacing, prediction_type=prediction)
-    for steps in range(1, 51):
+    for steps in COUNTS:
         grid = time_grid(steps, spacing, fractional=True)
         ours = euler(toy, noise(), grid, ALPHA_BAR, prediction, pure_noise=spacing == "leading")
         assert_close(ours, oracle_euler(steps, config, noise()))
 
 
-@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
-def test_euler_takes_zero_terminal_snr_at_the_sigma_diffusers_takes(prediction):
+@predictions
+def test_euler_starts_from_zero_terminal_snr_at_the_sigma_of_diffusers(prediction):
     config = ScheduleConfig(timestep_spacing="trailing", prediction_type=prediction, rescale_betas_zero_snr=True)
     for steps in (1, 4, 25):
         ours = euler(toy, noise(), time_grid(steps, "trailing"), make_alpha_bar(config), prediction)
-        # sigma is 4096 here: diffusers' own x + (sigma' - sigma) d loses 4096 times float32's precision
+        # sigma is 4096 here, so x + (sigma' - sigma) d in diffusers loses a factor of 4096 in precision
         assert_close(ours, oracle_euler(steps, config, noise()), relative=1e-3)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@predictions
 def test_ddim_to_clean_from_scaled_noise_is_euler(prediction):
     scale = float((1 - ALPHA_BAR[999]).sqrt())
     assert scale == pytest.approx(0.9976672, abs=1e-6)
@@ -142,20 +142,14 @@ def test_ddim_to_clean_from_scaled_noise_is_euler(prediction):
             euler(toy, noise(), grid, ALPHA_BAR, prediction, pure_noise=True),
         )
     pure, scaled = ddim(toy, noise(), grid, ALPHA_BAR), euler(toy, noise(), grid, ALPHA_BAR)
-    assert (pure - scaled).abs().max() > 1e-4  # so the identity above says something
-
-
-def test_first_euler_input_has_the_golden_scale():
-    seen = []
-    euler(toy, noise(), time_grid(4, "trailing"), ALPHA_BAR, callback=seen.append)
-    assert_close(seen[0]["x"], 0.9976672 * noise(), 1e-6)
+    assert (pure - scaled).abs().max() > 1e-4  # the two are distinguishable
 
 
 MEAN, STD = 0.7, 0.4
 
 
 def exact_eps(alpha_bar: torch.Tensor):
-    """eps(x, t) of Gaussian data N(MEAN, STD^2): x_t is Gaussian, so its score is known."""
+    """The exact eps(x, t) of Gaussian data N(MEAN, STD^2), whose x_t is Gaussian."""
 
     def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         a = alpha_bar[t].reshape(-1, 1, 1, 1).to(x.dtype)
@@ -165,7 +159,7 @@ def exact_eps(alpha_bar: torch.Tensor):
 
 
 def exact_flow(x: torch.Tensor, a: float, a_end: float) -> torch.Tensor:
-    """Where the probability flow takes x_t: it keeps the number of standard deviations from the mean."""
+    """The exact probability flow from x_t: it preserves the number of standard deviations from the mean."""
     deviations = (x - a**0.5 * MEAN) / (a * STD**2 + 1 - a) ** 0.5
     return a_end**0.5 * MEAN + (a_end * STD**2 + 1 - a_end) ** 0.5 * deviations
 
@@ -175,7 +169,7 @@ def orders(errors: list[float]) -> list[float]:
     return [math.log2(a / b) for a, b in pairwise(errors)]
 
 
-def test_ddim_error_on_gaussian_data_falls_like_one_over_the_steps():
+def test_ddim_converges_with_order_one_on_gaussian_data():
     x, a, a_end = noise(dtype=torch.float64), float(ALPHA_BAR[999]), float(ALPHA_BAR[199])
     errors = []
     for steps in (10, 20, 40, 80, 160):
@@ -187,8 +181,8 @@ def test_ddim_error_on_gaussian_data_falls_like_one_over_the_steps():
 
 
 @pytest.mark.parametrize("sampler", [ddim, lambda *args: euler(*args, pure_noise=True)])
-def test_error_down_to_clean_falls_a_little_slower(sampler):
-    """sigma goes like sqrt(t) near clean: equal steps in t then cost a factor log N."""
+def test_convergence_to_clean_latents_is_slightly_slower(sampler):
+    """sigma is proportional to sqrt(t) near t = 0, where equal steps in t cost a factor log N."""
     x, a = noise(dtype=torch.float64), float(ALPHA_BAR[999])
     errors = []
     for steps in (25, 50, 100, 200):
@@ -197,7 +191,7 @@ def test_error_down_to_clean_falls_a_little_slower(sampler):
     assert all(0.75 < order < 1.0 for order in orders(errors)), (errors, orders(errors))
 
 
-def test_ddim_with_eta_one_draws_the_data_distribution():
+def test_ddim_with_eta_one_samples_the_data_distribution():
     x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     ours = ddim(exact_eps(ALPHA_BAR), x, time_grid(100, "trailing"), ALPHA_BAR, eta=1.0, generators=seeds(2))
     assert ours.mean().item() == pytest.approx(MEAN, abs=0.03)
@@ -219,7 +213,7 @@ def test_a_sample_does_not_depend_on_its_batch_when_noise_is_added():
     assert not torch.equal(whole, ddim(toy, x, grid, ALPHA_BAR))
 
 
-@pytest.mark.parametrize("sampler", [ddim, euler])
+@samplers
 def test_half_precision_latents_keep_a_float32_state(sampler):
     dtypes = []
 
@@ -231,12 +225,12 @@ def test_half_precision_latents_keep_a_float32_state(sampler):
     half = sampler(model, x, time_grid(20, "trailing"), ALPHA_BAR)
     full = sampler(toy, x.float(), time_grid(20, "trailing"), ALPHA_BAR)
     assert half.dtype == torch.bfloat16 and set(dtypes) == {torch.bfloat16}
-    # bfloat16 has 8 bits: a bfloat16 state would lose far more over 20 steps with the first multiplied by 3.5
+    # A bfloat16 state would lose far more over 20 steps.
     assert_close(half.float(), full, relative=0.03)
 
 
-@pytest.mark.parametrize("sampler", [ddim, euler])
-def test_the_callback_sees_every_step(sampler):
+@samplers
+def test_the_callback_gets_every_step(sampler):
     seen = []
     result = sampler(toy, noise(), time_grid(4, "trailing"), ALPHA_BAR, callback=seen.append)
     assert [(s["i"], s["t"]) for s in seen] == [(0, 999), (1, 749), (2, 499), (3, 249)]
@@ -245,10 +239,11 @@ def test_the_callback_sees_every_step(sampler):
         eps = toy(s["x"], torch.tensor([s["t"]]))
         assert_close(s["x0"], (s["x"] - (1 - a).sqrt() * eps) / a.sqrt())
     assert_close(result, seen[-1]["x0"])
+    assert_close(seen[0]["x"], (0.9976672 if sampler is euler else 1) * noise(), 1e-6)
 
 
-@pytest.mark.parametrize("sampler", [ddim, euler])
-def test_samplers_refuse_grids_that_are_not_grids(sampler):
+@samplers
+def test_samplers_refuse_invalid_grids(sampler):
     for grid in ([1, 500], [500, 500], [], [1000, 1], [5, -1]):
         with pytest.raises(ValueError, match="timesteps must"):
             sampler(toy, noise(), torch.tensor(grid), ALPHA_BAR)
@@ -256,7 +251,7 @@ def test_samplers_refuse_grids_that_are_not_grids(sampler):
         sampler(toy, noise(), time_grid(2, "trailing"), ALPHA_BAR, "eps")
 
 
-def test_ddim_refuses_what_it_cannot_do():
+def test_ddim_refuses_invalid_settings():
     grid = time_grid(4, "trailing")
     with pytest.raises(ValueError, match="one generator for each of the 2"):
         ddim(toy, noise(), grid, ALPHA_BAR, eta=0.5, generators=seeds(1))
@@ -289,11 +284,11 @@ def test_guidance_batches_uncond_first_and_extrapolates():
     assert torch.equal(both, torch.cat([uncond, context]))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_guidance_of_one_or_less_is_off_not_unconditional(scale):
-    calls, context = [], torch.full((2, 7, 3), 3.0)
-    out = guide(fake_unet(calls), context, None, scale)(noise(), torch.tensor([9, 9]))
-    assert torch.allclose(out, torch.full_like(out, 3.0)) and len(calls[0][0]) == 2
+def test_guidance_of_one_or_less_is_off_not_unconditional():
+    for scale in (1.0, 0.0):
+        calls, context = [], torch.full((2, 7, 3), 3.0)
+        out = guide(fake_unet(calls), context, None, scale)(noise(), torch.tensor([9, 9]))
+        assert torch.allclose(out, torch.full_like(out, 3.0)) and len(calls[0][0]) == 2
 
 
 def test_guidance_duplicates_sdxl_conditions():
@@ -307,11 +302,3 @@ def test_guidance_duplicates_sdxl_conditions():
         guide(fake_unet(calls), context, uncond, 2.0, added_cond=cond)
     with pytest.raises(ValueError, match="same shape"):
         guide(fake_unet(calls), context, None, 2.0)
-
-
-def test_one_ddim_step_matches_the_formula_written_out():
-    x, out = noise(1), noise(1, seed=1)
-    stepped, x0 = ddim_step(x, out, 999, 499, ALPHA_BAR)
-    # coefficients of the jump 1000 -> 500 in the paper's counting: 7.719 x_t - 6.851 eps
-    assert_close(stepped, 7.719 * x - 6.851 * out, relative=1e-3)
-    assert_close(x0, 14.649 * x - 14.615 * out, relative=1e-3)

@@ -1,12 +1,12 @@
-"""TAESD: the same images and latents as diffusers' AutoencoderTiny, from files of every spelling."""
+"""TAESD against diffusers' AutoencoderTiny: images and latents, and files of all layouts."""
 
 import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from minidistill.errors import InputError
+from minidistill.interop.replace import replace_vae
 from minidistill.interop.vae_file import read_vae_file
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.scenes import Scenes
@@ -41,7 +41,7 @@ def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def own_spelling(state: dict[str, torch.Tensor], half: str) -> dict[str, torch.Tensor]:
-    """A half of a TAESD as its own code saves it: the decoder's first layer is a clamp without weights."""
+    """Encoder or decoder with the names of TAESD's own code, whose decoder starts with a layer without weights."""
     first = 1 if half == "decoder" else 0
     names = {name: name.removeprefix(f"{half}.layers.") for name in state if name.startswith(half)}
     return {
@@ -56,15 +56,16 @@ def test_latents_and_images_are_diffusers(config):
     theirs = oracle(**config)
     model = ours(theirs)
     images, channels = random(2, 3, 32, 48).clamp(-1, 1), theirs.config.latent_channels
-    latents = random(2, channels, 4, 6, scale=4.0)  # beyond +-3, where they are squeezed
+    latents = random(2, channels, 4, 6, scale=4.0)  # beyond +-3, where tanh limits them
     assert (model.to_latents(images) - theirs.encode(images).latents).abs().max() < 1e-5
     assert (model.from_latents(latents) - theirs.decode(latents).sample).abs().max() < 1e-5
 
 
 @torch.no_grad()
-def test_a_model_with_one_is_trained_on_its_latents_and_measured(tmp_path):
+def test_training_and_evaluation_use_its_latents(tmp_path):
     oracle().save_pretrained(tmp_path / "taesd")
-    pipe, data = load_pipeline("miniature", vae=tmp_path / "taesd"), Scenes("train", length=2)
+    pipe, data = load_pipeline("miniature", without=("vae",)), Scenes("train", length=2)
+    replace_vae(pipe, tmp_path / "taesd")
     for cache in (True, False):
         x0 = Batches(data, pipe, batch_size=2, seed=0, cache=cache)[0][0]
         expected = pipe.vae.to_latents(to_pixels([image for image, _ in data]))
@@ -80,27 +81,17 @@ def test_it_has_the_official_number_of_tensors_and_parameters():
 
 
 @torch.no_grad()
-def test_it_stands_in_for_the_large_vae():
-    model = ours(oracle(**SMALL))
-    config, images = model.config, random(1, 3, 16, 24).clamp(-1, 1)
-    latents = model.to_latents(images, noise=random(1, 3, 2, 3))
-    assert torch.equal(latents, model.to_latents(images))
-    assert latents.shape == (1, config.latent_channels, 16 // config.downscale, 24 // config.downscale)
-    assert model.from_latents(latents).shape == images.shape
-    assert config.scaling_factor == 1 and config.downscale == 8
-
-
-@torch.no_grad()
-def test_a_scaling_factor_is_applied_both_ways():
-    images = random(1, 3, 16, 16).clamp(-1, 1)
-    plain = ours(oracle(**SMALL))
-    scaled = ours(oracle(**SMALL, scaling_factor=2.0))
-    assert torch.allclose(scaled.to_latents(images), 2 * plain.to_latents(images))
+def test_noise_has_no_effect_and_the_scaling_factor_is_applied_in_both_directions():
+    images = random(1, 3, 16, 24).clamp(-1, 1)
+    plain, scaled = ours(oracle(**SMALL)), ours(oracle(**SMALL, scaling_factor=2.0))
     latents = plain.to_latents(images)
+    assert latents.shape == (1, 3, 2, 3) and plain.config.downscale == 8 and plain.config.scaling_factor == 1
+    assert torch.equal(latents, plain.to_latents(images, noise=random(1, 3, 2, 3)))
+    assert torch.allclose(scaled.to_latents(images), 2 * latents)
     assert torch.allclose(scaled.from_latents(2 * latents), plain.from_latents(latents), atol=1e-6)
 
 
-def test_configs_go_to_diffusers_and_back():
+def test_configs_round_trip_through_diffusers():
     config = TinyConfig.from_dict(dict(oracle(**SMALL).config))
     assert config == TinyConfig(
         latent_channels=3, width=8, num_encoder_blocks=(1, 1, 2, 1), num_decoder_blocks=(2, 1, 1, 1)
@@ -120,17 +111,14 @@ def test_configs_go_to_diffusers_and_back():
         {"use_midblock": True},
     ],
 )
-def test_a_config_it_cannot_build_is_refused(change):
+def test_unsupported_configs_are_refused(change):
     with pytest.raises(ValueError, match=list(change)[-1]):
         TinyConfig.from_dict(change)
 
 
-# files
-
-
 @pytest.mark.parametrize("spelling", ["diffusers", "whole", "halves", "prefixed"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_files_of_every_spelling_are_read(tmp_path, spelling, suffix):
+def test_files_of_all_layouts_are_read(tmp_path, spelling, suffix):
     state = oracle().state_dict()
     save = save_file if suffix == ".safetensors" else torch.save
     halves = {half: own_spelling(state, half) for half in ("encoder", "decoder")}
@@ -143,43 +131,17 @@ def test_files_of_every_spelling_are_read(tmp_path, spelling, suffix):
     else:
         prefix = "taesd_" if spelling == "prefixed" else ""
         save({f"{prefix}{half}.{n}": t for half, part in halves.items() for n, t in part.items()}, path)
-    config, tensors = read_vae_file(path, SDXL_VAE)
-    assert config == TinyConfig()
-    assert tensors.keys() == state.keys()
-    assert all(torch.equal(tensors[name], state[name]) for name in state)
+    for half in ("decoder", "encoder")[: 1 + (spelling == "halves")]:  # either half names both
+        config, tensors = read_vae_file(tmp_path / f"taesd_{half}{suffix}", SDXL_VAE)
+        assert config == TinyConfig()
+        assert tensors.keys() == state.keys()
+        assert all(torch.equal(tensors[name], state[name]) for name in state)
 
 
-def test_both_halves_mean_the_same(tmp_path):
-    state = oracle().state_dict()
-    for half in ("encoder", "decoder"):
-        save_file(own_spelling(state, half), tmp_path / f"taesdxl_{half}.safetensors")
-    one, two = (read_vae_file(tmp_path / f"taesdxl_{half}.safetensors")[1] for half in ("encoder", "decoder"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_half_alone_is_refused_with_the_name_of_the_other(tmp_path):
+def test_an_encoder_or_decoder_alone_is_refused_with_the_name_of_the_other(tmp_path):
     save_file(own_spelling(oracle().state_dict(), "decoder"), tmp_path / "taesd_decoder.safetensors")
     with pytest.raises(InputError, match=r"taesd_encoder\.safetensors"):
         read_vae_file(tmp_path / "taesd_decoder.safetensors")
     save_file(own_spelling(oracle().state_dict(), "encoder"), tmp_path / "preview.safetensors")
     with pytest.raises(InputError, match="decoder must lie beside it"):
         read_vae_file(tmp_path / "preview.safetensors")
-
-
-@torch.no_grad()
-def test_the_original_network_gives_the_same_images(tmp_path):
-    """The decoder as TAESD's own code builds it, from images in [0, 1]."""
-    theirs = oracle()
-
-    class Clamp(nn.Module):
-        def forward(self, x):
-            return torch.tanh(x / 3) * 3
-
-    original = nn.Sequential(Clamp(), *theirs.decoder.layers)
-    for half in ("encoder", "decoder"):
-        save_file(own_spelling(theirs.state_dict(), half), tmp_path / f"taesd_{half}.safetensors")
-    original.load_state_dict(own_spelling(theirs.state_dict(), "decoder"))
-    config, tensors = read_vae_file(tmp_path / "taesd_encoder.safetensors")
-    model = load_into(AutoencoderTiny(config), tensors, "x")
-    latents = random(1, 4, 4, 4)
-    assert (model.from_latents(latents) - (original(latents) * 2 - 1)).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""The command train_kd from folders to folders: what a run leaves behind, going on after a kill, what is refused.
+"""The command train_kd from folders to folders: what a run leaves behind, resuming after a kill, what is refused.
 
 A tiny teacher saved by diffusers, with all four stages, is distilled on a folder of ten images. The student must load
 in diffusers; a run killed again and again must end in the very bits of the run that was left alone; bad input must end
@@ -8,10 +8,11 @@ in one line and exit code 2, with nothing written.
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,21 +21,38 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, counting_pipe, save_images, save_tiny_sd1
+from conftest import CAPTIONS, TOKENS, counting_pipe, save_images
 from PIL import Image
+from runs import (
+    UNET,
+    assert_same_files,
+    checkpoint,
+    contents,
+    exit_code,
+    largest_difference,
+    metrics,
+    one_line,
+    read,
+    results,
+)
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny_sd1
 
-from minidistill import report as comparison
-from minidistill import train_kd
-from minidistill.cli import parse, run_command
+from minidistill import pipeline, report, train_kd
+from minidistill.cli import parse
 from minidistill.diffusion.noise import generator_for
-from minidistill.distill.block_removal import RECIPES
+from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
+from minidistill.distill.memory import step_peak
+from minidistill.errors import InputError
+from minidistill.metrics.cost import MemoryCount
+from minidistill.models.unet import SD15, UNet
 from minidistill.pipeline import load_pipeline
+from minidistill.training.log import MetricsLog
 
 ROOT = Path(__file__).parents[1]
-UNET = "unet/diffusion_pytorch_model.safetensors"
 FLAGS = "--recipe bk-small --steps 4 --batch-size 4 --warmup 0 --log-every 1 --checkpoint-every 2 --sample-every 3"
-RUN = f"{FLAGS} --learning-rate 1e-3 --precision fp32".split()
+RUN = f"{FLAGS} --learning-rate 1e-3 --precision fp32"
+WEIGHTS = "--loss-weights 1,0.5,0.25"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -42,55 +60,31 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 def quick(one_thread):
     """Leave out what takes most of a tiny run and is tested elsewhere: counting, timing, many sampling steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "STEPS", 2)
-        patch.setattr(comparison, "count_macs", lambda *_: {"conv_linear": 0})
-        patch.setattr(comparison, "milliseconds", lambda *_: 0.0)
-        patch.setattr(train_kd, "removal_rows", lambda *_: [("removed",), ("",)])
+        patch.setattr(pipeline, "STEPS", 2)
+        patch.setattr(train_kd, "PROBES", 4)
+        patch.setattr(report, "count_macs", lambda *_: {"conv_linear": 0})
+        patch.setattr(report, "milliseconds", lambda *_: 0.0)
+        patch.setattr(train_kd.block_removal, "removal_rows", lambda *_: [("removed",), ("",)])
         yield
 
 
-def command(*words: object) -> int:
-    """Run the command in this process -> exit code."""
-    with pytest.raises(SystemExit) as info:
-        run_command(train_kd.main, train_kd.Config, train_kd.PRESETS, prog="train_kd", argv=list(map(str, words)))
-    return info.value.code
-
-
-@pytest.fixture
-def train(tiny_sd1, images):
-    """train(run folder, *flags) -> exit code."""
-    return lambda run, *flags: command("--teacher", tiny_sd1, "--data", images, "--out", run, *RUN, *flags)
-
-
 @pytest.fixture(scope="module")
-def plain(tiny_sd1, images, tmp_path_factory):
-    """The folder of a run with the flags in RUN and no others; not to be changed."""
-    run = tmp_path_factory.mktemp("plain") / "run"
-    assert command("--teacher", tiny_sd1, "--data", images, "--out", run, *RUN) == 0
+def train(tiny_sd1, images):
+    """train(run folder, flags, *words) -> exit code."""
+
+    def run(folder: Path, flags: str = "", *words: object) -> int:
+        given = ("--teacher", tiny_sd1, "--data", images, "--out", folder, *RUN.split(), *flags.split(), *words)
+        return exit_code(train_kd, *given, main="command")
+
     return run
 
 
-def checkpoint(run: Path, step: int = 4, part: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, or those of one part ("student", "ema", "optimizer"), by their own names."""
-    tensors = load_file(run / f"checkpoints/step-{step:06d}/state.safetensors")
-    return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items() if name.startswith(part)}
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys() and a
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "ms_per_step"} for line in lines]
-
-
-def results(run: Path) -> dict[str, dict]:
-    """results.json without what the clock decides."""
-    content = json.loads((run / "results.json").read_text())
-    return {name: {k: v for k, v in row.items() if k != "ms_per_call"} for name, row in content.items()}
+@pytest.fixture(scope="module")
+def plain(train, tmp_path_factory):
+    """The folder of a run with the flags in RUN and no others; not to be changed."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    assert train(folder) == 0
+    return folder
 
 
 # a run, and what it leaves behind
@@ -100,7 +94,7 @@ def results(run: Path) -> dict[str, dict]:
 def finished(tiny_sd1, images, tmp_path_factory):
     """(run folder, printed) of a run from the command line."""
     run = tmp_path_factory.mktemp("runs") / "deep" / "run"
-    words = ["--teacher", tiny_sd1, "--data", images, "--out", run, *RUN, "--loss-weights", "1,0.5,0.25"]
+    words = ["--teacher", tiny_sd1, "--data", images, "--out", run, *RUN.split(), *WEIGHTS.split(), "--device", "cpu"]
     call = [sys.executable, "-m", "minidistill.train_kd", *map(str, words)]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD)
     assert (done.returncode, done.stderr) == (0, "")
@@ -124,15 +118,8 @@ def test_the_student_loads_in_diffusers_and_samples_the_same_images(finished, ti
 
 def test_the_run_folder_holds_what_it_should(finished):
     run, printed = finished
-    assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints",
-        "config.json",
-        "curves.png",
-        "metrics.jsonl",
-        "results.json",
-        "samples",
-        "student",
-    ]
+    names = "checkpoints config.json curves.png metrics.jsonl results.json samples student"
+    assert sorted(p.name for p in run.iterdir()) == names.split()
     assert sorted(p.name for p in (run / "samples").iterdir()) == [f"step-00000{i}.png" for i in (0, 3, 4)]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     for path in (run / "student", run / "samples/step-000004.png", run / "curves.png"):
@@ -143,8 +130,8 @@ def test_the_run_folder_holds_what_it_should(finished):
 
 
 def test_config_json_has_every_setting_and_nothing_left_open(finished):
-    config = json.loads((finished[0] / "config.json").read_text())
-    assert config.keys() == {field.name for field in fields(train_kd.Config)} | {"examples"}
+    config = read(finished[0] / "config.json")
+    assert config.keys() == {field.name for field in fields(train_kd.Config)} | {"examples", "weights"}
     assert (config["steps"], config["batch_size"], config["loss_weights"]) == (4, 4, [1, 0.5, 0.25])
     assert (config["resolution"], config["pairing"]) == (32, "nota")
     assert config["remove"] == list(RECIPES["bk-small"].remove)
@@ -170,9 +157,9 @@ def test_results_measure_the_teacher_and_the_student_before_and_after(finished):
     assert before["parameters"] == sum(t.numel() for t in load_file(finished[0] / "student" / UNET).values())
 
 
-def test_strips_show_the_same_teacher_above_a_student_that_changes(finished):
+def test_image_grids_show_the_same_teacher_above_a_student_that_changes(finished):
     grids = [np.asarray(Image.open(path)) for path in sorted((finished[0] / "samples").iterdir())]
-    left, width, height = 92, comparison.SHOWN * 134, 6 + 128  # see report.py: the label, the columns, a row
+    left, width, height = 92, report.SHOWN * 134, 6 + 128  # see report.py: the label, the columns, a row
     assert all(grid.shape[1] == left + width for grid in grids)
     teachers, students = (
         [grid[rows, left:] for grid in grids] for rows in (slice(6, height), slice(height + 6, 2 * height))
@@ -181,15 +168,14 @@ def test_strips_show_the_same_teacher_above_a_student_that_changes(finished):
     assert (students[0] != students[1]).any() and (students[1] != students[2]).any()
 
 
-@pytest.mark.parametrize("kind", ["csv", "txt"])
-def test_captions_from_any_kind_of_file_train_the_same_student(train, finished, tmp_path, kind):
-    save_images(tmp_path / "images", kind)
-    assert train(tmp_path / "run", "--data", tmp_path / "images", "--loss-weights", "1,0.5,0.25") == 0
+def test_captions_from_another_kind_of_file_train_the_same_student(train, finished, tmp_path):
+    save_images(tmp_path / "images", "txt")
+    assert train(tmp_path / "run", WEIGHTS, "--data", tmp_path / "images") == 0
     assert largest_difference(checkpoint(tmp_path / "run"), checkpoint(finished[0])) < 1e-6
 
 
 def test_scenes_are_judged(train, tmp_path):
-    assert train(tmp_path / "run", "--data", "scenes", "--resolution", "64", "--images", "6", "--judged", "2") == 0
+    assert train(tmp_path / "run", "--data scenes --resolution 64 --images 6 --judged 2 --steps 1") == 0
     judged = [row["judge"] for row in results(tmp_path / "run").values()]
     assert len(judged) == 3 and all(0 <= judge["all"] <= 1 for judge in judged)
 
@@ -198,8 +184,8 @@ def test_scenes_are_judged(train, tmp_path):
 
 
 def test_two_micro_batches_of_four_are_one_batch_of_eight(train, tmp_path, plain):
-    assert train(tmp_path / "whole", "--batch-size", "8") == 0
-    assert train(tmp_path / "split", "--batch-size", "4", "--accumulate", "2") == 0
+    assert train(tmp_path / "whole", "--batch-size 8") == 0
+    assert train(tmp_path / "split", "--batch-size 4 --accumulate 2") == 0
     whole, split = (checkpoint(tmp_path / name, part="student") for name in ("whole", "split"))
     assert largest_difference(whole, split) < 1e-5
     assert largest_difference(whole, checkpoint(plain, part="student")) > 1e-3, "a larger batch does change the result"
@@ -208,17 +194,16 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(train, tmp_path, plain
         assert a == pytest.approx(b, rel=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path, precision):
-    flags = ("--precision", precision, "--recipe", "bk-tiny", "--steps", "2")
-    assert train(tmp_path / "kept", *flags) == 0
-    assert train(tmp_path / "recomputed", *flags, "--gradient-checkpointing") == 0
-    assert largest_difference(checkpoint(tmp_path / "kept", 2), checkpoint(tmp_path / "recomputed", 2)) < 1e-6
+def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path):
+    flags = "--precision bf16 --recipe bk-tiny --steps 1"
+    assert train(tmp_path / "kept", flags) == 0
+    assert train(tmp_path / "recomputed", f"{flags} --gradient-checkpointing") == 0
+    assert largest_difference(checkpoint(tmp_path / "kept", 1), checkpoint(tmp_path / "recomputed", 1)) < 1e-6
 
 
 def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(train, tmp_path, plain):
     raw = tmp_path / "raw"
-    assert train(raw, "--ema-decay", "0") == 0
+    assert train(raw, "--ema-decay 0") == 0
     for run, part in ((plain, "ema"), (raw, "student")):
         saved = load_file(run / "student" / UNET)
         assert largest_difference(saved, checkpoint(run, part=part)) == 0, f"{run.name}: {part}"
@@ -228,7 +213,7 @@ def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(
     assert largest_difference(own, checkpoint(raw, part="student")) == 0
 
 
-# going on
+# resuming
 
 # Runs the command in OUT/whole, and in OUT/killed, where SIGKILL ends it at the given moments: when metrics.jsonl has
 # N lines ("lines N"), when a checkpoint is being written ("writing"), and at the N-th file operation ("file N").
@@ -238,14 +223,14 @@ from pathlib import Path
 import torch
 import torch._dynamo  # or it is imported in every child anew
 torch.set_num_threads(1)
-from minidistill import train_kd
-from minidistill import report as comparison
-from minidistill.cli import parse, run_command
+from minidistill import pipeline, report, train_kd
+from minidistill.cli import run_command
 
-comparison.STEPS = 2
-comparison.count_macs = lambda *_: {"conv_linear": 0}
-comparison.milliseconds = lambda *_: 0.0
-train_kd.removal_rows = lambda *_: [("removed",), ("",)]
+pipeline.STEPS = 2
+train_kd.PROBES = 4
+report.count_macs = lambda *_: {"conv_linear": 0}
+report.milliseconds = lambda *_: 0.0
+train_kd.block_removal.removal_rows = lambda *_: [("removed",), ("",)]
 FILE_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 out, moments, words = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
 left = 0
@@ -289,93 +274,77 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(out / "killed", "--resume"),
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows does not have")
-@pytest.mark.parametrize("flags", ["--batch-size 4", "--batch-size 2 --accumulate 2 --precision bf16"])
-def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, images, tmp_path, flags):
+def test_a_run_killed_at_any_moments_ends_in_the_same_bits(tiny_sd1, images, tmp_path):
+    flags = "--steps 4 --checkpoint-every 1 --batch-size 2 --accumulate 2 --precision bf16"
     numbers = random.Random(flags)
-    moments = ["lines 2", "writing", *(f"file {numbers.randint(5, 60)}" for _ in range(3)), "lines 5"]
-    words = f"{' '.join(RUN)} --steps 6 --checkpoint-every 1 {flags}".split()
+    moments = ["lines 1", "writing", *(f"file {numbers.randint(5, 60)}" for _ in range(2))]
     call = [sys.executable, "-c", KILLER, tmp_path, ",".join(moments), "--teacher", tiny_sd1, "--data", images]
-    done = subprocess.run(
-        [*call, *words], capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD, timeout=300
-    )
+    words = [*call, *RUN.split(), *flags.split()]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" killed\n") >= 4 and "damaged" not in done.stdout, done.stdout
-    assert done.stdout.count("going on at step") >= 3, done.stdout
+    assert done.stdout.count(" killed\n") >= 3 and "damaged" not in done.stdout, done.stdout
+    assert len(re.findall(" at step [1-9]", done.stdout)) >= 2, done.stdout
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert {name.split("/")[0] for name in checkpoint(whole, 6)} == {"student", "optimizer", "ema"}
-    same = [f"checkpoints/step-000006/state.{suffix}" for suffix in ("safetensors", "json")]
-    same += [str(path.relative_to(whole)) for path in (whole / "student").rglob("*") if path.is_file()]
-    same += [f"samples/step-00000{step}.png" for step in (0, 3, 6)]
+    assert {name.split("/")[0] for name in checkpoint(whole)} == {"student", "optimizer", "ema"}
+    same = [f"checkpoints/step-000004/state.{suffix}" for suffix in ("safetensors", "json")]
+    same += [f"student/{name}" for name in contents(whole / "student")]
+    same += [f"samples/step-00000{step}.png" for step in (0, 3, 4)]
     assert len(same) > 12
-    for name in same:
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    assert_same_files(whole, killed, same)
     assert metrics(whole) == metrics(killed) and results(whole) == results(killed)
 
 
 def test_a_finished_run_goes_on_for_more_steps_but_not_for_fewer(train, plain, tmp_path, capsys):
     run = shutil.copytree(plain, tmp_path / "run")
-    assert train(run, "--resume", "--steps", "6") == 0
+    assert train(run, "--resume --steps 6") == 0
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert largest_difference(load_file(run / "student" / UNET), checkpoint(run, 6, "ema")) == 0
-    assert "going on at step 4" in capsys.readouterr().out
-    assert train(run, "--resume", "--steps", "2") == 2
+    assert "at step 4" in capsys.readouterr().out
+    assert train(run, "--resume --steps 2") == 2
     assert "has done 6 steps already" in capsys.readouterr().err
 
 
-def test_going_on_needs_no_flag_but_out(plain, tmp_path):
-    run = shutil.copytree(plain, tmp_path / "run")
+def test_a_run_is_not_resumed_under_other_settings_nor_written_over(train, plain, capsys):
+    before = contents(plain)
+    for flags, reason in (
+        ("--resume --recipe bk-base", 'recipe "bk-base" (was "bk-small")'),
+        ("--resume --learning-rate 0.5", "learning_rate 0.5 (was 0.001)"),
+        ("", "is in use (config.json exists)"),
+    ):
+        assert train(plain, flags) == 2
+        assert reason in capsys.readouterr().err
+    assert contents(plain) == before
+
+
+def test_a_run_resumes_on_the_same_images_only(plain, images, tmp_path, capsys):
+    run, data = shutil.copytree(plain, tmp_path / "run"), shutil.copytree(images, tmp_path / "data")
+    (run / "config.json").write_text(json.dumps({**read(run / "config.json"), "data": str(data)}))
     shutil.rmtree(run / "checkpoints/step-000004")
     shutil.rmtree(run / "student")
-    assert command("--out", run, "--resume") == 0
-    assert (run / "student" / UNET).read_bytes() == (plain / "student" / UNET).read_bytes()
-
-
-def test_a_run_is_not_gone_on_with_under_other_settings_nor_written_over(train, plain, capsys):
-    before = {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()}
-    for flags, reason in (
-        (["--resume", "--recipe", "bk-base"], 'recipe "bk-base" (was "bk-small")'),
-        (["--resume", "--learning-rate", "0.5"], "learning_rate 0.5 (was 0.001)"),
-        ([], "is in use (config.json exists): go on with that run by --resume, or take another --out"),
-    ):
-        assert train(plain, *flags) == 2
-        assert reason in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize("change", ["image", "caption"])
-def test_a_run_is_not_gone_on_with_on_other_images(plain, images, tmp_path, capsys, change):
-    run, data = shutil.copytree(plain, tmp_path / "run"), shutil.copytree(images, tmp_path / "data")
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "data": str(data)}))
-    assert command("--out", run, "--resume") == 0
+    assert exit_code(train_kd, "--out", run, "--resume") == 0  # no other flag is needed
+    assert_same_files(run / "student", plain / "student", [UNET])
     captions = data / "metadata.jsonl"
-    if change == "image":
-        shutil.copyfile(data / "0.png", data / "new.png")
-        captions.write_text(captions.read_text() + '{"file_name": "new.png", "text": "one more"}\n')
-    else:
-        captions.write_text(captions.read_text().replace(CAPTIONS[0], "another"))
-    assert command("--out", run, "--resume") == 2
-    told = capsys.readouterr().err
-    assert f'examples "{10 + (change == "image")} images, ' in told and '(was "10 images, ' in told
+    old = captions.read_text()
+    shutil.copyfile(data / "0.png", data / "new.png")
+    changes = {10: old.replace(CAPTIONS[0], "another"), 11: old + '{"file_name": "new.png", "text": "one more"}\n'}
+    for count, changed in changes.items():
+        captions.write_text(changed)
+        assert exit_code(train_kd, "--out", run, "--resume") == 2
+        told = capsys.readouterr().err
+        assert f'examples "{count} images, ' in told and '(was "10 images, ' in told
 
 
 # refusals
 
 
-def one_line(capsys) -> str:
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_its_last_checkpoint_is_good(
     train, plain, tmp_path, monkeypatch, capsys
 ):
-    run, lr_at = tmp_path / "run", train_kd.lr_at
+    run, lr_at = tmp_path / "run", train_kd.optim.lr_at
     with monkeypatch.context() as patch:
-        patch.setattr(train_kd, "lr_at", lambda step, *rest: 1e30 if step == 2 else lr_at(step, *rest))
-        assert train(run, "--sample-every", "100") == 2
+        patch.setattr(train_kd.optim, "lr_at", lambda step, *rest: 1e30 if step == 2 else lr_at(step, *rest))
+        assert train(run, "--sample-every 100") == 3
     error = one_line(capsys)
     assert "at step 4 (timesteps " in error and "--learning-rate" in error
     named = {int(t) for t in error.split("timesteps ")[1].split(")")[0].split(", ")}
@@ -397,24 +366,66 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpo
         checked.append(1)
         return optimizer_step(student, *rest)
 
-    checked, optimizer_step = [], train_kd.optimizer_step
-    monkeypatch.setattr(train_kd, "optimizer_step", with_a_bad_gradient)
-    assert train(tmp_path / "run", "--checkpoint-every", "1") == 2
+    checked, optimizer_step = [], train_kd.optim.optimizer_step
+    monkeypatch.setattr(train_kd.optim, "optimizer_step", with_a_bad_gradient)
+    assert train(tmp_path / "run", "--checkpoint-every 1") == 3
     assert "nan at step 2 (timesteps " in one_line(capsys)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_student_that_makes_no_images_is_named_by_its_step(train, tmp_path, capsys):
-    assert train(tmp_path / "run", "--learning-rate", "1e30", "--sample-every", "1", "--checkpoint-every", "1") == 2
+    assert train(tmp_path / "run", "--learning-rate 1e30 --sample-every 1 --checkpoint-every 1") == 3
     error = one_line(capsys)
     assert "the student of step 1 makes no images" in error and "--learning-rate" in error
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
-def with_tensor(folder: Path, name: str, change) -> Path:
-    """Rewrite the U-Net's weights with one tensor changed, or left out if `change` makes None of it."""
+def test_a_teacher_that_cannot_be_drawn_is_refused_before_a_file_is_written(train, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise InputError("no sampler can do this")
+
+    monkeypatch.setattr(report, "draw", refuse)
+    assert train(tmp_path / "run") == 2
+    assert "no sampler can do this" in one_line(capsys) and not (tmp_path / "run").exists()
+
+
+REFUSED = {  # flags: words of the message
+    "--teacher none": ["no such file or folder", "none"],
+    "--recipe bk-smal": ["--recipe takes", "did you mean bk-small?"],
+    "--remove down.1.7": ["--remove down.1.7 does not fit", "'down.1.7'"],
+    "--remove down.1.0": ["--remove down.1.0", "up.2 mirrors down.1"],
+    "--remove ,": ["--remove names no block"],
+    "--data none": ["data folder", "does not exist"],
+    "--data scenes": ["scenes are 64x64", "32x32", "--resolution 64"],
+    "--resolution 30": ["--resolution", "multiple of 4"],
+    "--loss-weights 1,1": ["--loss-weights takes three numbers"],
+    "--loss-weights 1,1,1,1": ["--loss-weights takes three numbers"],
+    "--loss-weights 0,0,0": ["--loss-weights", "not all of them zero"],
+    "--loss-weights 1,-1,1": ["--loss-weights must be at least 0"],
+    "--ema-decay 1": ["--ema-decay must be below 1"],
+    "--caption-dropout 10": ["--caption-dropout", "0 to 1"],
+    "--max-grad-norm 0": ["--max-grad-norm must be above 0", "none leaves"],
+    "--data scenes --flip": ["--flip", "left and right", "--no-flip"],
+    "--flip --image-free 4": ["--flip needs images"],
+    "--judged 100001": ["--judged must be at most 100000"],
+    "--precision fp16 --device cpu": ["--precision fp16", "bf16"],
+    "--device tpu": ["--device takes"],
+    "--resume": ["nothing to resume in", "check --out"],
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tmp_path, capsys, flags):
+    assert train(tmp_path / "new/run", flags) == 2
+    error = one_line(capsys)
+    assert all(reason in error for reason in REFUSED[flags]), error
+    assert not (tmp_path / "new").exists()
+
+
+def with_tensor(folder: Path, change) -> Path:
+    """Rewrite the U-Net's weights with conv_in.bias changed, or left out if `change` makes None of it."""
     tensors = load_file(folder / UNET)
-    tensors[name] = change(tensors[name])
+    tensors["conv_in.bias"] = change(tensors["conv_in.bias"])
     save_file({key: value for key, value in tensors.items() if value is not None}, folder / UNET)
     return folder
 
@@ -424,90 +435,33 @@ def other_sd1(folder: Path, **architecture) -> Path:
     return folder
 
 
-def without_captions(folder: Path) -> Path:
-    (folder / "metadata.jsonl").unlink()
-    return folder
-
-
-def with_cut_files(folder: Path) -> Path:
-    for name in ("1.jpg", "4.png"):
-        (folder / name).write_bytes((folder / name).read_bytes()[:60])
-    return folder
-
-
-def empty(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-# name: (flags, from the test's own folder, a copy of the teacher and of the data; words of the message)
-REFUSED = {
-    "no such teacher": (lambda own, *_: ["--teacher", own / "none"], ["no such file or folder", "none"]),
-    "data as teacher": (lambda own, sd1, data: ["--teacher", data], ["not a pipeline folder"]),
-    "tensor missing": (
-        lambda own, sd1, _: ["--teacher", with_tensor(sd1, "conv_in.bias", lambda w: None)],
-        [UNET, "does not fit its configuration", "1 of", "are missing (conv_in.bias)"],
-    ),
-    "tensor of another shape": (
-        lambda own, sd1, _: ["--teacher", with_tensor(sd1, "conv_out.weight", lambda w: w[:, :4].clone())],
-        [UNET, "conv_out.weight is (4, 4, 3, 3) in the file, (4, 8, 3, 3) by the config"],
-    ),
-    "infinite weight": (
-        lambda own, sd1, _: ["--teacher", with_tensor(sd1, "conv_in.bias", lambda w: w / 0)],
-        ["unet/ conv_in.bias is not finite"],
-    ),
+BROKEN = {  # name: (makes a teacher of a copy, words of the message)
+    "tensor missing": (lambda sd1: with_tensor(sd1, lambda w: None), [UNET, "1 of", "are missing (conv_in.bias)"]),
+    "infinite weight": (lambda sd1: with_tensor(sd1, lambda w: w / 0), ["unet/ conv_in.bias is not finite"]),
     "three stages": (
-        lambda own, *_: ["--teacher", other_sd1(own / "three", stages=3)],
-        ["--recipe bk-small does not fit", "three", "'down.3.1'", "stage.0 to stage.2", "--remove"],
+        lambda sd1: other_sd1(sd1.parent / "three", stages=3),
+        ["--recipe bk-small does not fit", "three", "'down.3.1'", "stage.0, stage.1, stage.2, down.0.0", "--remove"],
     ),
     "a student as teacher": (
-        lambda own, *_: ["--teacher", other_sd1(own / "bk", layers=1)],
-        ["--recipe bk-small does not fit", "'down.0.1'", "1, 1, 1, 1 layers"],
+        lambda sd1: other_sd1(sd1.parent / "bk", layers=1),
+        ["--recipe bk-small does not fit", "'down.0.1'", "down.0.0, down.1.0, down.2.0, down.3.0, up.0.0"],
     ),
-    "no such recipe": (lambda *_: ["--recipe", "bk-smal"], ["--recipe takes", "did you mean bk-small?"]),
-    "no such block": (lambda *_: ["--remove", "down.1.7"], ["--remove down.1.7 does not fit", "'down.1.7'"]),
-    "blocks that do not fit": (lambda *_: ["--remove", "down.1.0"], ["--remove down.1.0", "up.2 mirrors down.1"]),
-    "no block": (lambda *_: ["--remove", ""], ["--remove names no block"]),
-    "no such data": (lambda own, *_: ["--data", own / "none"], ["data folder", "does not exist"]),
-    "data empty": (lambda own, *_: ["--data", empty(own / "empty")], ["holds no images"]),
-    "no captions": (lambda own, _, data: ["--data", without_captions(data)], ["10 images but no captions"]),
-    "unreadable": (
-        lambda own, _, data: ["--data", with_cut_files(data)],
-        ["2 of 10 images cannot be read", "1.jpg", "4.png"],
-    ),
-    "scenes at 32 pixels": (lambda *_: ["--data", "scenes"], ["scenes are 64x64", "32x32", "--resolution 64"]),
-    "odd resolution": (lambda *_: ["--resolution", "30"], ["--resolution", "multiple of 4"]),
-    "unknown flag": (lambda *_: ["--learning-rat", "1"], ["unknown flag --learning-rat", "--learning-rate"]),
-    "two loss weights": (lambda *_: ["--loss-weights", "1,1"], ["--loss-weights takes three numbers"]),
-    "four loss weights": (lambda *_: ["--loss-weights", "1,1,1,1"], ["--loss-weights takes three numbers"]),
-    "no loss": (lambda *_: ["--loss-weights", "0,0,0"], ["--loss-weights", "not all of them zero"]),
-    "negative loss": (lambda *_: ["--loss-weights", "1,-1,1"], ["--loss-weights must be at least 0"]),
-    "average that never moves": (lambda *_: ["--ema-decay", "1"], ["--ema-decay must be below 1"]),
-    "dropout above 1": (lambda *_: ["--caption-dropout", "10"], ["--caption-dropout", "0 to 1"]),
-    "gradients of no length": (lambda *_: ["--max-grad-norm", "0"], ["--max-grad-norm must be above 0", "none leaves"]),
-    "left for right": (lambda *_: ["--data", "scenes", "--flip"], ["--flip", "left and right", "--no-flip"]),
-    "more captions than there are": (lambda *_: ["--judged", "100001"], ["--judged must be at most 100000"]),
-    "long seed": (lambda *_: ["--seed", 2**64], ["--seed takes a whole number of at most 63 bits"]),
-    "half precision on a CPU": (lambda *_: ["--precision", "fp16"], ["--precision fp16", "bf16"]),
-    "no such device": (lambda *_: ["--device", "tpu"], ["--device takes cpu, cuda"]),
-    "nothing to resume": (lambda *_: ["--resume"], ["nothing to resume in", "check --out"]),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tiny_sd1, images, tmp_path, capsys, case):
-    flags, reasons = REFUSED[case]
-    copies = shutil.copytree(tiny_sd1, tmp_path / "sd1"), shutil.copytree(images, tmp_path / "images")
-    words = flags(tmp_path, *copies)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_teacher_that_will_not_do_is_refused(train, tiny_sd1, tmp_path, capsys, case):
+    make, reasons = BROKEN[case]
+    teacher = make(shutil.copytree(tiny_sd1, tmp_path / "sd1"))
     capsys.readouterr()
-    assert train(tmp_path / "new/run", *words) == 2
+    assert train(tmp_path / "run", "", "--teacher", teacher) == 2
     error = one_line(capsys)
     assert all(reason in error for reason in reasons), error
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_says_what_it_takes_and_writes_nothing(train, tmp_path, capsys):
-    assert train(tmp_path / "run", "--dry-run", "--device", "cuda", "--precision", "fp16", "--accumulate", "5") == 0
+def test_a_dry_run_prints_memory_and_samples_and_writes_nothing(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--dry-run --device cuda --precision fp16 --accumulate 5") == 0
     shown = capsys.readouterr().out
     assert "activations, gradients" in shown and "in all, about" in shown
     assert "4 steps of 5 x 4 samples: each of 10 images is seen 8.0 times" in shown
@@ -521,18 +475,52 @@ def test_a_dry_run_makes_no_repository_counts_latents_and_takes_a_gpu_for_one_wi
     monkeypatch.setattr(train_kd, "best_precision", lambda device: "fp32")  # of this machine
     monkeypatch.setattr(train_kd, "open_repo", lambda *_: pytest.fail("a repository was made"))
     halves, words = [], ("--teacher", tiny_sd1, "--data", images, "--out", tmp_path / "run", "--dry-run")
-    assert command(*words, "--push-to-hub", "me/x", "--image-free", 64, "--device", "cuda") == 0
+    gpu = ("--push-to-hub", "me/x", "--image-free", 64, "--device", "cuda")
+    assert exit_code(train_kd, *words, *gpu, main="command") == 0
     assert "each of 64 images is seen 72.0 times" in capsys.readouterr().out
-    assert command(*words) == 0
+    assert exit_code(train_kd, *words, main="command") == 0
     assert halves == [True, False]
+
+
+@pytest.mark.parametrize("flags", ["", "--accumulate 2", "--gradient-checkpointing"])
+def test_no_step_takes_more_memory_than_a_dry_run_says(train, tiny_sd1, tmp_path, monkeypatch, flags):
+    class CountedLog(MetricsLog):
+        """Notes the peak of the micro-batches of every step beyond weights, their average and those of AdamW."""
+
+        def __enter__(self):
+            (run,) = runs
+            weights = *run.teacher.unet.parameters(), *run.student.unet.parameters(), *run.ema.shadow.values()
+            self.count, self.averages = stack.enter_context(MemoryCount(weights)), 0
+            return super().__enter__()
+
+        def add(self, *losses):
+            self.after_backward = self.count.peak
+            super().add(*losses)
+
+        def end_step(self, step, **about):
+            peaks.append(self.after_backward - self.averages)
+            super().end_step(step, **about)
+            self.averages = sum(2 * state["exp_avg"].nbytes for state in runs[0].optimizer.state.values())
+            self.count.peak = self.count.now
+
+    set_up, runs, peaks = train_kd.set_up, [], []
+    monkeypatch.setattr(train_kd, "set_up", lambda config: runs.append(set_up(config)) or runs[0])
+    monkeypatch.setattr(train_kd, "MetricsLog", CountedLog)
+    rare = "--batch-size 16 --checkpoint-every 100 --sample-every 100 --steps 3"
+    with ExitStack() as stack:
+        assert train(tmp_path / "run", f"{rare} {flags}") == 0
+    teacher = load_pipeline(tiny_sd1)
+    removal = plan_removal(teacher.unet.config, RECIPES["bk-small"].remove)
+    checkpointing, accumulate = "checkpointing" in flags, "accumulate" in flags
+    settings = {"half": False, "checkpointing": checkpointing, "accumulate": accumulate}
+    promise = step_peak(removal, feature_pairs(removal), (16, 8, 8, TOKENS), **settings)
+    assert len(peaks) == 3 and max(peaks) <= 1.05 * promise and promise <= 1.1 * max(peaks), (peaks, promise)
 
 
 def test_large_images_are_drawn_one_by_one():
     pipe, found = counting_pipe()
     for side in (64, 512):
-        batches = SimpleNamespace(size=(side, side), idle=[])
-        drawn = SimpleNamespace(guidance=4, batches=batches, autocast=nullcontext())
-        comparison.Comparison._images(drawn, pipe, CAPTIONS)
+        report.draw(pipe, CAPTIONS, (side, side), seed=0)
     assert found == [8, 1]
 
 
@@ -552,19 +540,31 @@ def test_presets_are_as_published():
     assert all(preset(name).caption_dropout == 0 and preset(name).flip for name in samples)
 
 
-def test_what_is_left_open_is_the_papers_but_for_the_miniature(tiny_sd1):
-    for teacher, recipe, rate in (("miniature", "inner", 4e-3), (str(tiny_sd1), "bk-tiny", 5e-5)):
-        config = train_kd.resolve(train_kd.Config(teacher=teacher), load_pipeline(teacher))
+def test_defaults_depend_on_the_size_of_the_teacher_not_on_its_name(tiny_sd1, recwarn):
+    with torch.device("meta"):
+        unet = UNet(SD15)
+    large = SimpleNamespace(unet=unet, vae=load_pipeline(tiny_sd1).vae, trained_size=lambda: (512, 512))
+    small = load_pipeline("miniature")
+    for name, pipe, recipe, rate in (
+        ("miniature", small, "inner", 4e-3),
+        ("a/folder/of/it", small, "inner", 4e-3),
+        ("someone/sd15", large, "bk-tiny", 5e-5),
+    ):
+        config = train_kd.resolve(train_kd.Config(teacher=name), pipe)
         assert (config.recipe, config.remove, config.learning_rate) == (recipe, RECIPES[recipe].remove, rate)
-        chosen = train_kd.resolve(replace(config, recipe="bk-base", remove=None), load_pipeline(teacher))
+        chosen = train_kd.resolve(replace(config, recipe="bk-base", remove=None), pipe)
         assert chosen.recipe == "bk-base" and chosen.remove == RECIPES["bk-base"].remove
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == 2 and "4,608 samples" in told[0] and "too few for a teacher of 860 M" in told[0]
+    train_kd.resolve(train_kd.Config(teacher="someone/sd15", steps=50_000, batch_size=256), large)
+    assert len(recwarn) == 2, "a run of the published length"
 
 
 def test_a_teacher_that_does_not_name_its_size_needs_a_resolution(train, tiny_sd1, tmp_path, capsys):
     teacher = shutil.copytree(tiny_sd1, tmp_path / "sd1")
-    config = json.loads((teacher / "unet/config.json").read_text())
+    config = read(teacher / "unet/config.json")
     (teacher / "unet/config.json").write_text(json.dumps({**config, "sample_size": None}))
-    assert train(tmp_path / "run", "--teacher", teacher) == 2
+    assert train(tmp_path / "run", "", "--teacher", teacher) == 2
     assert "sample_size: give --resolution" in one_line(capsys) and not (tmp_path / "run").exists()
-    assert train(tmp_path / "run", "--teacher", teacher, "--resolution", "16", "--steps", "1") == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["resolution"] == 16
+    assert train(tmp_path / "run", "--resolution 16 --steps 1", "--teacher", teacher) == 0
+    assert read(tmp_path / "run/config.json")["resolution"] == 16

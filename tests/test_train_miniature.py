@@ -1,4 +1,4 @@
-"""The command that makes the miniature: all three parts from nothing, a few steps each, and going on after a stop."""
+"""The command that trains the miniature: all three parts from scratch for a few steps, resuming, and its losses."""
 
 import dataclasses
 import shutil
@@ -30,26 +30,19 @@ from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
 from minidistill.weights.files import read_safetensors
 
-FEW = {
-    "batch_size": 2,
-    "images": 8,
-    "layout_steps": 3,
-    "judged": 4,
-    "precision": "fp32",
-    "log_every": 1,
-    "checkpoint_every": 2,
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def few(**settings) -> Config:
-    return dataclasses.replace(Config(), **{**FEW, **settings})
+    small = {"batch_size": 2, "images": 8, "layout_steps": 3, "judged": 1, "precision": "fp32", "log_every": 1}
+    return dataclasses.replace(Config(), **{**small, "checkpoint_every": 2, **settings})
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Every part trained for two steps."""
+    """All parts trained for four steps."""
     out = tmp_path_factory.mktemp("runs") / "miniature"
-    main(few(out=str(out), steps=2))
+    main(few(out=str(out), steps=4))
     return out
 
 
@@ -57,26 +50,23 @@ def test_all_parts_together_are_a_pipeline_that_samples(made):
     pipe = load_pipeline(made / "pipeline")
     assert pipe(["a red circle"], steps=1)[0].size == (64, 64)
     assert (made / "pipeline" / "clip" / "config.json").is_file()
-    assert (made / "unet" / "samples" / "step-000002.png").is_file()
+    assert (made / "unet" / "samples" / "step-000004.png").is_file()
 
 
 @pytest.mark.parametrize("part", ["clip", "vae", "unet"])
-def test_going_on_gives_the_bits_of_never_having_stopped(made, tmp_path, monkeypatch, part):
-    final = {}
-    for name in ("straight", "stopped"):
-        out = tmp_path / name
-        if part == "unet":
-            shutil.copytree(made / "pipeline", out / "pipeline")
-        config = few(out=str(out), part=part, steps=4)
-        if name == "stopped":
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(RunFolder, "save", stop_after(RunFolder.save))
-                main(config)
-            config = dataclasses.replace(config, resume=True)
+def test_resuming_is_bit_exact(made, tmp_path, monkeypatch, part):
+    if part == "unet":
+        shutil.copytree(made / "pipeline", tmp_path / "pipeline")
+    config = few(out=str(tmp_path), part=part, steps=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "save", stop_after(RunFolder.save))  # of step 2
         main(config)
-        final[name] = read_safetensors(out / part / "checkpoints" / "step-000004" / "state.safetensors")
-    assert final["straight"].keys() == final["stopped"].keys()
-    assert all(torch.equal(tensor, final["stopped"][name]) for name, tensor in final["straight"].items())
+    main(dataclasses.replace(config, resume=True))
+    expected, found = (
+        read_safetensors(out / part / "checkpoints" / "step-000004" / "state.safetensors") for out in (made, tmp_path)
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 def stop_after(save):
@@ -87,13 +77,8 @@ def stop_after(save):
     return saved
 
 
-def test_there_must_be_something_to_resume(tmp_path):
-    with pytest.raises(InputError, match="nothing to resume"):
-        main(few(out=str(tmp_path), resume=True))
-
-
-def test_the_unet_can_go_on_from_another_model(made, tmp_path):
-    """Shown with a learning rate of nothing: what comes out is what went in."""
+def test_the_unet_can_start_from_another_model(made, tmp_path):
+    """With a learning rate of almost 0 its weights do not change."""
     main(few(out=str(tmp_path), part="unet", start=str(made / "pipeline"), steps=1, learning_rate=1e-30))
     before, after = load_pipeline(made / "pipeline"), load_pipeline(tmp_path / "pipeline")
     for name, weight in before.unet.state_dict().items():
@@ -101,19 +86,21 @@ def test_the_unet_can_go_on_from_another_model(made, tmp_path):
     assert (tmp_path / "pipeline" / "clip" / "model.safetensors").is_file()
 
 
-def test_the_unet_needs_the_parts_before_it(tmp_path):
+def test_missing_parts_and_missing_runs_are_refused(tmp_path):
     with pytest.raises(InputError, match="has no folder clip/"):
         main(few(part="unet", steps=1, out=str(tmp_path / "none")))
+    with pytest.raises(InputError, match="nothing to resume"):
+        main(few(out=str(tmp_path), resume=True))
 
 
-def test_the_text_encoder_is_trained_with_the_unet_and_clip_stays(made):
-    trained = read_safetensors(made / "unet" / "checkpoints" / "step-000002" / "state.safetensors")
+def test_the_text_encoder_is_trained_with_the_unet_and_clip_is_not(made):
+    trained = read_safetensors(made / "unet" / "checkpoints" / "step-000004" / "state.safetensors")
     for name, start in words_first(folders.load_clip(made / "pipeline")).state_dict().items():
         change = (trained[f"networks/text_encoder.{name}"] - start).abs().max()
         assert 0 < change < 1e-3 or "position" in name, name
 
 
-def test_words_come_first_in_the_states_that_a_unet_reads():
+def test_words_first_increases_the_distance_between_words():
     clip, tokenizer = folders.load_clip(folders.MINIATURE), folders.load_tokenizer(folders.MINIATURE)
     before = CLIPTextModel(clip.config.text_config)
     before.text_model.load_state_dict(clip.text_model.state_dict())
@@ -121,20 +108,20 @@ def test_words_come_first_in_the_states_that_a_unet_reads():
 
     @torch.no_grad()
     def apart(encoder):
-        """How far the states of two shapes' words are apart, in what they vary with the word before."""
+        """Distance of the states of two words, relative to their variation with the previous word."""
         circle, square = (encoder(tokenizer(some)).last_hidden_state[:, 4] for some in captions)
         return (circle.mean(0) - square.mean(0)).norm() / (circle.var(0).sum() + square.var(0).sum()).sqrt()
 
     assert apart(words_first(clip)) > 5 * apart(before)
 
 
-def test_noise_weighs_by_its_signal():
+def test_p2_weights():
     alpha_bar = torch.tensor([0.99, 0.5, 0.01])
     expected = [(0.015 + 99) ** -0.5, 1.015**-0.5, (0.015 + 1 / 99) ** -0.5]
     assert torch.allclose(p2_weight(torch.arange(3), alpha_bar), torch.tensor(expected))
 
 
-def test_whitening_changes_the_latents_and_nothing_else():
+def test_whitening_changes_the_latents_but_not_the_reconstructions():
     torch.manual_seed(0)
     vae = AutoencoderKL(VAE)
     x = to_pixels([Scenes()[i][0] for i in range(64)])
@@ -149,14 +136,14 @@ def test_whitening_changes_the_latents_and_nothing_else():
     assert flat.mean(1).abs().max() < 0.02
 
 
-def test_things_weigh_more_than_their_ground():
+def test_near_colour_is_one_on_things():
     x = to_pixels([Scenes()[1][0]])
     weight = near_colour(x)
     assert weight.shape == (1, 1, 64, 64)
     assert 0.05 < weight.mean() < 0.6 and set(weight.unique().tolist()) == {0.0, 1.0}
 
 
-def test_layouts_tell_places_of_one_thing_always_and_of_two_every_other_time():
+def test_layouts_state_places_of_single_things_and_of_every_other_pair():
     layouts = Layouts(40)
     words = {"left", "right", "above", "below"}
     ones = 0
@@ -172,13 +159,13 @@ def test_layouts_tell_places_of_one_thing_always_and_of_two_every_other_time():
     assert 10 < ones < 30
 
 
-def test_place_words_that_are_nearly_equal_are_redrawn_as_far_apart_as_others_and_no_other_word_is():
+def test_redraw_places_reinitialises_nearly_equal_words_and_no_others():
     pipe = load_pipeline("miniature")
     weight = pipe.text_encoders[0].text_model.embeddings.token_embedding.weight
     ids = [int(pipe.tokenizers[0]([word])[0, 1]) for word in ("left", "right", "above", "below")]
     before = weight.detach().clone()
     redraw_places(pipe)
-    assert torch.equal(weight, before), "the miniature has had its lesson"
+    assert torch.equal(weight, before), "those of the miniature differ"
     with torch.no_grad():
         weight[ids[0]] = weight[ids[1]] + 0.1 * weight[ids[2]]
     before = weight.detach().clone()
@@ -190,18 +177,17 @@ def test_place_words_that_are_nearly_equal_are_redrawn_as_far_apart_as_others_an
     assert distances.min() > 1.2 * before.std() * before.shape[1] ** 0.5  # independent: sqrt(2) times
 
 
-def test_squeeze_moves_each_timestep_into_the_next_range_in_turn():
+def test_squeeze_rescales_timesteps_into_the_ranges_in_turn():
     t = torch.tensor([0, 0, 0, 500, 999, 999])
     assert squeeze(t, TIMESTEPS[:1]).tolist() == [850, 850, 850, 925, 999, 999]
     assert squeeze(t, [(850, 1000), (600, 900), (0, 1000)]).tolist() == [850, 600, 0, 925, 899, 999]
     assert squeeze(torch.arange(1000), [(0, 1000)]).tolist() == list(range(1000))
 
 
-def test_where_loss_is_none_for_features_that_hold_their_place_and_teaches_features():
+def test_where_loss_is_zero_for_features_with_positions_and_has_gradients():
     line = torch.linspace(-1, 1, 6)
     x, y = torch.meshgrid(line, line, indexing="xy")
-    h = torch.stack([part for part in (x, y) for _ in range(8)])[None]  # 8 groups of 2 channels
-    h = h.view(1, 2, 8, 6, 6).transpose(1, 2).reshape(1, 16, 6, 6)  # each group: x and y, whose mean is 0
+    h = torch.stack([x, y] * 8)[None]  # 8 groups of 2 channels: x and y, whose mean is 0
     head = torch.nn.Conv2d(16, 2, 1)
     with torch.no_grad():
         head.weight.zero_()

@@ -1,4 +1,4 @@
-"""Protects one optimizer step: learning rate, gradient norm, precision, the check that the loss is finite."""
+"""Protects one optimizer step: learning rate, gradient norm, device, precision, the check that the loss is finite."""
 
 import math
 
@@ -6,19 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from minidistill.errors import InputError
-from minidistill.training.optim import (
-    NonFiniteLoss,
-    adamw,
-    best_precision,
-    check_finite,
-    clip_grad_norm,
-    get_device,
-    get_precision,
-    lr_at,
-    optimizer_step,
-    set_lr,
-)
+from minidistill.errors import InputError, NonFiniteLoss
+from minidistill.training.device import best_precision, get_device, get_precision
+from minidistill.training.optim import adamw, check_finite, clip_grad_norm, lr_at, optimizer_step
 
 CPU = torch.device("cpu")
 
@@ -35,22 +25,6 @@ def test_cosine_falls_from_base_to_zero_at_total():
     assert lr_at(500, 2.0, 10, 110, "cosine") == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="schedule"):
         lr_at(0, 1.0, 0, 1, "linear")
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_schedule_counts_optimizer_steps_not_micro_batches(accumulation):
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = adamw([parameter], lr=123.0)
-    seen = []
-    for step in range(5):
-        set_lr(optimizer, lr_at(step, 0.1, warmup=2, total=5, schedule="cosine"))
-        for _ in range(accumulation):
-            (parameter.sum() / accumulation).backward()
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        optimizer.zero_grad()
-    expected = [0.05, 0.1, *(0.05 * (1 + math.cos(math.pi * i / 3)) for i in range(3))]
-    assert seen == pytest.approx(expected)
 
 
 def test_adamw_is_adamw_and_takes_trained_parameters_only():
@@ -104,6 +78,17 @@ def test_a_step_with_an_overflown_gradient_is_skipped_and_the_scale_halved():
     assert torch.equal(net.weight, before) and scaler.get_scale() == 2.0**9
 
 
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_weight_changes(name):
+    net = nn.Linear(1, 2, bias=False)
+    before = net.weight.detach().clone()
+    net.weight.grad = torch.tensor([[1.0], [math.inf]])
+    scaler = get_precision(name, CPU).scaler
+    with pytest.raises(NonFiniteLoss, match=r"the gradient norm is inf at step 7 \(timesteps 5\): .* --learning-rate"):
+        optimizer_step(net, adamw(net.parameters(), lr=0.1), scaler, 0.1, 1.0, 7, torch.tensor([5]))
+    assert torch.equal(net.weight, before)
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_is_that_of_the_forward_pass_and_can_be_entered_again(name, dtype):
     net = nn.Linear(4, 4)
@@ -115,9 +100,7 @@ def test_precision_is_that_of_the_forward_pass_and_can_be_entered_again(name, dt
             out = net(torch.ones(2, 4))
         assert out.dtype == dtype and net.weight.dtype == torch.float32
         scaler.scale(out.float().square().mean()).backward()
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer_step(net, optimizer, scaler, lr=0.1, max_grad_norm=None)
     assert not torch.equal(net.weight, before) and not scaler.is_enabled()
 
 
@@ -125,27 +108,52 @@ def test_precision_is_that_of_the_forward_pass_and_can_be_entered_again(name, dt
 def test_the_best_precision_of_a_cpu_is_what_it_computes_in(monkeypatch, capability, name):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert best_precision(CPU) == name
+    assert best_precision(torch.device("mps")) == "fp32"
 
 
-def test_fp16_on_a_cpu_is_refused_and_bf16_is_named():
+def test_a_precision_that_a_device_has_not_is_refused_and_another_named():
     with pytest.raises(InputError, match="bf16"):
         get_precision("fp16", CPU)
+    with pytest.raises(InputError, match="needs a CUDA device; use fp32"):
+        get_precision("fp16", torch.device("mps"))
     with pytest.raises(InputError, match="fp8"):
         get_precision("fp8", CPU)
 
 
-def test_a_missing_device_is_refused(monkeypatch):
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(InputError, match="sees 0 cuda devices here; use --device cpu"):
-        get_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("cuda", "mps"):
+        with pytest.raises(InputError, match=f"sees 0 {name} devices here; use --device cpu"):
+            get_device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert get_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(InputError, match="cuda:2"):
         get_device("cuda:2")
-    for name in ("gpu", "cuda:x", ""):
-        with pytest.raises(InputError, match="takes cpu, cuda or cuda:N"):
+    for name in ("gpu", "cuda:x", "cuda:", "cpu:1", "auto:1", ""):
+        with pytest.raises(InputError, match="takes cpu, cuda, cuda:N, mps or auto"):
             get_device(name)
     assert get_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(("gpus", "mps", "taken"), [(2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")])
+def test_auto_takes_the_fastest_device_there_is_and_says_so(monkeypatch, capsys, gpus, mps, taken):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert get_device("auto") == torch.device(taken)
+    assert capsys.readouterr() == (f"device: {taken}\n", "")
+    assert get_device("cpu") == CPU and capsys.readouterr() == ("", "")
+
+
+def test_deterministic_algorithms_are_used_where_they_are_asked_for(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    try:
+        get_device("cpu")
+        assert not torch.are_deterministic_algorithms_enabled()
+        get_device("cpu", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_timesteps():

@@ -1,4 +1,4 @@
-"""Protects going on: stopping and resuming gives the same bits as not stopping, with nothing left over."""
+"""Protects resuming: stopping and resuming gives the same bits as not stopping, with nothing left over."""
 
 import copy
 import json
@@ -78,33 +78,10 @@ def test_three_steps_a_resume_and_three_steps_equal_six_steps_bit_by_bit(tmp_pat
     assert_same_bits(straight, resumed)
     assert resumed["scaler"].get_scale() != 2.0**10  # it grew, so its state was put to the test
     assert resumed["ema"].updates == 6
-    drop = {"ms_per_step"}
     resumed_metrics = read_metrics(run.metrics)
-    assert [{k: v for k, v in line.items() if k not in drop} for line in resumed_metrics] == [
-        {k: v for k, v in line.items() if k not in drop} for line in straight_metrics
-    ]
-
-
-@pytest.mark.parametrize("forgotten", ["optimizer", "ema", "student"])
-def test_the_bit_test_can_fail(forgotten):
-    """Forgetting any one part does change the result (so that the test above protects each of them)."""
-    straight, resumed = make_parts(), make_parts(seed=1)
-    train(straight, 0, 3)
-    tensors, meta = pack(straight)
-    before = copy.deepcopy(pack(resumed))
-    unpack(tensors, meta, resumed)
-    kept = {name: value for name, value in before[0].items() if name.startswith(forgotten)}
-    if forgotten == "optimizer":
-        resumed["optimizer"].state.clear()
-    else:
-        with torch.no_grad():
-            for name, value in pack(resumed)[0].items():
-                if name in kept:
-                    value.copy_(kept[name])
-    for parts in (straight, resumed):
-        train(parts, 3, 4)
-    with pytest.raises(AssertionError):
-        assert_same_bits(straight, resumed)
+    for line in (*resumed_metrics, *straight_metrics):
+        del line["ms_per_step"]
+    assert resumed_metrics == straight_metrics
 
 
 def test_meta_survives_json_and_betas_are_a_tuple_again():
@@ -127,7 +104,7 @@ def test_a_plain_set_of_tensors_is_a_part_and_can_be_trained():
     parts["optimizer"].step()
     tensors, meta = pack(parts)
     assert "optimizer/lora.down/exp_avg" in tensors
-    fresh = {"down": nn.Parameter(torch.zeros(2, 3)), "up": nn.Parameter(torch.zeros(3, 2))}
+    fresh = {name: nn.Parameter(torch.zeros_like(value)) for name, value in lora.items()}
     other = {"lora": fresh, "optimizer": adamw(fresh.values(), lr=0.1)}
     unpack(tensors, meta, other)
     assert_same_bits(parts, other)
@@ -147,8 +124,8 @@ def test_an_optimizer_before_its_first_step_comes_back_without_state():
         (lambda t, m: t.pop("student/0.weight"), "lacks student/0.weight"),
         (lambda t, m: t.pop("ema/0.weight"), "lacks ema/0.weight"),
         (lambda t, m: t.update({"student/extra": torch.ones(1)}), "only the checkpoint has student/extra"),
-        (lambda t, m: t.update({"teacher/x": torch.ones(1)}), "teacher/x"),
-        (lambda t, m: t.update({"scaler/x": torch.ones(1)}), "scaler/x"),
+        (lambda t, m: t.update({"teacher/x": torch.ones(1)}), "only the checkpoint has teacher/x"),
+        (lambda t, m: t.update({"scaler/x": torch.ones(1)}), "only the checkpoint has scaler/x"),
         (lambda t, m: t.update({"student/scale": torch.ones(2)}), "student/scale"),
         (lambda t, m: t.update({"student/scale": torch.tensor(1).half()}), "student/scale"),
         (lambda t, m: t.pop("optimizer/student.0.weight/exp_avg"), "incomplete"),

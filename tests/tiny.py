@@ -5,6 +5,8 @@ from dataclasses import replace
 import diffusers
 import torch
 import transformers
+from conftest import CAPTIONS
+from conftest import TOKENS as CAPTION_TOKENS
 
 from minidistill.models.tokenizer import EOS, CLIPTokenizer, train_bpe
 from minidistill.models.unet import SD15, SD21, SDXL, UNetConfig
@@ -34,25 +36,63 @@ PROMPTS = ["a red circle on a blue ground", "two green squares above a ring"]
 TOKENS, XL_TOKENS = 32, 24
 
 
+SCHEDULER = {  # of all Stable Diffusions
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+WITHOUT_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int, **settings) -> transformers.CLIPTextConfig:
+    """A small text encoder for a tokenizer. Further settings: those of the config."""
+    usual = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": tokenizer.max_length,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    return transformers.CLIPTextConfig(**{**usual, **settings})
+
+
+def save_tiny_sd1(folder, stages: int = 4, layers: int = 2, side: int = 32) -> None:
+    """Save, by diffusers, a pipeline with SD 1.x's architecture and seeded random weights, some 200 k parameters.
+
+    side: of its images in pixels; the latents' is a quarter of that.
+    """
+    torch.manual_seed(0)
+    ours = train_bpe(CAPTIONS, vocab_size=600, max_length=CAPTION_TOKENS)
+    ours.save(folder / "tokenizer")
+    text_encoder = transformers.CLIPTextModel(text_config(ours, 16, num_hidden_layers=1))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=side // 4,
+        block_out_channels=(8, 16, 24, 24)[:stages],
+        down_block_types=(*("CrossAttnDownBlock2D",) * (stages - 1), "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (stages - 1)),
+        layers_per_block=layers,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_head_dim=2,
+    )
+    save_sd(folder, unet, text_encoder, tiny_vae((8, 8, 8), sample_size=side))
+
+
 def save_oracle(folder, kind: str) -> None:
     """Save a pipeline with the architecture of SD 1.x or 2.x in small: 8 x 8 latents, 32 x 32 images."""
     is_sd2 = kind == "sd2"
     torch.manual_seed(0)
     ours = train_bpe(PROMPTS, vocab_size=600, max_length=TOKENS)
-    CLIPTokenizer(ours.vocab, ours.merges, TOKENS, "!" if is_sd2 else "<|endoftext|>").save(folder / "tokenizer")
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=ours.vocab_size,
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TOKENS,
-            hidden_act="gelu" if is_sd2 else "quick_gelu",
-            bos_token_id=0,
-            eos_token_id=2,
-        )
-    )
+    CLIPTokenizer(ours.vocab, ours.merges, TOKENS, "!" if is_sd2 else EOS).save(folder / "tokenizer")
+    config = text_config(ours, 24, hidden_act="gelu" if is_sd2 else "quick_gelu")
+    text_encoder = transformers.CLIPTextModel(config)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -65,37 +105,30 @@ def save_oracle(folder, kind: str) -> None:
         use_linear_projection=is_sd2,
     )
     vae = tiny_vae()
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction" if is_sd2 else "epsilon",
-    )
     make_prompts_matter(unet, text_encoder)
-    pipe = diffusers.StableDiffusionPipeline(
+    save_sd(folder, unet, text_encoder, vae, "v_prediction" if is_sd2 else "epsilon")
+
+
+def save_sd(folder, unet, text_encoder, vae, prediction: str = "epsilon") -> None:
+    """Save the parts of an SD 1.x or 2.x beside the tokenizer that is in the folder."""
+    diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder)
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER, prediction_type=prediction),
+        **WITHOUT_CHECKER,
+    ).save_pretrained(folder)
 
 
-def tiny_vae(**settings) -> diffusers.AutoencoderKL:
+def tiny_vae(widths: tuple[int, ...] = (8, 16, 16), sample_size: int = 32, **settings) -> diffusers.AutoencoderKL:
     """A random VAE that makes images 4 times the side of the latents."""
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
+        block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=4,
-        sample_size=32,
+        sample_size=sample_size,
         **settings,
     )
 
@@ -116,17 +149,9 @@ def save_sdxl(folder) -> None:
     ours = train_bpe(PROMPTS, vocab_size=600, max_length=XL_TOKENS)
     ours.save(folder / "tokenizer")
     CLIPTokenizer(ours.vocab, ours.merges, XL_TOKENS, "!").save(folder / "tokenizer_2")
-    text = {
-        "vocab_size": ours.vocab_size,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "max_position_embeddings": XL_TOKENS,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-    one = transformers.CLIPTextConfig(hidden_size=24, hidden_act="quick_gelu", **text)
-    two = transformers.CLIPTextConfig(hidden_size=32, hidden_act="gelu", projection_dim=20, **text)
+    text = {"intermediate_size": 48, "num_hidden_layers": 3}
+    one = text_config(ours, 24, **text)
+    two = text_config(ours, 32, hidden_act="gelu", projection_dim=20, **text)
     encoders = transformers.CLIPTextModel(one), transformers.CLIPTextModelWithProjection(two)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -192,31 +217,18 @@ def save_like_official(
         components[part] = transformers.CLIPTokenizer.from_pretrained(folder / part)
         kind = transformers.CLIPTextModelWithProjection if part == "tokenizer_2" else transformers.CLIPTextModel
         encoder = components[part.replace("tokenizer", "text_encoder")] = kind(
-            transformers.CLIPTextConfig(
-                vocab_size=vocabulary.vocab_size,
-                hidden_size=width,
+            text_config(
+                vocabulary,
+                width,
                 intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
                 max_position_embeddings=POSITIONS,
                 hidden_act=activation,
                 projection_dim=width,
-                bos_token_id=0,
-                eos_token_id=2,
             )
         )
         # With a scale of 4 the deep networks are chaos: the last bit of a number would decide the image.
         make_prompts_matter(unet if part == "tokenizer" else torch.nn.Module(), encoder, 3.0)
-    noise_schedule = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "prediction_type": prediction,
-    }
+    noise_schedule = {**SCHEDULER, "timestep_spacing": "leading", "prediction_type": prediction}
     components |= {"unet": unet, "vae": vae_without_spread(scaling_factor=0.13025 if is_sdxl else 0.18215)}
     if is_sdxl:
         # Euler has no use for two of the settings; the official config carries them all the same.
@@ -224,8 +236,7 @@ def save_like_official(
         pipe = diffusers.StableDiffusionXLPipeline(**components, scheduler=scheduler, add_watermarker=False)
     else:
         scheduler = diffusers.DDIMScheduler(**noise_schedule)
-        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = diffusers.StableDiffusionPipeline(**components, scheduler=scheduler, **without)
+        pipe = diffusers.StableDiffusionPipeline(**components, scheduler=scheduler, **WITHOUT_CHECKER)
     pipe.save_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,25 +1,23 @@
 """A folder of images as the VAE sees them, with their captions: what training reads in place of images.
 
-    cache.json                   what decided the content (CacheKey), how many examples, whether it is finished, and
-                                 what else was asked for, so that messages can say what to type
+    cache.json                   what decided the content (CacheKey), where from, how many examples, whether complete
     latents-00000.safetensors    `key.shard` examples each:
         mean, std                (n, 1 or 2, C, h, w): the posterior of the image and, with flip, of its mirror image
         original, crop           (n, 2): height and width it had; rows above, columns left of the square (Sample)
         shown                    (n,): which example the image is of, another one where a file could not be read
         stat, digest             (n, 2) bytes and time of the last change, (n, 16) BLAKE2b of the file's content
         text                     JSON in UTF-8: names, captions
-    text-00000.safetensors       context (n, L, D), pooled for SDXL, text: the captions they are of; each caption once
+    text-00000.safetensors       text states of the captions, if they are cached too (text_cache.py)
 
 The draw from the posterior is left to training. A shard is written under another name and renamed, so what is there is
-whole, and a run that was killed goes on after the last one. Shards are memory-mapped: an example costs its own bytes.
+whole, and an interrupted run resumes after the last one. Shards are memory-mapped: an example costs its own bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -28,12 +26,14 @@ from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.data.listing import fingerprint
+from minidistill.data.text_cache import TextCache, text_digest
 from minidistill.errors import InputError
-from minidistill.pipeline import Origin, Pipeline, TextStates
+from minidistill.pipeline import Origin, Pipeline
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
 
-FORMAT = "minidistill latents, version 1"
+FORMAT = "minidistill latents, version 2"
 INDEX_NAME = "cache.json"
+AGAIN = "make it again with python -m minidistill.cache, in another --out"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -42,7 +42,8 @@ class CacheKey:
     """All settings that decide what is in a cache. The data themselves are compared example by example."""
 
     resolution: int
-    crop: str  # "center", the only rule so far
+    split: str | None  # of the data folder, as is the next
+    caption_column: str | None
     flip: bool
     store: str  # fp32 or fp16, on the disk
     precision: str  # of the VAE while encoding
@@ -61,34 +62,35 @@ class LatentCache:
         """resolution: that training asks for. unfinished: take the shards there are, and look at no data folder."""
         self.path = Path(path)
         self.index = read_index(self.path)
-        self.key, self.data_path = self.index["key"], self.index["data"]
+        self.key: CacheKey = self.index["key"]
         if not unfinished and not self.index["complete"]:
-            raise InputError(f"{self.path}: this cache is not finished, go on with: {self._command()}")
+            raise InputError(f"{self.path}: this cache is not finished: give the command that makes it once more")
         if resolution not in (None, self.key.resolution):
             raise InputError(
                 f"{self.path} holds latents of {self.key.resolution}-pixel images and the training asks for "
-                f"{resolution}: give --resolution {self.key.resolution}, or make a cache: "
-                f"{self._command(out='ANOTHER', resolution=resolution)}"
+                f"{resolution}: give --resolution {self.key.resolution}, or {AGAIN}"
             )
-        total = -(-self.index["count"] // self.key.shard)
-        files = [shard_path(self.path, n) for n in range(total)]
-        if unfinished:
-            files = [file for n, file in enumerate(files) if all(f.exists() for f in files[: n + 1])]
-        self._shards = [read_safetensors(file) for file in files]
+        self.text: TextCache | None = None
+        self._shards: list[dict[str, Tensor]] = []
         self.names: list[str] = []
         self._captions: list[list[str]] = []
-        for shard in self._shards:
-            text = _unpack_text(shard["text"])
+        for number in range(-(-self.index["count"] // self.key.shard)):
+            file = shard_path(self.path, number)
+            if unfinished and not file.exists():
+                break
+            self._shards.append(read_safetensors(file))
+            text = json.loads(self._shards[-1]["text"].numpy().tobytes())
             self.names += text["names"]
             self._captions += text["captions"]
-        if not unfinished and len(self) != self.index["count"]:
-            raise InputError(f"{self.path}: {len(self)} examples where {self.index['count']} should be: make it again")
-        self._states: list[dict[str, Tensor]] = []
-        self._rows: dict[str | None, tuple[int, int]] = {}  # caption -> its place in the text states
-        if self.index["text"] and not unfinished:
-            self._open_text(self.index["text"]["count"])
-        if not unfinished and Path(self.data_path).is_dir():
-            self.refuse_stale(ImageFolder(self.data_path, self.key.resolution))
+        if unfinished:
+            return
+        if len(self) != self.index["count"]:
+            raise InputError(f"{self.path}: {len(self)} examples where {self.index['count']} should be: {AGAIN}")
+        if Path(self.index["data"]).is_dir():
+            key = self.key
+            self.refuse_stale(ImageFolder(self.index["data"], key.resolution, key.split, key.caption_column))
+        if self.index["text"]:
+            self.text = TextCache(self.path, self.index["text"]["count"], self.key.shard)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,50 +115,29 @@ class LatentCache:
         """Width and height of the images."""
         return self.key.resolution, self.key.resolution
 
-    @property
-    def has_text(self) -> bool:
-        """Whether text states are cached too."""
-        return bool(self._rows)
-
-    def text_states(self, captions: Sequence[str | None]) -> TextStates:
-        """What the text encoders make of captions of this cache, "" and None (no prompt); float32 on the CPU."""
-        found = [(self._states[shard], row) for shard, row in (self._rows[caption] for caption in captions)]
-        parts = {
-            name: torch.stack([shard[name][row] for shard, row in found]).float()
-            for name in TextStates._fields
-            if name in self._states[0]
-        }
-        return TextStates(parts["context"], parts.get("pooled"))
-
     def check(self, pipe: Pipeline, flip: bool = False) -> None:
         """InputError unless the cache was made with this VAE, these text encoders, and flips if they are asked for."""
-        again = f"make the cache again: {self._command(out='ANOTHER', flip=self.key.flip or flip)}"
         if vae_digest(pipe.vae) != self.key.vae:
-            raise InputError(f"{self.path} was made with another VAE than this model's: {again}")
-        if self.has_text and text_digest(pipe) != self.index["text"]["digest"]:
-            raise InputError(f"{self.path} holds text states of other text encoders than this model's: {again}")
+            raise InputError(f"{self.path} was made with another VAE than this model's: {AGAIN}")
+        if self.text and text_digest(pipe) != self.index["text"]["digest"]:
+            raise InputError(f"{self.path} holds text states of other text encoders than this model's: {AGAIN}")
         if flip and not self.key.flip:
-            raise InputError(f"{self.path} holds no mirror images: turn flips off, or {again}")
+            raise InputError(f"{self.path} holds no mirror images: turn flips off, or {AGAIN}, with --flip")
 
     def refuse_stale(self, folder: ImageFolder) -> None:
         """InputError that names the first example in which a data folder is not the one that was cached.
 
         A file of the same size and time is taken for unchanged; of any other the content decides.
         """
-        problem = ""
-        if len(folder) != self.index["count"]:
+        differences = (self._difference(folder, i) for i in range(min(len(self), len(folder))))
+        problem = next(filter(None, differences), "")
+        if not problem and len(folder) != self.index["count"]:
             problem = f"it holds {len(folder)} examples, then {self.index['count']}"
-        for i, name in enumerate(self.names):
-            if i < len(folder) and (problem_here := self._difference(folder, i, name)):
-                problem = problem_here
-                break
         if problem:
-            raise InputError(
-                f"{self.path} no longer fits the images in {folder.report.path}: {problem}; "
-                f"make the cache again: {self._command(out='ANOTHER')}"
-            )
+            raise InputError(f"{self.path} no longer fits the images in {folder.report.path}: {problem}; {AGAIN}")
 
-    def _difference(self, folder: ImageFolder, i: int, name: str) -> str:
+    def _difference(self, folder: ImageFolder, i: int) -> str:
+        name = self.names[i]
         if folder.name(i) != name:
             return f"{name} has gone or moved, {folder.name(i)} is in its place"
         shard, row = self._place(i)
@@ -171,44 +152,30 @@ class LatentCache:
         shard, row = divmod(i, self.key.shard)
         return self._shards[shard], row
 
-    def _open_text(self, count: int) -> None:
-        for number in range(-(-count // self.key.shard)):
-            shard = read_safetensors(text_path(self.path, number))
-            for row, caption in enumerate(_unpack_text(shard["text"])["captions"]):
-                self._rows[caption] = (number, row)
-            self._states.append(shard)
-
-    def _command(self, **changed: object) -> str:
-        """What to type to go on with this cache, or to make one that differs in some flags."""
-        where = {"model": self.index["model"], "data": self.data_path, "out": self.path}
-        asked = self.index.get("asked", {})
-        if self.index["text"]:
-            asked = {**asked, "text_states": True}
-        words = []
-        for name, value in {**where, **asdict(self.key), **asked, **changed}.items():
-            if value and name not in ("crop", "vae"):  # which are no flags
-                words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
-        return shlex.join(["python", "-m", "minidistill.cache", *words])
-
     def fingerprint(self) -> str:
         """Which files, captions and settings these are of, in a few words."""
         return fingerprint(len(self), (asdict(self.key), *zip(self.names, self._captions, strict=True)))
 
     def summary(self) -> str:
         """What there is, in one sentence for people."""
-        also = " and their mirror images" * self.key.flip + ", text states" * self.has_text
-        return f"{self.path}: latents of {len(self)} images of {self.data_path} at {self.key.resolution} pixels{also}."
+        also = " and their mirror images" * self.key.flip + ", text states" * bool(self.text)
+        made_of = f"{len(self)} images of {self.index['data']} at {self.key.resolution} pixels"
+        return f"{self.path}: latents of {made_of}{also}."
 
 
-def open_data(path: str | Path, resolution: int) -> ImageFolder | LatentCache:
-    """A data folder, or a cache made from one."""
-    return LatentCache(path, resolution) if is_cache(path) else ImageFolder(path, resolution)
-
-
-def is_cache(path: str | Path) -> bool:
-    """Whether a folder is a cache of this kind, finished or not."""
+def open_data(
+    path: str | Path, resolution: int, split: str | None = None, caption_column: str | None = None
+) -> ImageFolder | LatentCache:
+    """A data folder, or a cache made from one. InputError: a cache made of another split or column than asked for."""
     file = Path(path) / INDEX_NAME
-    return file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
+    is_cache = file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
+    if not is_cache:
+        return ImageFolder(path, resolution, split, caption_column)
+    latents = LatentCache(path, resolution)
+    for name, asked in (("split", split), ("caption_column", caption_column)):
+        if asked not in (None, made := getattr(latents.key, name)):
+            raise InputError(f"{path} was made with {name} {made or 'not set'}, not {asked}: {AGAIN}")
+    return latents
 
 
 def shard_path(path: Path, number: int) -> Path:
@@ -216,25 +183,20 @@ def shard_path(path: Path, number: int) -> Path:
     return path / f"latents-{number:05d}.safetensors"
 
 
-def text_path(path: Path, number: int) -> Path:
-    """The file of one shard of text states."""
-    return path / f"text-{number:05d}.safetensors"
-
-
 def read_index(path: Path) -> dict:
     """cache.json, its `key` as a CacheKey."""
     content = read_json(path / INDEX_NAME)
     names = {field.name for field in fields(CacheKey)}
     if content.get("format") != FORMAT or set(content.get("key", {})) != names:
-        raise InputError(f"{path} is not a cache that this version reads ({FORMAT}): make it again in another --out")
+        raise InputError(f"{path} is not a cache that this version reads ({FORMAT}): {AGAIN}")
     return {**content, "key": CacheKey(**content["key"])}
 
 
 def write_index(path: Path, index: Mapping) -> None:
     """Write cache.json, as `read_index` gives it.
 
-    key; model, data: where it was made from; asked: {flag: value} beside these; count; complete; text: None or
-    {"digest", "count"} of finished states.
+    key; data: the folder it is made of; count: of examples; complete: whether all are there; text: None, or {"digest",
+    "count"} of finished text states.
     """
     write_json(path / INDEX_NAME, {"format": FORMAT, **index, "key": asdict(index["key"])})
 
@@ -248,6 +210,7 @@ def write_shard(
     stat = [folder.stat(i) for i in numbers]  # before the content is read: what changes later, looks changed
     digests = [list(_digest(folder, i)) for i in numbers]
     text = {"names": [folder.name(i) for i in numbers], "captions": [list(sample.captions) for sample in samples]}
+    content = bytearray(json.dumps(text, ensure_ascii=False).encode())
     tensors = {
         "mean": mean.to(dtype),
         "std": std.to(dtype),
@@ -256,7 +219,8 @@ def write_shard(
         "shown": torch.tensor([sample.number for sample in samples]),
         "stat": torch.tensor(stat, dtype=torch.int64),
         "digest": torch.tensor(digests, dtype=torch.uint8),
-        "text": _pack_text(text),
+        # A tensor: safetensors writes its own metadata in a random order, and the same data should be the same bytes.
+        "text": torch.frombuffer(content, dtype=torch.uint8),
     }
     if not tensors["mean"].isfinite().all():
         worst = samples[int(mean.flatten(1).abs().amax(1).argmax())].name
@@ -264,43 +228,14 @@ def write_shard(
     write_safetensors(shard_path(path, number), tensors)
 
 
-def write_text_shard(path: Path, number: int, captions: Sequence[str | None], states: TextStates, store: str) -> None:
-    """Write one shard of text states."""
-    parts = {name: part.to(DTYPES[store]) for name, part in states._asdict().items() if part is not None}
-    for name, part in parts.items():
-        if not part.isfinite().all():
-            raise InputError(f"the text states ({name}) of shard {number} are not finite in {store}: use --store fp32")
-    write_safetensors(text_path(path, number), {**parts, "text": _pack_text({"captions": list(captions)})})
-
-
 def vae_digest(vae: nn.Module) -> str:
     """SHA-256 of a VAE's configuration and of all weights that latents depend on."""
     weights = {n: w for n, w in vae.state_dict().items() if not n.startswith(("decoder.", "post_quant_conv."))}
-    return _sha256([repr(vae.config).encode(), *_content(weights)])
-
-
-def text_digest(pipe: Pipeline) -> str:
-    """SHA-256 of the tokenizers and text encoders, with all that decides what they make of a caption."""
-    parts = [repr((pipe.is_sdxl, pipe.zero_unconditional)).encode()]
-    for tokenizer in pipe.tokenizers:
-        known = (sorted(tokenizer.vocab.items()), tokenizer.merges, tokenizer.max_length, tokenizer.pad_token)
-        parts.append(repr(known).encode())
-    for encoder in pipe.text_encoders:
-        parts += [repr(encoder.config).encode(), *_content(encoder.state_dict())]
-    return _sha256(parts)
-
-
-def _content(weights: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    digest = hashlib.sha256(repr(vae.config).encode())
     for name in sorted(weights):
         weight = weights[name].detach().cpu().contiguous()
-        yield repr((name, weight.dtype, tuple(weight.shape))).encode()
-        yield weight.flatten().view(torch.uint8).numpy().data
-
-
-def _sha256(parts: Sequence[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
+        digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -311,12 +246,3 @@ def _digest(folder: ImageFolder, i: int) -> bytes:
     except OSError:
         content = b""
     return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _pack_text(content: dict) -> Tensor:
-    # A tensor: safetensors writes its own metadata in a random order, and the same data should be the same bytes.
-    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
-
-
-def _unpack_text(tensor: Tensor) -> dict:
-    return json.loads(tensor.numpy().tobytes())

@@ -1,27 +1,30 @@
 """Folders of captioned images, as images for training: decoded, cropped to a square, resized.
 
 `listing.py` says how captions are given. Opening a folder decodes nothing; broken files are found when they are read,
-another example stands in for each, and they are named. `scan` decodes everything once and leaves a list of the broken
-files in the folder, by which they are left out from then on.
+another example stands in for each, and they are named. `scan` decodes everything once and lists the broken files.
 """
 
 import io
 import os
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from minidistill.data.listing import SCAN_NAME, FolderReport, find_examples, fingerprint, refuse_too_many, relative
-from minidistill.data.shards import read_member
+from minidistill.data.listing import FolderReport, find_examples, fingerprint, printable, some
 from minidistill.errors import InputError
-from minidistill.weights.files import read_json, write_json
+from minidistill.weights.files import write_json
 
+SCAN_NAME = "minidistill_scan.json"  # the report of `scan`, in the data folder
+MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
+UNREADABLE = "unreadable: another image stands in for each until it is removed"
 MOST_NAMED = 20  # broken files named one by one while training
 
 
@@ -44,17 +47,19 @@ class ImageFolder:
     images turn out to be unreadable.
     """
 
-    def __init__(self, path: str | Path, resolution: int) -> None:
+    def __init__(
+        self, path: str | Path, resolution: int, split: str | None = None, caption_column: str | None = None
+    ) -> None:
+        """split, caption_column: as in `find_examples`."""
         if resolution < 1:
             raise InputError(f"resolution must be at least 1 pixel, got {resolution}")
         self.resolution = resolution
-        self.report = find_examples(path)
-        _leave_out_scanned(self.report)
+        self.report = find_examples(path, split, caption_column)
         self._broken: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.report.files)
+        return len(self.report.examples)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, str]:
         sample = self.sample(i)
@@ -76,36 +81,49 @@ class ImageFolder:
         return self.report.summary()
 
     def fingerprint(self) -> str:
-        """Which files and captions these are, in a few words; nothing is read."""
+        """Which examples these are, in a few words: their files' names in the folder and captions, in order.
+
+        Not their pixels (nothing is read), and neither where the folder is nor when it was changed.
+        """
         return fingerprint(len(self), ((self.name(i), self.captions(i)) for i in range(len(self))))
 
     def name(self, i: int) -> str:
         """Example i's file, relative to the folder."""
-        return self.report.name(i)
+        return printable(self.report.examples[i].name)
 
     def captions(self, i: int) -> tuple[str, ...]:
         """All captions of example i."""
-        caption = self.report.captions[i]
-        return (caption,) if isinstance(caption, str) else caption
+        return self.report.examples[i].captions
 
     def read_bytes(self, i: int) -> bytes:
         """The content of example i's file. OSError if it cannot be had."""
-        return _read_bytes(self.report, i)
+        return self.report.read(self.report.examples[i].place)
 
     def stat(self, i: int) -> tuple[int, int]:
         """(bytes, time of the last change in ns) of example i's file; the time is that of its tar. -1: gone."""
-        tar, _, member = self.report.places[i, :3].tolist()
-        size, time = _changed(self.report, i)
-        return (size if tar < 0 else member), time
+        place = self.report.examples[i].place
+        try:
+            status = os.stat(os.path.join(self.report.path, place.file))
+        except OSError:
+            return -1, -1
+        return status.st_size if place.size < 0 else place.size, status.st_mtime_ns
+
+    def load(self, i: int) -> tuple[Image.Image, tuple[int, int]]:
+        """(example i's image, upright and RGB, its height and width before anything was done to it)."""
+        example = self.report.examples[i]
+        with Image.open(io.BytesIO(self.read_bytes(i))) as stored:
+            orientation = stored.getexif().setdefault(ExifTags.Base.Orientation, example.orientation)
+            image = to_rgb(stored)
+        if not example.original:
+            return image, (image.height, image.width)
+        # What is known of it is of the image as it was stored, which may have been on its side.
+        return image, example.original[::-1] if orientation in (5, 6, 7, 8) else example.original
 
     def _read(self, i: int) -> Sample:
-        image = _decode(self.read_bytes(i))
+        image, original = self.load(i)
         side = min(image.size)
         left, top = (round((length - side) / 2 * self.resolution / side) for length in image.size)
-        height, width = self.report.places[i, 3:].tolist()
-        original = (height, width) if height > 0 else (image.height, image.width)
-        square = to_square(image, self.resolution)
-        return Sample(square, self.captions(i), self.name(i), i, original, (top, left))
+        return Sample(to_square(image, self.resolution), self.captions(i), self.name(i), i, original, (top, left))
 
     def _note_broken(self, i: int, reason: str) -> None:
         """Remember and name an unreadable file. InputError if there are too many."""
@@ -113,104 +131,61 @@ class ImageFolder:
             if i in self._broken:
                 return
             self._broken[i] = f"{self.name(i)} ({reason})"
-            count = len(self._broken)
-            refuse_too_many(self.report.path, list(self._broken.values()), count, len(self))
-            if count <= MOST_NAMED:
-                last = "; no more of them will be named, a scan finds them all" if count == MOST_NAMED else ""
+            _refuse_too_many(self.report.path, list(self._broken.values()), len(self))
+            if (left := MOST_NAMED - len(self._broken)) >= 0:
+                last = "; no more of them will be named, a scan finds them all" if left == 0 else ""
                 print(f"note: {self._broken[i]} cannot be read, the next image stands in for it{last}", flush=True)
 
 
-def scan(path: str | Path, resolution: int | None = None) -> FolderReport:
+def scan(
+    path: str | Path, resolution: int | None = None, split: str | None = None, caption_column: str | None = None
+) -> FolderReport:
     """Find the captioned images under `path` and decode each once, with a progress bar on terminals.
 
-    What it found is written into the folder, where `ImageFolder` sees which files to leave out. `resolution` only makes
-    the report name the images with a shorter side. InputError: as `find_examples`, or more than 10 % of the images
-    unreadable.
+    The report, every name in it, is also written into the folder. `resolution` only makes it name the images with a
+    shorter side. InputError: as `find_examples`, or more than 10 % of the images unreadable.
     """
-    report = find_examples(path)
-    broken = _try_all(report, resolution)
-    where = {file: i for i, file in enumerate(report.files) if file in broken}
-    content = {
-        "images": len(set(report.files)),
-        "examples": len(report.files),
-        "unreadable": {
-            report.name(i): {"reason": broken[file], "changed": _changed(report, i)} for file, i in where.items()
-        },
-        "damaged tars": report.damaged,
-        "without caption": report.uncaptioned,
-        "in the metadata, not on the disk": report.missing,
-        f"smaller than {resolution} pixels": report.small,
-        "not read, named almost like metadata": report.lookalikes,
-    }
-    write_json(Path(path) / SCAN_NAME, content)  # before anything is refused: it is the list of what to repair
-    report.leave_out(broken)
+    folder = ImageFolder(path, resolution or 1, split, caption_column)
+    report = folder.report
+
+    def attempt(i: int) -> tuple[str, str]:
+        name = report.examples[i].name
+        try:
+            image, _ = folder.load(i)
+        except Exception as error:  # decoders raise anything on broken bytes
+            return UNREADABLE, f"{name} ({_reason(error)})"
+        return f"smaller than {resolution} pixels, enlarged" * (min(image.size) < folder.resolution), name
+
+    numbers = list({example.name: i for i, example in enumerate(report.examples)}.values())  # some have several rows
+    for what, name in tqdm(read_ahead(attempt, numbers, 256), "scan", len(numbers), disable=None):
+        if what:
+            report.remark(what, name)
+    # Before anything is refused: it is the list of what to repair.
+    write_json(Path(path) / SCAN_NAME, {"images": len(numbers), "examples": len(report.examples), **report.remarks})
+    _refuse_too_many(report.path, report.remarks.get(UNREADABLE, []), len(numbers))
     return report
 
 
-def _leave_out_scanned(report: FolderReport) -> None:
-    """Leave out what a scan found broken, unless it has changed since."""
-    file = Path(report.path) / SCAN_NAME
-    if not file.exists():
-        return
-    known = read_json(file).get("unreadable")
-    if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
-        raise InputError(f"{file} is not a scan report: delete it")
-    found = {report.name(i): i for i in range(len(report.files))} if known else {}
-    broken = {}
-    for name, entry in known.items():
-        i = found.get(name)
-        if i is not None and entry.get("changed") == _changed(report, i):
-            broken[report.files[i]] = str(entry.get("reason"))
-    if broken:
-        report.leave_out(broken)
+Item, Read = TypeVar("Item"), TypeVar("Read")
 
 
-def _changed(report: FolderReport, i: int) -> list[int]:
-    """Size and time of the last change of the file that example i is in; -1 where it is gone, or a link to nothing."""
-    tar = int(report.places[i, 0])
-    try:
-        status = os.stat(report.files[i] if tar < 0 else report.tars[tar])
-    except OSError:
-        return [-1, -1]
-    return [status.st_size, status.st_mtime_ns]
+def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], ahead: int) -> Iterator[Read]:
+    """read(item) for each item, in order, while threads read the next `ahead` ones."""
+    queue: deque = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for item in items:
+            queue.append(pool.submit(read, item))
+            if len(queue) > ahead:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
 
 
-def _read_bytes(report: FolderReport, i: int) -> bytes:
-    tar, offset, size = report.places[i, :3].tolist()
-    return Path(report.files[i]).read_bytes() if tar < 0 else read_member(report.tars[tar], offset, size)
-
-
-def _decode(content: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(content)) as image:
-        return to_rgb(image)
-
-
-def _try_all(report: FolderReport, resolution: int | None) -> dict[str, str]:
-    """Decode every file once: file -> why it cannot be. Adds the small ones to the report."""
-    numbers = sorted({file: i for i, file in enumerate(report.files)}.values(), key=lambda i: report.files[i])
-    broken: dict[str, str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(numbers), desc="scan", disable=None) as bar:
-        for start in range(0, len(numbers), 4096):  # in parts: a queue of millions of files would not be small
-            part = numbers[start : start + 4096]
-            for i, (reason, short_side) in zip(part, pool.map(lambda i: _try(report, i), part), strict=True):
-                bar.update()
-                if reason:
-                    broken[report.files[i]] = reason
-                elif resolution is not None and short_side < resolution:
-                    report.small.append(relative(report.files[i], report.path))
-    return broken
-
-
-def _try(report: FolderReport, i: int) -> tuple[str, int]:
-    """(why the file cannot be read, "" if it can; its shorter side in pixels)."""
-    try:
-        with Image.open(io.BytesIO(_read_bytes(report, i))) as image:
-            short_side = min(image.size)
-            image.draft(image.mode, (64, 64))  # JPEG: read everything, compute an eighth of the pixels
-            to_rgb(image)
-    except Exception as error:  # decoders raise anything on broken bytes
-        return _reason(error), 0
-    return "", short_side
+def _refuse_too_many(path: str, unreadable: list[str], total: int) -> None:
+    """InputError if that many of `total` unreadable images can be no chance."""
+    if len(unreadable) > MOST_UNREADABLE * total:
+        found = f"{len(unreadable)} of {total} images cannot be read"
+        raise InputError(f"{path}: {found}: repair or remove {some(unreadable)}")
 
 
 def _reason(error: Exception) -> str:

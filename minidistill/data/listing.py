@@ -4,110 +4,142 @@ Four ways to say which caption belongs to which image, in one tree of folders, s
 
     metadata.jsonl      {"file_name": "cats/0001.jpg", "text": "a cat"}      one JSON object a line
     metadata.csv        file_name,text                                       a header, then one row per image
-    0001.jpg 0001.txt   the caption in the text file (or 0001.caption)
-    00000.tar           0001.jpg and 0001.txt (or .caption, or .json) in an archive: shards.py
+    0001.jpg 0001.txt   the caption in the text file (or 0001.caption, or `caption` in 0001.json)
+    00000.tar           the same pairs in an archive
 
 `file_name` is relative to the folder of the metadata file. A caption may be a list: training draws one of them,
 everything else takes the first. An empty caption is none. Two rows for one image are two examples. A row outranks a
-text file.
+text file. 0001.json may also say what img2dataset's does: `original_width`, `original_height` and `exif`. Folders (or
+tars) called train, validation or test, in the spellings of Hugging Face `datasets`, are kept apart. What is left out is
+counted and named in the report.
 """
 
 import csv
-import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
+from unicodedata import normalize
 
-import numpy as np
 from huggingface_hub.utils import tqdm
+from PIL import Image
 
-from minidistill.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, clean_caption, list_tar
+from minidistill.data.shards import POINTER, WHAT_POINTER, list_tar, read_part
 from minidistill.errors import InputError
 
+CAPTION_SUFFIXES = (".txt", ".caption")
+TEXT_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-SCAN_NAME = "minidistill_scan.json"  # what `scan` found, in the data folder
-MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
-HOW_TO_CAPTION = "captions come from metadata.jsonl or metadata.csv (file_name, text), or from x.txt beside x.jpg"
+HOW_TO_CAPTION = (
+    "captions come from metadata.jsonl or metadata.csv (file_name, relative to the folder of that file; text), from "
+    "x.txt beside x.jpg, or from .tar files of these"
+)
+SPLITS = {  # names of folders -> split, as in Hugging Face `datasets`
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
+}
+SPLIT_CHOICES = (*SPLITS, "all")
+SPLIT_HELP = "part of --data, by the names of its folders or tars (default: train, where there are several parts)"
+CAPTION_COLUMN_HELP = "column of the metadata of --data that holds the captions (default: text)"
+ORIENTATIONS = {  # EXIF's, in the words that img2dataset has from exifread
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+NOT_READ = {  # pattern of a name in lower case (img2dataset's 00000.parquet is no loss) -> what to do
+    r".*\.(zip|7z|rar|gz|tgz|bz2|xz|zst)": "packed, not read: unpack",
+    r"meta.*\.json|(?!\d{5}\.).*\.(parquet|arrow)": "not read: save images in it as files; turn rows with file_name "
+    "into metadata.jsonl, as pandas' read_parquet or read_json and then to_json(orient='records', lines=True) do",
+    r"metadata.*|.*\.(jsonl|csv|tsv)": "not read: rename to metadata.jsonl or metadata.csv",
+}
 
-Caption = str | tuple[str, ...]  # a tuple where there are several
+
+class Place(NamedTuple):
+    """Where the content of a file is."""
+
+    file: str  # relative to the data folder, with forward slashes
+    offset: int = 0
+    size: int = -1  # bytes; -1: all of the file
+
+
+class Example(NamedTuple):
+    """One captioned image."""
+
+    name: str  # its file relative to the data folder, with forward slashes; TAR/MEMBER in an archive
+    place: Place
+    captions: tuple[str, ...]
+    original: tuple[int, int] | None = None  # height and width before it was scaled down for the data set, if known
+    orientation: int = 1  # EXIF's, of an image that has lost its own
 
 
 @dataclass
 class FolderReport:
-    """What a folder holds. `captions[i]` belongs to `files[i]`, a path, or TAR/MEMBER.
-
-    `places[i]` is (number in `tars` or -1 of a file, offset, bytes, original height, original width), the last two
-    below 1 where no archive says. The other lists feed the summary.
-    """
+    """What a data folder holds, and what was left out of it: `remarks` are {what is the matter: names of files}."""
 
     path: str
-    files: list[str] = field(repr=False)
-    captions: list[Caption] = field(repr=False)
-    places: np.ndarray = field(repr=False, default_factory=lambda: np.empty((0, 5), np.int64))
-    tars: list[str] = field(repr=False, default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # "name (reason)"
-    damaged: list[str] = field(default_factory=list)  # tars, "name (reason)"
-    uncaptioned: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # named in a metadata file, not on the disk
-    small: list[str] = field(default_factory=list)  # kept, but enlarged to the resolution asked for
-    lookalikes: list[str] = field(default_factory=list)  # files called almost, but not quite, metadata.jsonl
+    examples: list[Example] = field(default_factory=list, repr=False)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+    split: str = ""  # the one that the examples are of, where there are several
+
+    def remark(self, what: str, name: str) -> None:
+        """Note that this is the matter with a file."""
+        self.remarks.setdefault(what, []).append(printable(name))
 
     def summary(self) -> str:
         """One paragraph for people: how many examples, and what was left out, by name."""
-        parts = [f"{self.path}: {len(self.files)} captioned images"]
-        for names, what in (
-            (self.unreadable, "unreadable, skipped"),
-            (self.damaged, "damaged tars, of which the whole images are used"),
-            (self.uncaptioned, "without caption, skipped"),
-            (self.missing, "in the metadata but not on the disk, skipped"),
-            (self.small, "smaller than the resolution, enlarged"),
-            (self.lookalikes, f"not read, though named almost like {' or '.join(METADATA_NAMES)}"),
-        ):
-            if names:
-                parts.append(f"{len(names)} {what}: {some(names)}")
-        return "; ".join(parts) + "."
+        count = f"{self.path}: {len(self.examples)} captioned images" + f" of split {self.split}" * bool(self.split)
+        return "; ".join([count, *(f"{len(n)} {what}: {some(n)}" for what, n in self.remarks.items())]) + "."
 
-    def name(self, i: int) -> str:
-        """Example i's file relative to the folder: the same wherever the folder is."""
-        return relative(self.files[i], self.path)
-
-    def leave_out(self, broken: dict[str, str]) -> None:
-        """Drop the examples of these files (file -> reason), and name them.
-
-        InputError: they are more than MOST_UNREADABLE of all.
-        """
-        total = len(set(self.files))
-        self.unreadable += [f"{relative(file, self.path)} ({reason})" for file, reason in broken.items()]
-        refuse_too_many(self.path, self.unreadable, len(broken), total)
-        keep = [i for i, file in enumerate(self.files) if file not in broken]
-        self.files[:] = [self.files[i] for i in keep]
-        self.captions[:] = [self.captions[i] for i in keep]
-        self.places = self.places[keep]
+    def read(self, place: Place) -> bytes:
+        """The content of a file, or of a member of an archive. OSError if it cannot be had."""
+        with open(os.path.join(self.path, place.file), "rb") as file:
+            return read_part(file, place.offset, place.size)
 
 
-def find_examples(path: str | Path) -> FolderReport:
+def find_examples(path: str | Path, split: str | None = None, caption_column: str | None = None) -> FolderReport:
     """List the captioned images under `path`, reading names, captions and the tars' headers only.
 
-    InputError: no such folder, no images, no captions, or metadata that cannot be understood (file and line are named).
+    Examples of metadata files come first, then those of caption files, then those of tars.
+
+    split: "train", "validation", "test" or "all"; None: train, if there are several.
+    caption_column: of metadata, and of .json files beside images; None: text (in .json files caption, else text).
+
+    InputError: no such folder, no captioned images, or metadata that cannot be understood (file and line are named).
     """
     root = Path(path)
-    if ".." in root.parts:
-        root = root.resolve()  # as rows are: one file must have one name
     if not root.is_dir():
         raise InputError(f"data folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
-    images, metadata, texts, tars, lookalikes = _walk(root)
-    report = FolderReport(str(root), [], [], tars=tars, lookalikes=[relative(f, root) for f in lookalikes])
-    in_rows = _take_rows(metadata, set(images), report)
-    for image in images:
-        if image not in in_rows:
-            _take(report, image, _caption_beside(image, texts))
-    report.places = np.full((len(report.files), 5), -1, np.int64)
-    _take_tars(report)
-    if not report.files:
-        raise InputError(_why_nothing(report, bool(images)))
+    report = FolderReport(str(root))
+    files = dict.fromkeys(_walk(root))
+    in_rows = _take_rows(report, files, caption_column or "text")
+    _take_pairs(report, {name: Place(name) for name in files}, caption_column, in_rows)
+    _remark_repeats(report)
+    for tar in tqdm([name for name in files if name.lower().endswith(".tar")], "tars", disable=None, leave=False):
+        members, problem = list_tar(os.path.join(root, tar))
+        _take_pairs(report, {f"{tar}/{name}": Place(tar, *where) for name, where in members.items()}, caption_column)
+        if problem:
+            report.remark("damaged tars", f"{tar} ({problem})")
+    for name in files:
+        base = posixpath.basename(name)
+        what = next((what for pattern, what in NOT_READ.items() if re.fullmatch(pattern, base.lower())), None)
+        if what and base not in METADATA_NAMES:
+            report.remark(what, name)
+    if not report.examples:
+        raise InputError(f"{report.summary()[:-1]}; {HOW_TO_CAPTION}")
+    _keep_split(report, split)
     return report
 
 
@@ -116,15 +148,9 @@ def some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def relative(file: str, root: str | Path) -> str:
-    """A file's name as people, scan reports and caches have it: forward slashes, and bytes that are no UTF-8 escaped.
-
-    Such a name can be printed and written down; the file itself is opened by its path.
-    """
-    prefix = os.path.join(root, "").removeprefix(os.path.join(".", ""))  # as `_walk` has it
-    inside = file.startswith(prefix) if prefix else not os.path.isabs(file)
-    name = file[len(prefix) :] if inside else os.path.relpath(file, root)  # which is slow
-    return name.replace(os.sep, "/").encode("utf-8", "backslashreplace").decode()
+def printable(name: str) -> str:
+    """A file's name with the bytes that are no UTF-8 escaped: it can be printed and written down."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def fingerprint(count: int, content: Iterable[object]) -> str:
@@ -135,158 +161,214 @@ def fingerprint(count: int, content: Iterable[object]) -> str:
     return f"{count} images, {digest.hexdigest()[:8]}"
 
 
-def refuse_too_many(path: str, unreadable: list[str], count: int, total: int) -> None:
-    """InputError if `count` of `total` is more than can be due to chance."""
-    if count > MOST_UNREADABLE * total:
-        raise InputError(f"{path}: {count} of {total} images cannot be read: repair or remove {some(unreadable)}")
-
-
-def _walk(root: Path) -> tuple[list[str], list[str], dict[str, str], list[str], list[str]]:
-    """(images, metadata files, caption files, tars, files named almost like metadata), sorted, none hidden.
-
-    Caption files by their name with the suffix in lower case, which is how they are looked for.
-    """
-    images, metadata, texts, tars, lookalikes = [], [], {}, [], []
+def _walk(root: Path) -> Iterator[str]:
+    """The names of all files under root, relative to it, none hidden: those of a folder, then those below it."""
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         visited.add(os.path.realpath(folder))
-        prefix = os.path.join(folder, "").removeprefix(os.path.join(".", ""))
         subfolders[:] = sorted(
             name
             for name in subfolders
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in visited
         )
-        for name in sorted(name for name in names if not name.startswith(".")):
-            file = prefix + name
-            stem, suffix = os.path.splitext(file)
-            suffix = suffix.lower()
-            if name in METADATA_NAMES:
-                metadata.append(file)
-            elif suffix in IMAGE_SUFFIXES:
-                images.append(file)
-            elif suffix == ".tar":
-                tars.append(file)
-            elif _is_lookalike(name):
-                lookalikes.append(file)
-            elif suffix in CAPTION_SUFFIXES:
-                texts[stem + suffix] = file
-    return images, metadata, texts, tars, lookalikes
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/")
+        yield from (posixpath.normpath(f"{prefix}/{name}") for name in sorted(names) if not name.startswith("."))
 
 
-def _is_lookalike(name: str) -> bool:
-    lower = name.lower()
-    if lower.startswith("metadata"):
-        return True
-    # The comparison is slow, and there may be a .txt file for each of a million images.
-    return set("metadta") <= set(lower) and bool(difflib.get_close_matches(name, METADATA_NAMES, cutoff=0.85))
+@cache
+def _image_suffixes() -> frozenset[str]:
+    """Of all formats that Pillow reads, here and now."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
-def _take(report: FolderReport, file: str, caption: Caption) -> None:
-    if caption:
-        report.files.append(file)
-        report.captions.append(caption)
+def _key(name: str) -> str:
+    """One spelling for names that Windows (backslashes) and macOS (decomposed accents) spell otherwise."""
+    return normalize("NFC", name.replace("\\", "/"))
+
+
+def _take(report: FolderReport, example: Example, why_not: str = "") -> None:
+    if example.captions:
+        report.examples.append(example)
     else:
-        report.uncaptioned.append(relative(file, report.path))
+        report.remark("without caption, skipped", example.name + f" ({why_not})" * bool(why_not))
 
 
-def _take_rows(metadata: list[str], images: set[str], report: FolderReport) -> set[str]:
-    """Add the examples of all metadata files to the report; the image files that the rows speak of."""
-    folders = [os.path.dirname(file) for file in metadata]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise InputError(f"{folder} holds both {' and '.join(METADATA_NAMES)}: keep one")
+def _take_rows(report: FolderReport, files: Collection[str], caption_column: str) -> set[str]:
+    """Add the examples of all metadata files to the report; the files that the rows speak of."""
     spoken_of = set()
+    metadata = [name for name in files if posixpath.basename(name) in METADATA_NAMES]
+    spellings = {_key(name): name for name in files} if metadata else {}
     for source in metadata:
-        folder = os.path.dirname(source)
-        for file_name, caption in _rows(source):
-            file = os.path.normpath(os.path.join(folder, file_name))
-            spoken_of.add(file)
-            if file in images or os.path.isfile(file):  # the disk is asked only about what the walk did not meet
-                _take(report, file, caption)
+        folder = posixpath.dirname(source)
+        if all(posixpath.join(folder, name) in files for name in METADATA_NAMES):
+            raise InputError(f"{os.path.join(report.path, folder)} holds both {' and '.join(METADATA_NAMES)}: keep one")
+        for file_name, captions in _rows(os.path.join(report.path, source), caption_column):
+            name = posixpath.normpath(posixpath.join(folder, file_name))
+            if name not in files:
+                name = spellings.get(posixpath.normpath(_key(posixpath.join(folder, file_name))), name)
+            spoken_of.add(name)
+            # The disk is asked only about what the walk did not meet.
+            if name in files or os.path.isfile(os.path.join(report.path, name)):
+                _take(report, Example(name, Place(name), captions))
             else:
-                report.missing.append(relative(file, report.path))
+                report.remark("in the metadata but not on the disk, skipped", name)
     return spoken_of
 
 
-def _take_tars(report: FolderReport) -> None:
-    """Add the images of all tars to the report, with a progress bar on terminals."""
-    places = [report.places]
-    for number, file in enumerate(tqdm(report.tars, desc="tars", disable=None, leave=False)):
-        tar = list_tar(file)
-        report.files += [f"{file}/{name}" for name in tar.names]
-        report.captions += tar.captions
-        report.uncaptioned += [relative(f"{file}/{name}", report.path) for name in tar.uncaptioned]
-        places.append(np.insert(np.array(tar.places, np.int64).reshape(-1, 4), 0, number, axis=1))
-        if tar.problem:
-            report.damaged.append(f"{relative(file, report.path)} ({tar.problem})")
-    report.places = np.concatenate(places)
-
-
-def _rows(source: str) -> Iterator[tuple[str, Caption]]:
-    """(file_name, caption) of each row of a metadata file; the caption is "" where the row has none."""
+def _rows(source: str, caption_column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(file_name, captions) of each row of a metadata file."""
+    number = 1
     try:
-        with open(source, encoding="utf-8-sig", newline="") as lines:  # spreadsheets put a byte-order mark in front
+        with open(source, encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte-order mark in front
+            first = file.readline()
+            if first.startswith(POINTER.decode()):
+                raise InputError(f"cannot read {source}: {WHAT_POINTER}")
+            lines = chain([first], file)
             if source.endswith(".csv"):
-                reader = csv.DictReader(lines)
+                reader = csv.DictReader(lines, delimiter=max(",;\t", key=first.count))
                 for row in reader:
-                    yield _row(row, f"{source} line {reader.line_num}")
+                    number = reader.line_num
+                    yield _row(row, f"{source} line {number}", caption_column)
             else:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _row(json.loads(line), f"{source} line {number}")
+                        yield _row(json.loads(line), f"{source} line {number}", caption_column)
     except OSError as error:
-        raise _unreadable(source, error) from error
+        raise InputError(f"cannot read {source}: {error.strerror}; repair or remove it") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{source} is not UTF-8 text: save it as UTF-8") from error
-    except csv.Error as error:
-        raise InputError(f"{source} line {reader.line_num} is not CSV: {error}") from error
-    except (ValueError, RecursionError) as error:  # not JSON; a number with too many digits for Python
-        raise InputError(f"{source} line {number} is not one JSON object: {error}") from error
+    except (csv.Error, ValueError, RecursionError) as error:  # also a number with too many digits for Python
+        kind = "CSV" if source.endswith(".csv") else "one JSON object"
+        raise InputError(f"{source} line {number} is not {kind}: {error}") from error
 
 
-def _row(row: object, where: str) -> tuple[str, Caption]:
+def _row(row: object, where: str, caption_column: str) -> tuple[str, tuple[str, ...]]:
     if not isinstance(row, dict):
-        raise InputError(f"{where} is not a JSON object with file_name and text")
-    for key in ("file_name", "text"):
+        raise InputError(f"{where} is not a JSON object with file_name and {caption_column}")
+    if any(row.pop(None, None) or ()):  # what csv keeps of fields beyond the header's
+        raise InputError(f"{where} has more fields than the header: put quotes around captions with commas")
+    for key in ("file_name", caption_column):
         if key not in row:
-            raise InputError(f"{where} has no {key!r} but {', '.join(map(repr, row))}: rename or add it")
-    file_name, caption = row["file_name"], row["text"]
+            texts = [k for k, v in row.items() if isinstance(v, str) and re.search(r"[^\W\d]", v) and k != "file_name"]
+            lone = key == caption_column and len(texts) == 1
+            advice = f"give --caption-column {texts[0]}" if lone else "rename or add it"
+            raise InputError(f"{where} has no {key!r} but {', '.join(map(repr, row))}: {advice}")
+    file_name, caption = row["file_name"], row[caption_column]
     if not isinstance(file_name, str) or not file_name:
         raise InputError(f"{where}: file_name must be the name of a file, got {file_name!r}")
     several = caption if isinstance(caption, list) else [caption or ""]
     if not all(isinstance(text, str) for text in several):
-        raise InputError(f"{where}: text must be a string or a list of strings, got {caption!r}")
-    texts = tuple(filter(None, map(clean_caption, several)))
-    return file_name, texts if len(texts) > 1 else "".join(texts)
+        raise InputError(f"{where}: {caption_column} must be a string or a list of strings, got {caption!r}")
+    return file_name, _captions(several)
 
 
-def _caption_beside(image: str, texts: dict[str, str]) -> str:
-    """The caption in x.txt or x.caption beside x.jpg, "" if there is none."""
-    for suffix in CAPTION_SUFFIXES:
-        if file := texts.get(os.path.splitext(image)[0] + suffix):
-            try:
-                return clean_caption(Path(file).read_text(encoding="utf-8-sig"))
-            except OSError as error:
-                raise _unreadable(file, error) from error
-            except UnicodeDecodeError as error:
-                raise InputError(f"{file} is not UTF-8 text: save it as UTF-8") from error
+def _captions(texts: Iterable[object]) -> tuple[str, ...]:
+    """The captions among these texts, without space around them, and "?" for half a surrogate pair.
+
+    JSON can spell one ("\\ud83d"), of an emoji that was cut in two; nothing can encode it.
+    """
+    clean = (text.strip().encode("utf-8", "replace").decode() for text in texts if isinstance(text, str))
+    return tuple(filter(None, clean))
+
+
+def _take_pairs(
+    report: FolderReport, files: Mapping[str, Place], caption_column: str | None, in_rows: Collection[str] = ()
+) -> None:
+    """Add the images among these files to the report, with the caption that lies beside each.
+
+    Images `in_rows` have theirs. Of several with one caption file, such as an image and its mask, one is taken.
+    """
+    images: dict[str, list[str]] = defaultdict(list)  # name without suffix -> its images, of those that have no row
+    beside: dict[str, dict[str, str]] = defaultdict(dict)  # name without suffix -> suffix -> any other file
+    for name in files:
+        stem, suffix = os.path.splitext(_key(name))
+        if posixpath.basename(name).startswith("."):
+            continue
+        if suffix.lower() in _image_suffixes():
+            images[stem] += [] if name in in_rows else [name]
+        else:
+            beside[stem][suffix.lower()] = name
+    for stem, names in images.items():
+        texts = {suffix: files[name] for suffix, name in beside.pop(stem, {}).items() if suffix in TEXT_SUFFIXES}
+        if not names:
+            continue
+        facts, why_not = _facts(report, texts, caption_column)
+        if facts["captions"]:
+            names.sort(key=lambda name: (not name.lower().endswith((".jpg", ".jpeg")), name))  # masks are no JPEGs
+            for other in names[1:]:
+                report.remark("of the same name as another image, skipped (a mask?)", f"{other} ({names[0]} is used)")
+            del names[1:]
+        if "\n" in "".join(facts["captions"]):
+            report.remark("captions of several lines, each taken as one (metadata.jsonl takes lists)", names[0])
+        for name in names:
+            _take(report, Example(name, files[name], **facts), why_not)
+    for others in beside.values():
+        for text in [others[suffix] for suffix in CAPTION_SUFFIXES if suffix in others]:
+            strange = [name for suffix, name in others.items() if suffix not in TEXT_SUFFIXES]
+            report.remark("caption files without an image that Pillow reads", ", not ".join([text, *strange]))
+
+
+def _facts(report: FolderReport, texts: Mapping[str, Place], caption_column: str | None) -> tuple[dict[str, Any], str]:
+    """What the files beside an image, suffix -> place, say: (fields of an Example, what could not be read)."""
+    found, problem = {}, ""
+    for suffix, place in texts.items():
+        try:
+            found[suffix] = report.read(place).decode("utf-8-sig")
+        except OSError as error:
+            problem = f"its {suffix}: {error.strerror}"
+        except UnicodeDecodeError:
+            problem = f"its {suffix} is not UTF-8"
+    record = _object(found.get(".json"))
+    columns = [caption_column] if caption_column else ["caption", "text"]
+    caption = next((found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found), None)
+    if caption is None:
+        caption = next(filter(None, map(record.get, columns)), None)
+    facts: dict[str, Any] = {"captions": _captions(caption if isinstance(caption, list) else [caption])}
+    height, width = (record.get(key) for key in ("original_height", "original_width"))
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        facts["original"] = (height, width)
+    facts["orientation"] = ORIENTATIONS.get(str(_object(record.get("exif")).get("Image Orientation")), 1)
+    return facts, problem
+
+
+def _object(text: object) -> dict[str, Any]:
+    """The object that a text is in JSON; {} if it is none."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _remark_repeats(report: FolderReport) -> None:
+    """Say that folders called 10_name and 1_name, of which kohya's scripts repeat images so often, are not repeated."""
+    folders = {posixpath.dirname(example.name) for example in report.examples}
+    repeats = {folder: re.match(r"(\d+)_", posixpath.basename(folder)) for folder in folders}
+    if len({found and int(found[1]) for found in repeats.values()}) > 1:
+        for folder in sorted(folder for folder, found in repeats.items() if found):
+            report.remark("folders named as kohya's scripts repeat them; here every image counts once", folder)
+
+
+def _keep_split(report: FolderReport, split: str | None) -> None:
+    """Keep the examples of one split, by the names of folders and tars; where there are no two, all of them."""
+    splits = [_split_of(posixpath.dirname(example.name)) for example in report.examples]
+    if split == "all" or (split is None and len({*splits} - {""}) < 2):
+        return
+    report.split = split or "train"
+    if report.split not in splits:
+        there = ", ".join(sorted({*splits} - {""})) or "no folders called train, validation or test"
+        raise InputError(f"{report.path} has no images of split {report.split} but {there}: give another --split")
+    for example, found in zip(report.examples, splits, strict=True):
+        if found != report.split:
+            report.remark(f"of {f'split {found}' if found else 'no split'}, left out (--split)", example.name)
+    report.examples = [e for e, found in zip(report.examples, splits, strict=True) if found == report.split]
+
+
+@cache
+def _split_of(folder: str) -> str:
+    """The split that a folder (or tar) is of, "" if its name says none."""
+    for part in folder.lower().split("/"):
+        for split, words in SPLITS.items():
+            if re.search(rf"(?:^|[-._ 0-9])(?:{words})(?:[-._ 0-9]|$)", part):
+                return split
     return ""
-
-
-def _unreadable(file: str, error: OSError) -> InputError:
-    return InputError(f"cannot read {file}: {error.strerror}; repair or remove it")
-
-
-def _why_nothing(report: FolderReport, any_images: bool) -> str:
-    """The one line to refuse a folder with when it holds no example."""
-    if report.missing:
-        return (
-            f"{report.path}: none of the files in the metadata exists, first {report.missing[0]}: "
-            "file_name must be relative to the folder of the metadata file"
-        )
-    if report.damaged:
-        return f"{report.path}: no captioned image is whole: fetch again {some(report.damaged)}"
-    hint = f"; rename {report.lookalikes[0]} to metadata.jsonl or metadata.csv?" if report.lookalikes else ""
-    if any_images or report.uncaptioned:
-        return f"{report.path}: {len(report.uncaptioned)} images but no captions: {HOW_TO_CAPTION}{hint}"
-    return f"{report.path} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no .tar{hint}"

@@ -1,1 +1,1 @@
-"""The maths of noise: schedules and conversions (`schedule`), solvers and guidance (`samplers`)."""
+"""The mathematics of diffusion: noise schedules, samplers, sampling settings, seeded noise."""

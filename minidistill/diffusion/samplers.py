@@ -1,13 +1,11 @@
-"""Solvers: from standard-normal noise to clean latents, as pure functions over a model(x, t).
+"""Samplers: from standard-normal noise to clean latents, as pure functions of a model(x, t).
 
-A model takes the unit-variance latents x_t (B, ...) and t (B,) and returns eps, x0 or v. Solvers keep their
-state in float32, hand the model the dtype of the noise, and return x0 latents in that dtype. Grids:
-`schedule.time_grid`.
+A model takes the noisy latents x_t (B, ...) and t (B,) and returns eps, x0 or v. The state is float32; the model gets
+the dtype of the noise, and the x0 latents are returned in that dtype. Time grids: `schedule.time_grid`.
 
-DDIM moves x_t itself. Euler solves dx/dsigma = (x - x0) / sigma for x = x_t / sqrt(abar_t), with sigma =
-sqrt((1 - abar) / abar). They are the same step: x0 + sigma' eps, divided by sqrt(sigma'^2 + 1), is
-sqrt(abar') x0 + sqrt(1 - abar') eps. What differs in practice is what they start from, where they end, and
-that Euler takes timesteps between the integers.
+DDIM updates x_t. Euler solves dx/dsigma = (x - x0) / sigma for x = x_t / sqrt(abar_t), sigma = sqrt((1 - abar) / abar).
+Both make the same step: x0 + sigma' eps, divided by sqrt(sigma'^2 + 1), is sqrt(abar') x0 + sqrt(1 - abar') eps. They
+differ in the scale of the initial noise, in the last step, and in that Euler accepts fractional timesteps.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ from torch import Tensor
 from minidistill.diffusion.schedule import PREDICTIONS, alpha_at, to_eps, to_x0
 
 Model = Callable[[Tensor, Tensor], Tensor]
-# Called at every step with {"i": step, "t": timestep, "x": x_t, "x0": the clean latents predicted from it}.
+# Called at each step with {"i": step, "t": timestep, "x": x_t, "x0": the x0 predicted from it}.
 Callback = Callable[[dict], None]
 
 
@@ -40,10 +38,13 @@ def ddim(
     """DDIM (arXiv 2010.02502, eq. 12 and 16): noise (B, ...) -> x0 latents (B, ...).
 
     timesteps: descending int64 grid. Each step goes to the next entry of the grid, the last one to
-    `final_alpha_bar`: 1 is clean, Stable Diffusion's scheduler stops at abar_0 (`schedule.final_alpha_bar`).
-    eta: 0 deterministic, 1 DDPM-like; above 0 needs one generator per sample, so that a sample does not
-    depend on the batch it is in.
-    ValueError: a grid, an eta or generators that do not fit; eps-prediction at abar = 0.
+    `final_alpha_bar`: 1 (clean), or abar_0 as in Stable Diffusion's scheduler (`schedule.final_alpha_bar`). The
+    DDIMScheduler of diffusers goes to t - T // steps instead. That is the same grid with leading spacing, but not with
+    linspace, nor with trailing where steps do not divide T: the miniature's latents, guidance 7.5, differ by 3.4 % of
+    their norm with linspace at 25 steps, and by 0.5 % with trailing at 30.
+    eta: 0 deterministic, 1 as DDPM; above 0 it needs one generator per sample, so that samples do not depend on the
+    batch they are in.
+    ValueError: an invalid grid or eta, missing generators, or eps-prediction at abar = 0.
     """
     _check_grid(timesteps, len(alpha_bar))
     if timesteps.is_floating_point():
@@ -88,7 +89,7 @@ def ddim_step(
     final_alpha_bar: float = 1.0,
     fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step to t_next < t, or to `final_alpha_bar` for -1: (x there, predicted x0). fresh: eta's noise."""
+    """One step to t_next < t, or to `final_alpha_bar` for -1: (x_t_next, predicted x0). fresh: noise for eta > 0."""
     a = alpha_at(alpha_bar, t, x)
     a_next = alpha_at(alpha_bar, t_next, x) if t_next >= 0 else torch.full_like(a, final_alpha_bar)
     x0 = to_x0(out, x, t, alpha_bar, prediction)
@@ -111,13 +112,11 @@ def euler(
 ) -> Tensor:
     """Euler on the probability-flow ODE (arXiv 2206.00364, alg. 1 in sigma): noise (B, ...) -> x0 latents.
 
-    timesteps: descending grid, int64, or float32 from `time_grid(..., fractional=True)`: sigma is
-    interpolated linearly in t. The last step goes to sigma = 0. Zero terminal SNR, an infinite sigma, is
-    taken at abar = 2^-24.
+    timesteps: descending grid, int64, or float32 from `time_grid(..., fractional=True)`: sigma is interpolated linearly
+    in t. The last step goes to sigma = 0. At zero terminal SNR, where sigma is infinite, abar is set to 2^-24.
 
-    pure_noise: what the network sees first. True: the noise itself (diffusers with leading spacing, and the
-    input that SDXL-Lightning trains on). False: sqrt(1 - abar) times the noise, 0.99767 at t = 999 (diffusers
-    with trailing and linspace).
+    pure_noise: the first input of the network. True: the noise itself (diffusers with leading spacing; training of
+    SDXL-Lightning). False: sqrt(1 - abar) times the noise, 0.99767 at t = 999 (diffusers with trailing and linspace).
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
@@ -125,7 +124,7 @@ def euler(
     sigmas = [*sigmas_at(alpha_bar, timesteps).tolist(), 0.0]
     x = _wide(noise) * ((sigmas[0] ** 2 + 1) ** 0.5 if pure_noise else sigmas[0])
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        scale = (sigma**2 + 1) ** -0.5  # = sqrt(abar): brings x to unit variance
+        scale = (sigma**2 + 1) ** -0.5  # = sqrt(abar): x_t = scale * x has unit variance
         x_t = x * scale
         out = _wide(model(x_t.to(noise.dtype), _batch_of(timesteps[i], x)))
         if prediction == "epsilon":
@@ -136,7 +135,7 @@ def euler(
             x0 = out
         if callback is not None:
             callback({"i": i, "t": timesteps[i].item(), "x": x_t, "x0": x0})
-        # x + (sigma' - sigma) (x - x0) / sigma, arranged so that sigma' = 0 gives x0 to the last bit
+        # = x + (sigma' - sigma) (x - x0) / sigma, written so that sigma' = 0 gives exactly x0
         x = x0 + (x - x0) * (sigma_next / sigma)
     return x.to(noise.dtype)
 
@@ -158,13 +157,12 @@ def guide(
     added_cond: dict[str, Tensor] | None = None,
     uncond_added_cond: dict[str, Tensor] | None = None,
 ) -> Model:
-    """A model(x, t) from unet_fn(x, t, context), classifier-free guidance in it (arXiv 2207.12598, eq. 6).
+    """A model(x, t) with classifier-free guidance from unet_fn(x, t, context) (arXiv 2207.12598, eq. 6).
 
-    context, uncond: (B, L, D). Both halves are one batch, [uncond, cond], and give u + scale (c - u).
-    scale <= 1 switches guidance off: only the conditional half runs ("guidance 0" on a distilled model's card
-    means off, not unconditional). added_cond: SDXL's extra conditions (text_embeds, time_ids), passed on as
-    fourth argument; guidance needs the unconditional ones too. ValueError: something for the unconditional
-    half is absent or of another shape.
+    context, uncond: (B, L, D). Both are evaluated as one batch, [uncond, cond], and give u + scale (c - u). scale <= 1
+    disables guidance, and only the conditional half is evaluated ("guidance 0" in the model card of a distilled model
+    means off, not unconditional). added_cond: SDXL's conditions (text_embeds, time_ids), passed as fourth argument.
+    ValueError: a condition of the unconditional half is missing or has another shape.
     """
     if scale <= 1:
         return lambda x, t: _call(unet_fn, x, t, context, added_cond)
@@ -190,7 +188,7 @@ def _call(unet_fn: Callable[..., Tensor], x: Tensor, t: Tensor, context: Tensor,
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: a float64 state stays float64."""
+    """Convert to float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -199,7 +197,7 @@ def _batch_of(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard-normal (B, ...), sample b from generator b and drawn where that generator lives."""
+    """Standard-normal noise (B, ...), sample b from generator b and on the device of that generator."""
     rows = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype).to(x.device) for g in generators]
     return torch.stack(rows)
 

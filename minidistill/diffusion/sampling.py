@@ -1,23 +1,36 @@
-"""How a checkpoint wants to be sampled. A distilled model gives good images with its own settings only.
+"""The sampling settings of a distilled model, which gives good images with these only.
 
     sdxl_lightning_4step_unet.safetensors      4 Euler steps, trailing timesteps, guidance off
-    sdxl_lightning_1step_x0.safetensors        1 step, and the network puts out x0, not eps
+    sdxl_lightning_1step_x0.safetensors        1 step, and the network predicts x0, not eps
 
-Files made here say it themselves, in the metadata of the weights; of SDXL-Lightning's files it is known by their names.
+Files written by minidistill store them in the metadata of the weights; for SDXL-Lightning they follow from the name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
-from minidistill.diffusion.schedule import PREDICTIONS, SPACINGS
+from torch import Tensor
+
+from minidistill.diffusion.samplers import Callback, Model, ddim, euler, sigmas_at
+from minidistill.diffusion.schedule import (
+    PREDICTIONS,
+    SPACINGS,
+    ScheduleConfig,
+    final_alpha_bar,
+    make_alpha_bar,
+    time_grid,
+)
 
 METADATA_KEY = "minidistill.sampling"
 SAMPLERS = ("ddim", "euler")
+USUAL_SPACING = {"ddim": "leading", "euler": "linspace"}  # defaults of their diffusers classes
 LIGHTNING = re.compile(r"sdxl_lightning_(\d+)step(?:_unet|_lora)?(_x0)?$")
 
 
@@ -45,9 +58,9 @@ class Sampling:
 
 
 def find_sampling(path: str | Path, metadata: Mapping[str, str]) -> Sampling | None:
-    """What a weights file asks for, by its metadata, else by its name; None if it asks for nothing.
+    """Settings from the metadata of a weights file, else from its name; None if neither has any.
 
-    ValueError: the metadata's entry is not what `sampling_metadata` writes.
+    ValueError: the metadata is not as written by `sampling_metadata`.
     """
     if METADATA_KEY in metadata:
         known = {field.name for field in fields(Sampling)}
@@ -62,5 +75,60 @@ def find_sampling(path: str | Path, metadata: Mapping[str, str]) -> Sampling | N
 
 
 def sampling_metadata(sampling: Sampling | None) -> dict[str, str]:
-    """What to write into a file so that `find_sampling` gives the same again."""
+    """Metadata for a weights file, from which `find_sampling` reads the settings."""
     return {} if sampling is None else {METADATA_KEY: json.dumps(asdict(sampling))}
+
+
+def as_distilled(schedule: ScheduleConfig, sampling: Sampling | None) -> ScheduleConfig:
+    """The schedule with the prediction type and timestep spacing a model was distilled for; None changes nothing."""
+    if sampling is None:
+        return schedule
+    return replace(schedule, prediction_type=sampling.prediction, timestep_spacing=sampling.spacing)
+
+
+def solver(
+    schedule: ScheduleConfig, settings: Sampling, callback: Callback | None = None, strength: float | None = None
+) -> Callable[[Model, Tensor, Tensor | None], Tensor]:
+    """solver(model, noise, started) -> x0 latents, all (B, C, h, w), with everything else decided.
+
+    With a `strength`, `started` are clean latents, and only the last steps of the grid are done (arXiv 2108.01073).
+    ValueError, now or when it is called: settings that the schedule, the sampler or the network cannot do.
+    """
+    steps, is_euler = settings.steps, settings.sampler == "euler"
+    total, offset = schedule.num_train_timesteps, schedule.steps_offset
+    grid = time_grid(steps, settings.spacing, total, offset, fractional=is_euler)
+    if strength is not None:
+        valid = isinstance(strength, int | float) and 0 < strength <= 1
+        done = min(math.floor(steps * strength), steps) if valid else 0
+        if done < 1:
+            raise ValueError(f"strength must be above 0, at most 1 and 1 step at least: got {strength} of {steps}")
+        grid = grid[steps - done :]
+    alpha_bar = make_alpha_bar(schedule)
+    if is_euler:
+        # As in diffusers: start at variance 1 with leading steps, a little below with the others.
+        solve = partial(euler, pure_noise=settings.spacing == "leading" or strength is not None)
+    else:
+        solve = partial(ddim, final_alpha_bar=final_alpha_bar(schedule, alpha_bar))
+    solve = partial(solve, timesteps=grid, alpha_bar=alpha_bar, prediction=schedule.prediction_type, callback=callback)
+    sigma = sigmas_at(alpha_bar, grid[:1]).item()
+
+    def solved(model: Model, noise: Tensor, started: Tensor | None = None) -> Tensor:
+        if started is not None:
+            noise = (started.to(noise.device) + sigma * noise) / math.hypot(1, sigma)
+        return solve(model, noise)
+
+    return solved
+
+
+def default_solver(schedule: ScheduleConfig, sampler: str | None = None, spacing: str | None = None) -> tuple[str, str]:
+    """(sampler, spacing) where the user (`sampler`, `spacing`) or the schedule does not determine them.
+
+    The sampler is ddim, or euler for eps-prediction where the first timestep has alpha_bar = 0 (zero terminal SNR with
+    trailing or linspace spacing): there DDIM is not defined. A spacing that the schedule does not have is the default
+    of the sampler in diffusers, as after a change of the scheduler by `from_config`. Unknown names are not used.
+    """
+    spacing = spacing if spacing in SPACINGS else schedule.timestep_spacing
+    if sampler not in SAMPLERS:
+        starts_at_zero = schedule.rescale_betas_zero_snr and spacing in ("trailing", "linspace")
+        sampler = "euler" if starts_at_zero and schedule.prediction_type == "epsilon" else "ddim"
+    return sampler, spacing or USUAL_SPACING[sampler]

@@ -1,20 +1,20 @@
-"""The noise schedule and every conversion between eps, x0, v and x_t.
+"""The noise schedule and all conversions between eps, x0, v and x_t.
 
-One convention throughout: timesteps are 0-based integers t = 0 .. T-1 and t = -1 is the clean latent
-(alpha_bar = 1). The papers count 1 .. T with 0 for clean; subtract one. `alpha_bar` is the cumulative product
-of 1 - beta, float32, shape (T,).
+Timesteps are 0-based integers t = 0 .. T-1; t = -1 is the clean latent (alpha_bar = 1). The papers count 1 .. T, with 0
+for clean. `alpha_bar` is the cumulative product of 1 - beta, float32, shape (T,).
 
     x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps        (DDPM, arXiv 2006.11239, eq. 4)
     v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x0        (progressive distillation, arXiv 2202.00512, app. D)
 
-Functions on latents take (B, ...) tensors and t as an int, a 0-d or a (B,) integer tensor. They return
-float32 (float64 for float64 input) whatever the latents' dtype: at t = 999 an error in eps reaches x0 14.6
-times larger, so half precision is not enough. Divisions by zero (eps -> x0 at abar = 0, x0 -> eps at
-abar = 1) raise ValueError on the CPU; on an accelerator asking would make every call wait for the device, so
-there the result is inf or nan (the samplers check their grid first).
+Functions of latents take (B, ...) tensors, and t as an int, a 0-d or a (B,) integer tensor. They return float32
+(float64 for float64 input) for any dtype of the latents: at t = 999 an error in eps is amplified 14.6 times in x0, so
+half precision is not enough. Divisions by zero (eps -> x0 at abar = 0, x0 -> eps at abar = 1) raise ValueError on the
+CPU; on an accelerator the check would synchronise the device, so there the result is inf or nan (the samplers check
+their grid first).
 """
 
-from dataclasses import asdict, dataclass, fields
+import warnings
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -24,28 +24,20 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
-# Settings of other schedulers that would change the results, with the only value that we compute.
-_ONLY_VALUE = {
-    "trained_betas": None,
-    "clip_sample": False,
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-    "sigma_min": None,
-    "sigma_max": None,
-}
-_LEADING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
+# Settings that change the noise or the timesteps given to the network, with the only supported value.
+_NOISE_SETTINGS = {"trained_betas": None, "use_flow_sigmas": False, "timestep_type": "discrete"}
+# Settings of solvers, which are not used here, with the value that has no effect.
+_SOLVER_SETTINGS = {
+    "clip_sample": False, "thresholding": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False, "use_lu_lambdas": False, "interpolation_type": "linear", "final_sigmas_type": "zero",
+    "sigma_min": None, "sigma_max": None,
+}  # fmt: skip
+_CLIPPING = ("DDIM", "DDPM", "RePaint", "UnCLIP")  # schedulers of diffusers that clip x0 unless told otherwise
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What defines the noise in a diffusers scheduler_config.json. The defaults are Stable Diffusion's."""
+    """The noise schedule of a diffusers scheduler_config.json. Defaults: those of Stable Diffusion."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -54,55 +46,66 @@ class ScheduleConfig:
     prediction_type: str = "epsilon"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = "leading"  # None: not in the file, so the default of the sampler
     rescale_betas_zero_snr: bool = False
+    ignored: tuple[str, ...] = field(default=(), compare=False)  # the file's settings of solvers, to be named
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("beta_schedule", BETA_SCHEDULES),
-            ("prediction_type", PREDICTIONS),
-            ("timestep_spacing", SPACINGS),
-        ):
-            _check_choice(name, getattr(self, name), allowed)
+        _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        _check_choice("prediction_type", self.prediction_type, PREDICTIONS)
+        if self.timestep_spacing is not None:
+            _check_choice("timestep_spacing", self.timestep_spacing, SPACINGS)
         if self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
             given = f"T = {self.num_train_timesteps}, betas {self.beta_start} .. {self.beta_end}"
             raise ValueError(f"not a noise schedule: {given}; need T >= 1 and 0 < start <= end < 1")
 
     @classmethod
     def from_dict(cls, config: dict) -> "ScheduleConfig":
-        """Read a scheduler_config.json, whichever diffusers scheduler wrote it.
+        """From the scheduler_config.json of any diffusers scheduler.
 
-        Absent keys take the defaults of the class that wrote the file (`_class_name`), not Stable
-        Diffusion's. Keys about solvers that we do not run are ignored; a setting that changes the noise or
-        the samples in a way that is not computed here (`trained_betas`, `clip_sample`, `use_karras_sigmas`,
-        ...) raises ValueError, and so do flow-matching and EDM schedulers.
+        Absent keys take the defaults of the class that wrote the file (`_class_name`), not those of Stable Diffusion.
+        Settings of solvers (`clip_sample`, `use_karras_sigmas`, ...) are not needed for training or conversion;
+        `ignored` lists them for sampling. LCM and TCD schedulers give a warning. ValueError: a setting that changes the
+        noise (`trained_betas`, ...), or a flow-matching or EDM scheduler.
         """
         writer = config.get("_class_name", "DDIMScheduler")
         if "FlowMatch" in writer or "EDM" in writer:
             raise ValueError(f"scheduler config: {writer} is not a DDPM-style noise schedule, which is what is needed")
-        for key, only in _ONLY_VALUE.items():
+        for key, only in _NOISE_SETTINGS.items():
             if key in config and config[key] not in (only, None):
                 raise ValueError(f"scheduler config: {key} = {config[key]!r} is not supported; set it to {only!r}")
+        if writer in ("LCMScheduler", "TCDScheduler"):
+            warnings.warn(
+                f"{writer}: this model is distilled for consistency sampling in a few steps, which is not supported: "
+                "expect poor images here",
+                stacklevel=2,
+            )
+        solver = {"clip_sample": config.get("_class_name", "").startswith(_CLIPPING), **config}
+        ignored = [
+            f"{key} = {solver[key]}" for key, off in _SOLVER_SETTINGS.items() if solver.get(key) not in (off, None)
+        ]
         absent = {
             "beta_start": 0.0001,
             "beta_end": 0.02,
             "beta_schedule": "linear",
             "steps_offset": 0,
             "set_alpha_to_one": writer != "PNDMScheduler",
-            "timestep_spacing": "leading" if writer in _LEADING_CLASSES else "linspace",
+            "timestep_spacing": None,
         }
-        names = [field.name for field in fields(cls)]
-        return cls(**(absent | {name: config[name] for name in names if name in config}))
+        names = [field.name for field in fields(cls) if field.name != "ignored"]
+        return cls(**(absent | {name: config[name] for name in names if name in config}), ignored=tuple(ignored))
 
     def to_dict(self) -> dict:
-        """A scheduler_config.json from which diffusers builds the same DDIMScheduler."""
-        return {"_class_name": "DDIMScheduler", **asdict(self), "clip_sample": False, "trained_betas": None}
+        """A scheduler_config.json for diffusers' DDIMScheduler."""
+        d = {"_class_name": "DDIMScheduler", **asdict(self), "clip_sample": False, "trained_betas": None}
+        absent = ("ignored",) if self.timestep_spacing else ("ignored", "timestep_spacing")
+        return {key: value for key, value in d.items() if key not in absent}
 
 
 def make_alpha_bar(config: ScheduleConfig) -> Tensor:
-    """abar_t for t = 0 .. T-1: (T,) float32 on the CPU. `rescale_betas_zero_snr` makes the last exactly 0."""
+    """abar_t for t = 0 .. T-1: (T,) float32 on the CPU. With `rescale_betas_zero_snr` the last is exactly 0."""
     T = config.num_train_timesteps
-    if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Stable Diffusion's, not DDPM's
+    if config.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Stable Diffusion, not DDPM
         betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float32) ** 2
     else:
         betas = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float32)
@@ -112,7 +115,7 @@ def make_alpha_bar(config: ScheduleConfig) -> Tensor:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas (T,) whose abar_{T-1} is 0 while abar_0 stays (arXiv 2305.08891, algorithm 1). T >= 2."""
+    """Betas (T,) rescaled so that abar_{T-1} = 0, with abar_0 unchanged (arXiv 2305.08891, algorithm 1). T >= 2."""
     if len(betas) < 2:
         raise ValueError("zero terminal SNR needs at least 2 timesteps")
     root = torch.cumprod(1 - betas, dim=0).sqrt()
@@ -123,14 +126,14 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def final_alpha_bar(config: ScheduleConfig, alpha_bar: Tensor) -> float:
-    """Where DDIM's last step goes: 1 (clean), or abar_0 if `set_alpha_to_one` is false (Stable Diffusion)."""
+    """Target of DDIM's last step: 1 (clean), or abar_0 if `set_alpha_to_one` is false (Stable Diffusion)."""
     return 1.0 if config.set_alpha_to_one else float(alpha_bar[0])
 
 
 def alpha_at(alpha_bar: Tensor, t: int | Tensor, like: Tensor) -> Tensor:
-    """abar_t to broadcast over `like`, on its device: (B, 1, ..., 1), or (1, ..., 1) for a single t.
+    """abar_t on the device of `like`, broadcastable to it: (B, 1, ..., 1), or (1, ..., 1) for a single t.
 
-    t = -1 gives 1 (clean). ValueError: t is not an integer, or (seen on the CPU only) outside -1 .. T-1.
+    t = -1 gives 1 (clean). ValueError: t is not an integer, or (checked on the CPU only) outside -1 .. T-1.
     """
     t = torch.as_tensor(t, device=like.device)
     if t.is_floating_point():
@@ -139,15 +142,15 @@ def alpha_at(alpha_bar: Tensor, t: int | Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"t must be -1 .. {len(alpha_bar) - 1}, got {t.tolist()}")
     alpha_bar = alpha_bar.to(like.device)
     a = torch.where(t < 0, torch.ones_like(alpha_bar[0]), alpha_bar[t.clamp(min=0)])
-    # Dimensions even for a single t: a 0-d factor would not widen half-precision latents to float32.
+    # Not 0-d for a single t: a 0-d factor would not promote half-precision latents to float32.
     return a.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: int | Tensor, alpha_bar: Tensor, pure_noise_at_end: bool = False) -> Tensor:
     """x_t (B, ...) from clean x0 and standard-normal eps (DDPM eq. 4; SDXL-Lightning, 2402.13929, eq. 1).
 
-    `pure_noise_at_end` gives x_t = eps at t = T-1 (SDXL-Lightning eq. 24): sampling starts from pure noise
-    although abar_{T-1} is not 0, and a student must be trained on the input it will get.
+    pure_noise_at_end: x_t = eps at t = T-1 (SDXL-Lightning eq. 24). Sampling starts from pure noise although abar_{T-1}
+    is not 0, and a student must be trained on the same input.
     """
     a = alpha_at(alpha_bar, t, x0)
     if pure_noise_at_end:
@@ -157,7 +160,7 @@ def add_noise(x0: Tensor, eps: Tensor, t: int | Tensor, alpha_bar: Tensor, pure_
 
 
 def to_x0(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """The clean latents that an output implies (eps: SDXL-Lightning eq. 3). Undefined for eps at abar = 0."""
+    """Model output -> x0 (from eps: SDXL-Lightning eq. 3). Undefined for eps at abar = 0."""
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "epsilon":
@@ -169,7 +172,7 @@ def to_x0(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predicti
 
 
 def to_eps(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """The noise that an output implies (x0: SDXL-Lightning eq. 4). Undefined for x0 at abar = 1 (t = -1)."""
+    """Model output -> eps (from x0: SDXL-Lightning eq. 4). Undefined for x0 at abar = 1 (t = -1)."""
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "sample":
@@ -181,7 +184,7 @@ def to_eps(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predict
 
 
 def to_v(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """The velocity v that an output implies. Undefined for eps at abar = 0 and for x0 at abar = 1."""
+    """Model output -> v. Undefined for eps at abar = 0 and for x0 at abar = 1."""
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "epsilon":
@@ -194,7 +197,7 @@ def to_v(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predictio
 
 
 def training_target(x0: Tensor, eps: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """What the network's output is regressed on: eps, x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
+    """The regression target of the network: eps, x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
     _check_choice("prediction", prediction, PREDICTIONS)
     if prediction == "epsilon":
         return eps
@@ -212,25 +215,25 @@ def move(
     alpha_bar: Tensor,
     prediction: str = "epsilon",
 ) -> Tensor:
-    """x_t moved along the flow to any other t, -1 = clean (SDXL-Lightning eq. 5; DDIM with eta = 0)."""
+    """x_t moved along the probability flow to t_next, -1 = clean (SDXL-Lightning eq. 5; DDIM with eta = 0)."""
     a_next = alpha_at(alpha_bar, t_next, x_t)
     x0 = to_x0(out, x_t, t, alpha_bar, prediction)
     if isinstance(t_next, int) and t_next == -1:
-        return x0  # also from t = -1, where eps is undefined for x0-prediction and not needed
+        return x0  # also for t = -1, where x0-prediction has no eps
     return a_next.sqrt() * x0 + (1 - a_next).sqrt() * to_eps(out, x_t, t, alpha_bar, prediction)
 
 
 def time_grid(
     steps: int, spacing: str, num_train_timesteps: int = 1000, offset: int = 1, fractional: bool = False
 ) -> Tensor:
-    """The `steps` timesteps of a sampler, descending: (steps,) int64. Spacings: arXiv 2305.08891, table 2.
+    """The timesteps of a sampler, descending: (steps,) int64. Spacings: arXiv 2305.08891, table 2.
 
-    With T = 1000 and 4 steps: leading 751 501 251 1, trailing 999 749 499 249, linspace 999 666 333 0. The
-    end (-1, clean) is not part of the grid. One step is t = offset (leading), T-1 (trailing), 0 (linspace):
-    only trailing can sample in one. `offset`, scheduler_config's steps_offset, concerns leading only.
-    `fractional` returns float32 and leaves linspace unrounded: Euler's grid; the others keep their values.
+    With T = 1000 and 4 steps: leading 751 501 251 1, trailing 999 749 499 249, linspace 999 666 333 0. The end (-1,
+    clean) is not part of the grid. A single step is at t = offset (leading), T-1 (trailing) or 0 (linspace), so only
+    trailing can sample in one. offset: steps_offset of scheduler_config.json, for leading only. fractional: float32,
+    and linspace is not rounded, as Euler uses it.
 
-    ValueError: steps outside 1 .. T, an unknown spacing, or an offset that leads beyond T-1.
+    ValueError: steps outside 1 .. T, an unknown spacing, or an offset that leaves 0 .. T-1.
     """
     T = num_train_timesteps
     _check_choice("spacing", spacing, SPACINGS)
@@ -239,8 +242,7 @@ def time_grid(
     if spacing == "leading":
         grid = np.arange(steps)[::-1] * (T // steps) + offset
     elif spacing == "trailing":
-        # The cut matters: for some counts (61, 103, ...) rounding error leaves a value just above 0 at the
-        # end, which would be one step too many, at t = -1.
+        # [:steps]: for some counts (61, 103, ...) rounding leaves a value just above 0, one more step at t = -1.
         grid = np.arange(T, 0, -T / steps)[:steps].round() - 1
     else:
         grid = np.linspace(0, T - 1, steps)[::-1]

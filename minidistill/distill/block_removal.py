@@ -1,31 +1,28 @@
 """Block removal: the architecture edit of BK-SDM (arXiv 2305.15798, section 3), as data.
 
-A U-Net of Stable Diffusion has, in every down stage i, layers down.i.0, down.i.1 (a resnet and, where the stage reads
-the text, a transformer), in every up stage layers up.i.0, up.i.1, up.i.2, and a mid block. A recipe is the list of what
-goes away, in the teacher's numbering:
+Stage i of a Stable Diffusion U-Net's down path has layers down.i.0 and down.i.1, stage i of its up path layers up.i.0,
+up.i.1 and up.i.2: a resnet each, and a transformer where the stage reads the text. A recipe lists the blocks to remove:
 
     down.1.1   up.2.1     one layer           mid   the mid block
-    stage.3               a whole resolution level: its down and its up stage, and the downsampler that led to it
-    down.2.0@6   mid@6    all but the first 6 blocks of one transformer: SDXL's are up to 10 deep
-    mid@0                 the mid block's transformer and second resnet, as SSD-1B has it
+    stage.3               a resolution level: its down stage, its up stage, and the downsampler that leads to it
+    down.2.0@6   mid@6    all but the first 6 blocks of one transformer; those of SDXL have up to 10
+    mid@0                 the transformer and the second resnet of the mid block, as in SSD-1B
 
-From that one list follow the student's config, which teacher weight fills which student weight, which features are
-compared in distillation, and the table of what was saved. A student is built from its config and filled by the map;
-nothing is ever cut out of a live network.
+From this list follow the student's config, the teacher weight that initialises each student weight, the features
+compared in distillation, and a table of what was removed. No live network is modified.
 
-Of an up stage's three layers the middle one goes. Skips drop from three to two a stage: the kept down layer's and the
-previous stage's. Layer 0 has always read the first kind, layer 2 the second, so their channel counts match; layer 1
-would not.
-
-SDXL's students cut transformers too: KOALA (arXiv 2312.04005), SSD-1B and Vega (arXiv 2401.02677). A config has no
-depth for the mid block's own transformer, it is that of the innermost down stage's first; so those are cut as one.
+Of the three layers of an up stage the middle one is removed. The student's two layers read two skip connections: that
+of the down layer kept, and that of the previous stage. In the teacher, layer 0 reads one of the first kind and layer 2
+one of the second, so their channel counts match; layer 1 would not fit.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import torch
 
@@ -33,60 +30,51 @@ from minidistill.errors import InputError
 from minidistill.metrics.cost import macs_by_module
 from minidistill.models.unet import UNet, UNetConfig
 
+PAIRINGS = ("nota", "segmind")
 SECOND_LAYERS = (*(f"down.{i}.1" for i in range(4)), *(f"up.{i}.1" for i in range(4)))
 SECOND_LAYERS_XL = (*(f"down.{i}.1" for i in range(3)), *(f"up.{i}.1" for i in range(3)))
-PAIRINGS = ("nota", "segmind")
+LEVEL_1_XL = ("down.1.0", "down.1.1", "up.1.0", "up.1.1", "up.1.2")
+LEVEL_2_XL = ("down.2.0", "down.2.1", "up.0.0", "up.0.1", "up.0.2")
 
 
-def cut(depth: int, *transformers: str) -> tuple[str, ...]:
-    """Entries that keep the first `depth` blocks of each of these transformers."""
-    return tuple(f"{name}@{depth}" for name in transformers)
+def shorten_to(depth: int, *layers: str) -> tuple[str, ...]:
+    """Entries that keep the first `depth` blocks of the transformer of each of these layers."""
+    return tuple(f"{layer}@{depth}" for layer in layers)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to remove, which features to compare, and the weights of the three losses (task, output, feature)."""
+    """Blocks to remove, which features to compare, and the weights of the three losses (task, output, feature)."""
 
     remove: tuple[str, ...]
     pairing: str = "nota"
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
-# Mind the names: Segmind's "small" is BK-SDM's *Base* (it keeps the mid block); Segmind has no BK-Small.
 RECIPES = {
     "bk-base": Recipe(SECOND_LAYERS),
     "bk-small": Recipe((*SECOND_LAYERS, "mid")),
     "bk-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3")),
-    # Not published: bk-tiny, but the outermost stage stays whole. Where that stage does most of the work, as in the
-    # miniature (python -m minidistill.sensitivity), this is soon learned.
+    # Not published: bk-tiny with all layers of the outermost level, to which the miniature is most sensitive.
     "inner": Recipe(("down.1.1", "down.2.1", "up.1.1", "up.2.1", "mid", "stage.3")),
+    # Segmind's "small" is BK-SDM's *Base*: it keeps the mid block. Segmind has no BK-Small.
     "segmind-small": Recipe(SECOND_LAYERS, "segmind", (1.0, 0.5, 0.5)),
     "segmind-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3"), "segmind", (1.0, 0.5, 0.5)),
-    # Of SDXL: the published architectures. Of a transformer the first blocks stay. Their papers compare features inside
-    # the layers (KOALA the self-attention's); here it is every stage's output, and the mid block's.
-    "koala-1b": Recipe((*SECOND_LAYERS_XL, *cut(6, "down.2.0", "mid", "up.0.0", "up.0.2")), "segmind"),
-    "koala-700m": Recipe((*SECOND_LAYERS_XL, "mid", *cut(5, "down.2.0", "up.0.0", "up.0.2")), "segmind"),
-    "ssd-1b": Recipe(
-        ("mid@0", *cut(4, "down.2.0", "down.2.1", "up.0.0", "up.0.1"), *cut(1, "up.1.1", "up.1.2")), "segmind"
-    ),
-    "segmind-vega": Recipe(
-        (
-            "mid@0",
-            *cut(2, "down.2.0", "down.2.1", "up.0.0", "up.0.1", "up.0.2"),
-            *cut(1, "down.1.0", "down.1.1", "up.1.0", "up.1.1", "up.1.2"),
-        ),
-        "segmind",
-    ),
+    # SDXL: KOALA (arXiv 2312.04005), SSD-1B and Vega (arXiv 2401.02677), the architectures. The papers compare features
+    # inside the layers, KOALA those of self-attention; here the outputs of stages and mid block are compared.
+    "koala-1b": Recipe((*SECOND_LAYERS_XL, *shorten_to(6, "down.2.0", "mid", "up.0.0", "up.0.2")), "segmind"),
+    "koala-700m": Recipe((*SECOND_LAYERS_XL, "mid", *shorten_to(5, "down.2.0", "up.0.0", "up.0.2")), "segmind"),
+    "ssd-1b": Recipe(("mid@0", *shorten_to(4, *LEVEL_2_XL[:4]), *shorten_to(1, *LEVEL_1_XL[3:])), "segmind"),
+    "segmind-vega": Recipe(("mid@0", *shorten_to(2, *LEVEL_2_XL), *shorten_to(1, *LEVEL_1_XL)), "segmind"),
 }
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A checked edit of one teacher: what stays, in the teacher's numbering.
+    """A checked edit of one teacher, and the student's config.
 
-    kept_down[i] and kept_up[j] are the layers that stay of the teacher's stages; the last `stages_removed` down and the
-    first `stages_removed` up stages are
-    gone. `student` is the config that follows.
+    kept_down[i] and kept_up[i] are the layers that the student's stage i keeps, numbered as in the teacher.
+    stages_removed counts the levels removed: the last down stages and the first up stages.
     """
 
     teacher: UNetConfig
@@ -98,162 +86,135 @@ class Removal:
 
 
 def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
-    """Check a list of removals against a teacher and derive the student's config.
+    """Check a list of blocks to remove against a teacher and derive the student's config.
 
-    Raises InputError naming the entry that does not exist or does not fit, and what would.
+    Raises:
+        InputError: an entry does not exist in this teacher, or what is kept does not fit together.
     """
-    stages = len(teacher.block_out_channels)
-    numbers = [str(i) for i in range(stages)]
-    down = [list(range(n)) for n in teacher.layers_per_block]
-    up = [list(range(n + 1)) for n in teacher.layers_per_block[::-1]]
-    depths = transformer_depths(teacher)
-    has_mid = teacher.mid_block_type is not None
-    lost = 0
-    removed = tuple(dict.fromkeys(remove))
+    removed, depths = tuple(dict.fromkeys(remove)), transformer_depths(teacher)
+    mid = ["mid"] if teacher.mid_block_type else []
+    levels = [f"stage.{i}" for i in range(len(teacher.block_out_channels))]
+    down = [[f"down.{i}.{j}" for j in range(n)] for i, n in enumerate(teacher.layers_per_block)]
+    up = [[f"up.{i}.{j}" for j in range(n + 1)] for i, n in enumerate(teacher.layers_per_block[::-1])]
+    groups = (mid, levels, *down, *up)
     for entry in removed:
-        match entry.split("."):
-            case _ if "@" in entry:
-                _cut_depth(depths, entry, teacher)
-            case ["mid"] if has_mid:
-                has_mid = False
-            case ["stage", i] if i in numbers:
-                lost = max(lost, stages - int(i))
-            case [("down" | "up") as side, i, j] if i in numbers:
-                kept = (down if side == "down" else up)[int(i)]
-                if j not in map(str, kept):
-                    raise InputError(_no_such(entry, teacher))
-                kept.remove(int(j))
-            case _:
-                raise InputError(_no_such(entry, teacher))
-    _check_stages(removed, stages)
-    down, up = down[: stages - lost], up[lost:]
-    _check_balance(down, up, stages)
-    mid = teacher.mid_block_type if has_mid else None
-    if mid and depths.get("mid") == 0:
-        mid = "UNetMidBlock2D"
-    before_down, _, before_up = teacher.transformer_depths()
+        if "@" in entry:
+            _shorten(depths, entry, teacher)
+        elif group := next((names for names in groups if entry in names), None):
+            group.remove(entry)
+        else:
+            raise InputError(f"this teacher has no {entry!r} to remove; it has {', '.join(chain(*groups))}")
+    kept, lost = len(levels), len(down) - len(levels)
+    kept_down, kept_up = _layer_numbers(down[:kept]), _layer_numbers(up[lost:])
+    _check_stages(levels, kept_down, kept_up, len(down))
+    mid_type = "UNetMidBlock2D" if depths.get("mid") == 0 else teacher.mid_block_type
+    down_depths, _, up_depths = teacher.transformer_depths()
     student = replace(
         teacher,
-        block_out_channels=teacher.block_out_channels[: len(down)],
-        layers_per_block=tuple(len(kept) for kept in down),
-        attention_head_dim=teacher.attention_head_dim[: len(down)],
-        down_block_types=teacher.down_block_types[: len(down)],
+        block_out_channels=teacher.block_out_channels[:kept],
+        layers_per_block=tuple(map(len, kept_down)),
+        attention_head_dim=teacher.attention_head_dim[:kept],
+        down_block_types=teacher.down_block_types[:kept],
         up_block_types=teacher.up_block_types[lost:],
-        mid_block_type=mid,
-        **_depths(
-            [[depths.get(f"down.{i}.{j}", before_down[i][j]) for j in kept] for i, kept in enumerate(down)],
-            [[depths.get(f"up.{i}.{j}", before_up[i][j]) for j in kept] for i, kept in enumerate(up, lost)],
-            depths.get("mid") if mid == "UNetMidBlock2DCrossAttn" else None,
+        mid_block_type=mid_type if mid else None,
+        **_depth_fields(
+            [[depths.get(f"down.{i}.{j}", down_depths[i][j]) for j in stage] for i, stage in enumerate(kept_down)],
+            [[depths.get(f"up.{i}.{j}", up_depths[i][j]) for j in stage] for i, stage in enumerate(kept_up, lost)],
         ),
     )
-    removal = Removal(teacher, student, removed, tuple(map(tuple, down)), tuple(map(tuple, up)), lost)
-    _check_shapes(removal, depths.get("mid"))
+    removal = Removal(teacher, student, removed, kept_down, kept_up, lost)
+    _check_mid(removal, depths.get("mid"))
+    _check_shapes(removal)
     return removal
 
 
 def transformer_depths(config: UNetConfig) -> dict[str, int]:
-    """How many blocks every transformer has, by its layer: {"mid": 10, "down.1.0": 2, ...}."""
+    """Number of blocks of each transformer, by its layer: {"mid": 10, "down.1.0": 2, ...}."""
     down, mid, up = config.transformer_depths()
     found = {"mid": mid} if config.mid_block_type == "UNetMidBlock2DCrossAttn" else {}
-    for side, kinds, depths in (("down", config.down_block_types, down), ("up", config.up_block_types, up)):
-        for i, (kind, stage) in enumerate(zip(kinds, depths, strict=True)):
-            if kind.startswith("CrossAttn"):
+    for side, types, depths in (("down", config.down_block_types, down), ("up", config.up_block_types, up)):
+        for i, stage in enumerate(depths):
+            if types[i].startswith("CrossAttn"):
                 found |= {f"{side}.{i}.{j}": depth for j, depth in enumerate(stage)}
     return found
 
 
-def _cut_depth(depths: dict[str, int], entry: str, teacher: UNetConfig) -> None:
-    """Enter what "down.2.0@6" leaves. InputError: no such transformer, or it is no shorter after it."""
+def _shorten(depths: dict[str, int], entry: str, teacher: UNetConfig) -> None:
+    """Apply an entry such as "down.2.0@6" to `depths`."""
     layer, _, depth = entry.partition("@")
     if layer not in depths:
-        names = ", ".join(f"{name} ({blocks})" for name, blocks in transformer_depths(teacher).items())
-        raise InputError(
-            f"this teacher has no transformer to cut by {entry!r}: it has {names or 'none'} with so many blocks"
-        )
+        found = ", ".join(f"{name} ({blocks})" for name, blocks in transformer_depths(teacher).items())
+        raise InputError(f"this teacher has no transformer {entry!r}: it has, with their depths, {found or 'none'}")
     least = 0 if layer == "mid" else 1
     if depth not in map(str, range(least, depths[layer])):
-        reason = f"give {least} to {depths[layer] - 1}" if depths[layer] > least else "it cannot be cut"
-        raise InputError(f"{entry!r}: the transformer of {layer} has {depths[layer]} blocks, {reason}")
+        allowed = f"give {least} to {depths[layer] - 1}" if depths[layer] > least else "it cannot be shortened"
+        raise InputError(f"{entry!r}: the transformer of {layer} has depth {depths[layer]}, {allowed}")
     depths[layer] = int(depth)
 
 
-def _check_stages(removed: Sequence[str], stages: int) -> None:
-    gone = sorted({int(e.split(".")[1]) for e in removed if e.startswith("stage.")})
-    if gone and (gone[0] == 0 or gone != list(range(gone[0], stages))):
-        raise InputError(
-            f"stage.{gone[0]} cannot go like this: stages go from the innermost outwards, stage.{stages - 1} first, "
-            f"and stage.0 stays"
-        )
+def _layer_numbers(stages: list[list[str]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(name.split(".")[2]) for name in stage) for stage in stages)
 
 
-def _check_balance(down: list[list[int]], up: list[list[int]], stages: int) -> None:
+def _depth_fields(down: list[list[int]], up: list[list[int]]) -> dict:
+    """Transformer depths as config fields, in their shortest form: one number for a stage whose layers agree."""
+    flat, flat_up = (tuple(stage[0] if len(set(stage)) == 1 else tuple(stage) for stage in side) for side in (down, up))
+    mirrored = flat_up == flat[::-1] and not any(isinstance(depth, tuple) for depth in flat)
+    reverse = None if mirrored else flat_up
+    return {"transformer_layers_per_block": flat, "reverse_transformer_layers_per_block": reverse}
+
+
+def _check_stages(levels: list[str], down: tuple, up: tuple, count: int) -> None:
+    if not levels or levels[-1] != f"stage.{len(levels) - 1}":
+        raise InputError(f"stages are removed from the innermost outwards only: stage.{count - 1} first, never stage.0")
     for i, (kept_down, kept_up) in enumerate(zip(down, up[::-1], strict=True)):
         if not kept_down or len(kept_up) != len(kept_down) + 1:
             raise InputError(
-                f"stage {i} would keep {len(kept_down)} down and {len(kept_up)} up layers; it needs one down layer or "
-                f"more, and one up layer more than down layers (up.{stages - 1 - i} mirrors down.{i})"
+                f"stage {i} would keep {len(kept_down)} down and {len(kept_up)} up layers; it needs at least one down "
+                f"layer, and one up layer more than down layers (up.{count - 1 - i} mirrors down.{i})"
             )
 
 
-def _depths(down: list[list[int]], up: list[list[int]], mid: int | None) -> dict:
-    """Transformer depths in the shortest form that says the same: one number a stage, if its layers agree."""
-    flat, flat_up = (tuple(stage[0] if len(set(stage)) == 1 else tuple(stage) for stage in side) for side in (down, up))
-    mirrored = flat_up == flat[::-1] and not any(isinstance(d, tuple) for d in flat) and mid in (None, flat[-1])
-    return {
-        "transformer_layers_per_block": flat,
-        "reverse_transformer_layers_per_block": None if mirrored else flat_up,
-    }
-
-
-def _no_such(entry: str, teacher: UNetConfig) -> str:
-    n = len(teacher.block_out_channels)
-    layers = ", ".join(str(count) for count in teacher.layers_per_block)
-    mid = "mid, " if teacher.mid_block_type else ""
-    return (
-        f"this teacher has no {entry!r} to remove: it has {mid}stage.0 to stage.{n - 1}, down.i.j with {layers} layers "
-        f"a stage and up.i.j with one more"
-    )
-
-
-def _check_shapes(removal: Removal, mid_depth: int | None) -> None:
-    """Every student weight must get a teacher weight of its shape, and a mid block that stays what it should be."""
-    # A config has no heads and depth for the mid block: it takes those of the innermost stage and its first layer.
-    student = removal.student
+def _check_mid(removal: Removal, mid_depth: int | None) -> None:
+    """A config has no heads and depth for the mid block: it takes those of the innermost stage and its first layer."""
+    student, first = removal.student, f"down.{len(removal.kept_down) - 1}.{removal.kept_down[-1][0]}"
     heads, depth = student.attention_head_dim[-1], student.transformer_depths()[1]
-    bent = (heads, depth) != (removal.teacher.attention_head_dim[-1], mid_depth)
-    if student.mid_block_type == "UNetMidBlock2DCrossAttn" and bent:
-        first, n = f"down.{len(removal.kept_down) - 1}.{removal.kept_down[-1][0]}", min(depth, mid_depth)
+    changed = (heads, depth) != (removal.teacher.attention_head_dim[-1], mid_depth)
+    if student.mid_block_type == "UNetMidBlock2DCrossAttn" and changed:
         raise InputError(
-            f"removing {','.join(removal.removed)} would change the heads or the depth of the mid block: remove mid too"
-            + (f", or give it the depth of {first}: {first}@{n},mid@{n}" if depth != mid_depth else "")
+            f"removing {','.join(removal.removed)} would change the heads or depth of the mid block, as they are those "
+            f"of {first}: remove mid too, or shorten both to one depth N ({first}@N,mid@N)"
         )
-    teacher, own = weight_shapes(removal.teacher), weight_shapes(student)
-    for name, source in weight_map(removal, own).items():
-        if source not in teacher or teacher[source] != own[name]:
+
+
+def _check_shapes(removal: Removal) -> None:
+    """Every student weight needs a teacher weight of its shape."""
+    teacher, student = weight_shapes(removal.teacher), weight_shapes(removal.student)
+    for name, source in weight_map(removal, student).items():
+        if teacher.get(source) != student[name]:
             raise InputError(
-                f"removing {','.join(removal.removed)} does not fit together: {name} needs {tuple(own[name])}, the "
-                f"teacher's {source} is {tuple(teacher[source]) if source in teacher else 'nothing'}; keep the first "
-                "layer of a down stage, the first and the last of an up stage, and a stage of other width than the "
-                "one before it"
+                f"removing {','.join(removal.removed)} does not fit together: {name} needs {tuple(student[name])}, the "
+                f"teacher's {source} is {tuple(teacher.get(source, ())) or 'absent'}; keep the first layer of a down "
+                "stage, the first and last of an up stage, and each stage wider than the one before it"
             )
 
 
 @lru_cache(maxsize=64)
 def weight_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
-    """{name of a weight: its shape}; not to be changed."""
+    """{name of a weight: its shape}; cached, not to be changed."""
     with torch.device("meta"):
         return {name: weight.shape for name, weight in UNet(config).state_dict().items()}
 
 
 def weight_map(removal: Removal, student_names: Iterable[str]) -> dict[str, str]:
-    """Student weight -> teacher weight that fills it, for every student weight."""
+    """{name of a student weight: name of the teacher weight that initialises it}."""
     result = {}
     for name in student_names:
         part, *rest = name.split(".")
         if part in ("down_blocks", "up_blocks"):
             stage = int(rest[0])
             kept = (removal.kept_down if part == "down_blocks" else removal.kept_up)[stage]
-            if part == "up_blocks":
+            if part == "up_blocks":  # up stages are numbered from the innermost, down stages from the outermost
                 rest[0] = str(stage + removal.stages_removed)
             if rest[1] in ("resnets", "attentions"):
                 rest[2] = str(kept[int(rest[2])])
@@ -262,124 +223,106 @@ def weight_map(removal: Removal, student_names: Iterable[str]) -> dict[str, str]
 
 
 def build_student(removal: Removal, teacher: UNet | None, device: torch.device | str = "cpu") -> UNet:
-    """The student network in float32, filled with copies of the teacher's weights; random if teacher is None."""
+    """The student in float32, initialised with copies of the teacher's weights; random if teacher is None."""
     with torch.device("cpu" if teacher is None else "meta"):
         student = UNet(removal.student)
     if teacher is not None:
-        weights = teacher.state_dict()
-        filled = {
-            name: weights[source].detach().to(device, torch.float32, copy=True)
-            for name, source in weight_map(removal, student.state_dict()).items()
-        }
-        student.load_state_dict(filled, assign=True)
+        weights, sources = teacher.state_dict(), weight_map(removal, student.state_dict())
+        copies = {name: weights[sources[name]].detach().to(device, torch.float32, copy=True) for name in sources}
+        student.load_state_dict(copies, assign=True)
     return student.to(device)
 
 
 def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, str]]:
-    """(teacher feature, student feature) for the feature loss, in the names of `UNet(..., return_features=True)`.
+    """Pairs (teacher feature, student feature) for the feature loss, named as by `UNet(..., return_features=True)`.
 
-    Both pair every kept stage's output with its own. They differ in the rest:
-    - "nota" (BK-SDM): no mid block. Where the innermost stages are gone, the new innermost stage has lost its
-      downsampler, so its output has another size: its last transformer's proj_out is compared instead.
-    - "segmind": the mid block too. The new innermost stage is compared with what the lost ones gave back to the up
-      path, so that it learns to stand in for them.
+    The output of each stage is compared with that of the same stage of the teacher. The pairings differ in the rest:
+    - "nota" (BK-SDM) does not compare mid blocks. Where stages were removed, the innermost down stage has lost its
+      downsampler, so its output has another size: the output of its last transformer (proj_out) is compared.
+    - "segmind" compares mid blocks. Where stages were removed, the innermost down stage is compared with the output of
+      the last up stage removed, so that it learns to replace them all.
 
-    InputError: these two have other widths.
+    Raises:
+        InputError: the pairing is unknown, or "segmind" would compare features of different widths.
     """
     if pairing not in PAIRINGS:
         raise InputError(f"pairing must be one of {', '.join(PAIRINGS)}, not {pairing!r}")
-    last = len(removal.kept_down) - 1
-    pairs = [(f"down.{i}", f"down.{i}") for i in range(last + 1)]
-    if removal.stages_removed:
-        attends = removal.student.down_block_types[last] == "CrossAttnDownBlock2D"
-        if pairing == "segmind":
-            pairs[last] = (f"up.{removal.stages_removed - 1}", f"down.{last}")
-            theirs, ours = removal.teacher.block_out_channels[last + 1], removal.student.block_out_channels[last]
-            if theirs != ours:
-                raise InputError(
-                    f"pairing segmind compares the teacher's {pairs[last][0]} with the student's {pairs[last][1]}, but "
-                    f"they have {theirs} and {ours} channels: take --pairing nota"
-                )
-        elif attends:
-            pairs[last] = (f"down.{last}.proj_out", f"down.{last}.proj_out")
-        else:
-            pairs.pop()
-    if pairing == "segmind" and removal.student.mid_block_type and not removal.stages_removed:
-        pairs.append(("mid", "mid"))
-    return pairs + [(f"up.{i + removal.stages_removed}", f"up.{i}") for i in range(len(removal.kept_up))]
-
-
-# ------------------------------------------------------------------------- what went away, and what it saved
+    student, lost, last = removal.student, removal.stages_removed, len(removal.kept_down) - 1
+    down = [(f"down.{i}", f"down.{i}") for i in range(last + 1)]
+    mid = [("mid", "mid")] if pairing == "segmind" and student.mid_block_type and not lost else []
+    up = [(f"up.{i + lost}", f"up.{i}") for i in range(len(removal.kept_up))]
+    if lost and pairing == "segmind":
+        down[last] = (f"up.{lost - 1}", f"down.{last}")
+        widths = removal.teacher.block_out_channels[last + 1], student.block_out_channels[last]
+        if widths[0] != widths[1]:
+            raise InputError(
+                f"pairing segmind compares the teacher's up.{lost - 1} with the student's down.{last}, but they have "
+                f"{widths[0]} and {widths[1]} channels: use --pairing nota"
+            )
+    elif lost and student.down_block_types[last] == "CrossAttnDownBlock2D":
+        down[last] = (f"down.{last}.proj_out", f"down.{last}.proj_out")
+    elif lost:
+        down.pop()
+    return down + mid + up
 
 
 def removal_rows(removal: Removal, height: int, width: int, tokens: int = 77) -> list[tuple[str, ...]]:
-    """A table of what was removed: its parameters, and its MACs in one call on a (height, width) latent.
+    """Table of the parameters removed, and of the MACs removed from one call on a (height, width) latent.
 
-    MACs are those of convolutions and linear layers, as the paper counts them. A stage's row holds what the rows of
-    its layers have not counted, so teacher less all rows is the student, exactly.
+    MACs are those of convolutions and linear layers, as the paper counts them. The teacher minus all rows is the
+    student exactly: what an entry shares with those above it is counted once.
     """
-    costs = removal_costs(removal, height, width, tokens)
-    whole = _parameters_by_module(removal.teacher)[""], macs_by_module(removal.teacher, height, width, tokens)[""]
-    left = [whole[k] - sum(spent[k] for spent in costs.values()) for k in (0, 1)]
-    change = [f"{100 * (b / a - 1):+.1f} %" for a, b in zip(whole, left, strict=True)]
-    named = {**costs, "teacher": whole, "student": left}
-    rows = [(name, *map(format_count, counts)) for name, counts in named.items()]
+    removed = removal_costs(removal, height, width, tokens)
+    teacher = _total(_module_costs(removal.teacher, height, width, tokens).values())
+    student = tuple(a - b for a, b in zip(teacher, _total(removed.values()), strict=True))
+    costs = {**removed, "teacher": teacher, "student": student}
+    rows = [(name, *map(format_count, cost)) for name, cost in costs.items()]
+    change = [f"{100 * (after / before - 1):+.1f} %" for before, after in zip(teacher, student, strict=True)]
     return [("removed", "parameters", "MACs"), *rows, ("change", *change)]
 
 
 def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -> dict[str, tuple[int, int]]:
-    """{entry: (parameters, MACs of one call) saved by it beyond the entries before it}, outermost first."""
-    parameters = _parameters_by_module(removal.teacher)
-    macs = macs_by_module(removal.teacher, height, width, tokens)
-    costs: dict[str, tuple[int, int]] = {}
-    counted: list[str] = []
-    for entry in sorted(removal.removed, key=_order):
-        modules = [m for m in removed_modules(entry, removal.teacher) if m in parameters and m not in counted]
-        modules = [m for m in modules if not m.startswith(tuple(f"{c}." for c in counted))]
-        inside = [c for c in counted if c.startswith(tuple(f"{m}." for m in modules))]
-        costs[entry] = tuple(
-            sum(cost.get(m, 0) for m in modules) - sum(cost.get(c, 0) for c in inside) for cost in (parameters, macs)
-        )
-        counted += modules
+    """{entry: (parameters, MACs of one call) that it removes beyond the entries before it}; stages come last."""
+    removed = _module_costs(removal.teacher, height, width, tokens)
+    sources = weight_map(removal, weight_shapes(removal.student)).values()
+    kept = {name: removed.pop(name) for name in {source.rpartition(".")[0] for source in sources}}
+    costs = {}
+    for entry in sorted(removal.removed, key=lambda entry: entry.startswith("stage")):
+        scope = _scope(entry, len(removal.teacher.block_out_channels))
+        costs[entry] = _total([removed.pop(name) for name in list(removed) if f"{name}.".startswith(scope)])
     if removal.stages_removed and removal.student.mid_block_type:
-        left = macs["mid_block"] - sum(macs.get(c, 0) for c in counted if c.startswith("mid_block."))
-        more = macs_by_module(removal.student, height, width, tokens)["mid_block"] - left
-        costs["(mid on more pixels)"] = (0, -more)
+        _, before = _total(cost for name, cost in kept.items() if name.startswith("mid_block."))
+        after = macs_by_module(removal.student, height, width, tokens)["mid_block"]
+        costs["(mid on more pixels)"] = (0, before - after)
     return costs
 
 
-def _order(entry: str) -> int:
-    return ("down", "up", "mid", "stage").index(entry.partition("@")[0].split(".")[0])
-
-
-def removed_modules(entry: str, teacher: UNetConfig) -> list[str]:
-    """The teacher's modules behind an entry, some of which may not exist."""
-    layer, _, depth = entry.partition("@")
-    kind, *numbers = layer.split(".")
-    if depth:
-        attention = "mid_block.attentions.0" if kind == "mid" else removed_modules(layer, teacher)[1]
-        if depth == "0":
-            return [attention, "mid_block.resnets.1"]
-        blocks = range(int(depth), transformer_depths(teacher)[layer])
-        return [f"{attention}.transformer_blocks.{n}" for n in blocks]
+def _scope(entry: str, stages: int) -> tuple[str, ...]:
+    """Prefixes of the names of the teacher's modules in which an entry removes something."""
+    kind, *numbers = entry.partition("@")[0].split(".")
     if kind == "mid":
-        return ["mid_block"]
+        return ("mid_block.",)
     i = int(numbers[0])
     if kind == "stage":
-        mirror = len(teacher.block_out_channels) - 1 - i
-        return [f"down_blocks.{i}", f"up_blocks.{mirror}", f"down_blocks.{i - 1}.downsamplers.0"]
-    return [f"{kind}_blocks.{i}.{part}.{numbers[1]}" for part in ("resnets", "attentions")]
+        return f"down_blocks.{i}.", f"up_blocks.{stages - 1 - i}.", f"down_blocks.{i - 1}.downsamplers."
+    return tuple(f"{kind}_blocks.{i}.{part}.{numbers[1]}." for part in ("resnets", "attentions"))
 
 
-@lru_cache
-def _parameters_by_module(config: UNetConfig) -> Mapping[str, int]:
-    with torch.device("meta"):
-        modules = dict(UNet(config).named_modules())
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+def _module_costs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, tuple[int, int]]:
+    """{name: (parameters, MACs of one call)} of every module that has weights of its own."""
+    parameters: Counter[str] = Counter()
+    for name, shape in weight_shapes(config).items():
+        parameters[name.rpartition(".")[0]] += shape.numel()
+    macs = macs_by_module(config, height, width, tokens)
+    return {name: (count, macs.get(name, 0)) for name, count in parameters.items()}
+
+
+def _total(costs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    return tuple(map(sum, zip((0, 0), *costs, strict=True)))
 
 
 def format_count(n: float) -> str:
-    """859.5 M, 338.6 G, 12.3 k: three to four figures."""
+    """859.5 M, 338.6 G, 12.3 k: three to four digits."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.1f} {unit}" if n < 1e13 else f"{n / size:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""The memory that a distillation takes, before it takes any."""
+"""How much memory a distillation will take, counted on fake tensors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def step_peak(
     *,
     half: bool,
     checkpointing: bool,
+    accumulate: bool = False,
 ) -> int:
-    """Bytes of one micro-batch at its peak: activations, gradients, what both networks need in passing.
+    """Peak memory of one optimizer step in bytes: activations, gradients and the temporaries of both networks.
 
-    inputs: batch size, height and width of the latents, text tokens.
+    inputs: batch size, height and width of the latents, text tokens. accumulate: over several micro-batches.
     """
 
     def build() -> tuple[list[nn.Module], Callable[[], None]]:
@@ -34,12 +35,13 @@ def step_peak(
         x, t, context, added_cond = random_inputs(removal.teacher, *inputs)
 
         def run() -> None:
-            with torch.autocast("cpu", torch.float16, enabled=half):  # bfloat16 has a way of its own on CPUs
-                with torch.no_grad():
-                    teacher_out, teacher_features = teacher(x, t, context, added_cond, return_features=True)
-                student_out, student_features = student(x, t, context, added_cond, return_features=True)
-            loss = kd.task_loss(student_out, x) + kd.output_loss(student_out, teacher_out)
-            (loss + kd.feature_loss(student_features, teacher_features, pairs)).mean().backward()
+            for _ in range(1 + accumulate):  # the second micro-batch already finds gradients
+                with torch.autocast("cpu", torch.float16, enabled=half):  # bfloat16 has a way of its own on CPUs
+                    with torch.no_grad():
+                        teacher_out, teacher_features = teacher(x, t, context, added_cond, return_features=True)
+                    student_out, student_features = student(x, t, context, added_cond, return_features=True)
+                loss = kd.task_loss(student_out, x) + kd.output_loss(student_out, teacher_out)
+                (loss + kd.feature_loss(student_features, teacher_features, pairs)).mean().backward()
 
         return [teacher, student], run
 
@@ -47,7 +49,7 @@ def step_peak(
 
 
 def image_peak(vae: VAE, side: int) -> int:
-    """Bytes of decoding one image, whose latents are (side, side), at its peak."""
+    """Peak memory of decoding one image, whose latents are (side, side), in bytes."""
 
     def build() -> tuple[list[nn.Module], Callable[[], object]]:
         own = type(vae)(vae.config).requires_grad_(False)
@@ -71,7 +73,7 @@ def memory_rows(
         "AdamW's two averages": 2 * student,
         "averaged weights": student * averaged,
         "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
-        # Images are drawn by the averaged weights; the student's own are kept beside them for as long.
+        # Images are sampled with the averaged weights, while the student's own are kept beside them.
         "activations, gradients": max(step, image + student * averaged),
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]

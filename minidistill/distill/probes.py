@@ -1,8 +1,7 @@
-"""Fixed noisy latents on which the outputs of teacher and student are compared.
+"""Probes: fixed noisy latents on which the predictions of teacher and student are compared.
 
-Timesteps are spread evenly, not drawn: the difference falls by two orders of magnitude from t = 0 to T (noise that is
-hardly there is hard to see), so with t drawn for each of a few dozen samples it would say more about the draw than
-about the student.
+Their timesteps are spread evenly, not drawn: the error falls by two orders of magnitude from t = 0 to T, so with random
+timesteps the mean over a few dozen samples would measure the draw rather than the student.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from minidistill.training.batches import Batches
 
 
 class Probe(NamedTuple):
-    """A fixed batch to compare outputs on."""
+    """A fixed batch of noisy latents with their conditioning, and the teacher's prediction."""
 
-    x_t: Tensor
-    t: Tensor
-    context: Tensor
+    x_t: Tensor  # (B, C, h, w)
+    t: Tensor  # (B,)
+    context: Tensor  # (B, L, D)
     added_cond: dict[str, Tensor] | None
-    teacher_out: Tensor
+    teacher_out: Tensor  # (B, C, h, w)
 
 
 @torch.no_grad()
 def make_probes(batches: Batches, numbers: range) -> list[Probe]:
-    """The batches of these numbers, at timesteps spread evenly over all of them, and what the teacher says to them."""
+    """The batches of these numbers, at timesteps spread evenly over all of them, and the predictions of their U-Net."""
     pipe, total = batches.pipe, len(numbers) * batches.batch_size
     T, alpha_bar = pipe.schedule.num_train_timesteps, make_alpha_bar(pipe.schedule).to(pipe.device)
     probes = []
@@ -46,6 +45,6 @@ def make_probes(batches: Batches, numbers: range) -> list[Probe]:
 
 @torch.no_grad()
 def distance_to_teacher(student: UNet, probes: Iterable[Probe]) -> float:
-    """Mean squared difference to the teacher's output."""
+    """MSE to teacher: mean squared difference between the predictions of student and teacher over all probes."""
     losses = [output_loss(student(p.x_t, p.t, p.context, p.added_cond), p.teacher_out) for p in probes]
     return torch.cat(losses).double().mean().item()

@@ -1,17 +1,18 @@
-"""Which blocks matter least: each is removed alone, without retraining, and scored by how far the output moves.
+"""Sensitivity: how much the U-Net's prediction changes when a block is removed, without retraining.
 
     sensitivity(r) = mean over x_t, t, c of || eps_T(x_t, t, c) - eps_S(x_t, t, c) ||^2 / number of elements
 
 where S is the teacher T without r. LAPTOP-Diff (arXiv 2404.11098) found that the sensitivities of several removals
-nearly add up; so a whole list can be chosen from the scores of its entries, here greedily: the least sensitivity for
-what is saved is removed first. They do not add up exactly: of the list and its nearest neighbours, each scored as a
-whole, the best is taken. What a student recovers in training is not measured.
+nearly add up, so a list of removals can be chosen from the scores of single ones: greedily, the least sensitivity per
+parameter (or MAC, or millisecond) first. As the sum is not exact, `choose` returns the greedy list together with its
+nearest neighbours, to be scored as a whole. What a student recovers in training is not measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -30,30 +31,31 @@ from minidistill.models.unet import UNet, UNetConfig
 
 @dataclass(frozen=True)
 class Score:
-    """One smallest removal: what it costs in output and saves in size."""
+    """Sensitivity of one removal, and what it saves."""
 
     remove: tuple[str, ...]
     sensitivity: float
-    parameters: int  # saved
-    macs: int  # saved in one call
-    weights: frozenset[str]  # of the teacher, that go
-    latency: float = 0.0  # saved in one call, as a share of the teacher's; 0 where nobody measured it
+    parameters: int
+    macs: int  # of one call
+    weights: frozenset[str]  # names of the teacher's weights removed
+    latency: float = 0.0  # of one call, as a share of the teacher's; 0 if not measured
 
 
 def smallest_removals(teacher: UNetConfig) -> list[Removal]:
-    """Everything that can go alone: each block, each stage, each depth of each transformer.
+    """All removals that are possible alone: the mid block, the innermost stage, each layer, each transformer depth.
 
-    Two go together where neither fits alone: a down layer with an up layer of its stage, and the mid block's
-    transformer with the one whose depth it shares.
+    Some need two entries: a down layer and an up layer of the same level (as the numbers of skip connections must
+    match), and the transformers of the mid block and of the innermost down stage's first layer (which share a depth).
     """
     stages, depths = len(teacher.block_out_channels), transformer_depths(teacher)
-    tries = [("mid",), (f"stage.{stages - 1}",)]
-    tries += [(f"{layer}@{n}",) for layer, blocks in depths.items() for n in range(blocks)]
+    candidates = [("mid",), (f"stage.{stages - 1}",)]
+    candidates += [(f"{layer}@{n}",) for layer, depth in depths.items() for n in range(depth)]
     shared = f"down.{stages - 1}.0"
-    tries += [(f"{shared}@{n}", f"mid@{n}") for n in range(1, depths.get(shared, 0)) if "mid" in depths]
+    candidates += [(f"{shared}@{n}", f"mid@{n}") for n in range(1, depths.get(shared, 0)) if "mid" in depths]
     for i, layers in enumerate(teacher.layers_per_block):
-        tries += [(f"down.{i}.{j}", f"up.{stages - 1 - i}.{k}") for j in range(layers) for k in range(layers + 1)]
-    return [removal for removal in (_plan(teacher, remove) for remove in tries) if removal]
+        mirror = stages - 1 - i
+        candidates += [(f"down.{i}.{j}", f"up.{mirror}.{k}") for j in range(layers) for k in range(layers + 1)]
+    return [removal for removal in (_plan(teacher, remove) for remove in candidates) if removal]
 
 
 def _plan(teacher: UNetConfig, remove: Sequence[str]) -> Removal | None:
@@ -64,18 +66,18 @@ def _plan(teacher: UNetConfig, remove: Sequence[str]) -> Removal | None:
 
 
 def share_weights(removal: Removal, teacher: UNet) -> UNet:
-    """The student made of the teacher's own tensors: nothing is copied, and nothing may be trained."""
+    """The untrained student, made of the teacher's own tensors: nothing is copied, and it must not be trained."""
     with torch.device("meta"):
         student = UNet(removal.student)
-    weights = teacher.state_dict()
-    sources = weight_map(removal, student.state_dict())
-    student.load_state_dict({name: weights[source] for name, source in sources.items()}, assign=True)
+    weights, sources = teacher.state_dict(), weight_map(removal, student.state_dict())
+    student.load_state_dict({name: weights[sources[name]] for name in sources}, assign=True)
     return student.eval().requires_grad_(False)
 
 
-def score(removal: Removal, teacher: UNet, probes: Sequence[Probe], tokens: int = 77) -> Score:
-    """Damage and savings of one removal; MACs are those of a call at the probes' size."""
-    costs = removal_costs(removal, *probes[0].x_t.shape[-2:], tokens).values()
+def score(removal: Removal, teacher: UNet, probes: Sequence[Probe]) -> Score:
+    """Sensitivity and savings of one removal; MACs are those of a call with the size and the tokens of the probes."""
+    height, width, tokens = *probes[0].x_t.shape[-2:], probes[0].context.shape[1]
+    costs = removal_costs(removal, height, width, tokens).values()
     kept = weight_map(removal, weight_shapes(removal.student)).values()
     return Score(
         removal.removed,
@@ -91,51 +93,57 @@ def choose(
 ) -> list[tuple[str, ...]]:
     """At most `count` lists of removals that save at least `saving` with little sensitivity.
 
-    by: what is saved, parameters, macs or latency; latencies add up only roughly.
-    The first is the greedy one, the others differ from it by one removal, the least sums of sensitivities first: which
-    of them has the least sensitivity as a whole, `score` tells. InputError: not so much can go.
+    by: what is to be saved, "parameters", "macs" or "latency" (latencies add up only roughly).
+    The first list is the greedy one; the others differ from it by one removal, in the order of their summed
+    sensitivities. Which of them has the least sensitivity as a whole, `score` tells.
+
+    Raises:
+        InputError: all removals together save less.
     """
-    taken = _greedy(teacher, scores, saving, by)
-    found = []
-    for old in taken:
-        rest = [s for s in taken if s is not old]
+    chosen = _greedy(teacher, scores, saving, by)
+    neighbours = []
+    for old in chosen:
+        rest = [s for s in chosen if s is not old]
         for new in scores:
-            some = [*rest, new]
-            apart = new not in taken and not any(s.weights & new.weights for s in rest)
-            if apart and _saved(some, by) >= saving and _plan(teacher, _entries(some)):
-                found.append(some)
-    found.sort(key=lambda some: sum(s.sensitivity for s in some))
-    return [_entries(some) for some in [taken, *found][:count]]
+            overlaps = new in chosen or any(s.weights & new.weights for s in rest)
+            if not overlaps and _saved([*rest, new], by) >= saving:
+                neighbours.append([*rest, new])
+    neighbours.sort(key=_sensitivity)
+    fitting = (some for some in neighbours if _plan(teacher, _entries(some)))
+    return [_entries(some) for some in (chosen, *islice(fitting, count - 1))]
 
 
 def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str) -> list[Score]:
-    """Each round takes what does the least sensitivity for what it saves and fits what was taken before.
+    """Each round adds the removal with the least sensitivity for what it saves, if it fits those chosen before.
 
-    A removal takes the place of those it overlaps. What turns out not to be needed at the end stays in the student.
+    A removal replaces chosen ones that it overlaps. In the end, removals that are not needed are dropped again.
     """
-    taken: list[Score] = []
-    while (short := saving - _saved(taken, by)) > 0:
+    chosen: list[Score] = []
+    while (missing := saving - _saved(chosen, by)) > 0:
         options = []
         for new in scores:
-            apart = [old for old in taken if not old.weights & new.weights]
-            more = _saved([*apart, new], by) - _saved(taken, by)
-            harm = sum(s.sensitivity for s in [*apart, new]) - sum(s.sensitivity for s in taken)
-            if more > 0:
-                options.append((harm / min(more, short), [*apart, new]))
+            option = [*(old for old in chosen if not old.weights & new.weights), new]
+            gain = _saved(option, by) - _saved(chosen, by)
+            if gain > 0:
+                options.append(((_sensitivity(option) - _sensitivity(chosen)) / min(gain, missing), option))
         options.sort(key=lambda option: option[0])
-        taken = next((some for _, some in options if _plan(teacher, _entries(some))), [])
-        if not taken:
+        chosen = next((option for _, option in options if _plan(teacher, _entries(option))), [])
+        if not chosen:
             raise InputError(f"no list of removals saves so much ({by}): ask for a larger student")
-    for old in sorted(taken, key=lambda s: -s.sensitivity):
-        rest = [s for s in taken if s is not old]
+    for old in sorted(chosen, key=lambda s: -s.sensitivity):
+        rest = [s for s in chosen if s is not old]
         if _saved(rest, by) >= saving and _plan(teacher, _entries(rest)):
-            taken = rest
-    return taken
+            chosen = rest
+    return chosen
 
 
-def _saved(some: Iterable[Score], by: str) -> float:
-    return sum(getattr(s, by) for s in some)
+def _saved(scores: Iterable[Score], by: str) -> float:
+    return sum(getattr(s, by) for s in scores)
 
 
-def _entries(some: Iterable[Score]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(entry for s in some for entry in s.remove))
+def _sensitivity(scores: Iterable[Score]) -> float:
+    return sum(s.sensitivity for s in scores)
+
+
+def _entries(scores: Iterable[Score]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry for s in scores for entry in s.remove))

@@ -1,4 +1,4 @@
-"""Configs in the header of a single file: json texts under `minidistill.*`, which other programs pass over.
+"""Configs in the header of a single file: JSON texts under `minidistill.*`, which other programs ignore.
 
 A single file of another program carries none; see `infer`.
 """
@@ -41,15 +41,15 @@ def write_configs(
     }
     if not all(is_clip(tokenizer) for tokenizer in tokenizers):
         content[TOKENIZERS] = [
-            {"vocab": t.vocab, "merges": t.merges, "max_length": t.max_length, "pad_token": t.pad_token}
-            for t in tokenizers
+            {key: getattr(tokenizer, key) for key in ("vocab", "merges", "max_length", "pad_token")}
+            for tokenizer in tokenizers
         ]
     header = {key: json.dumps(value, ensure_ascii=False) for key, value in content.items()}
     return {**header, **prediction_entry(schedule)}
 
 
 def prediction_entry(schedule: ScheduleConfig) -> dict[str, str]:
-    """The header's entry on what a U-Net predicts, in the words of others."""
+    """The header's entry on what a U-Net predicts, as other programs spell it."""
     return {PREDICTION: {"v_prediction": "v"}.get(schedule.prediction_type, schedule.prediction_type)}
 
 

@@ -14,13 +14,13 @@ from minidistill.diffusion.schedule import PREDICTIONS
 from minidistill.errors import InputError
 from minidistill.interop.header import PREDICTION
 from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig
-from minidistill.models.taesd import TinyConfig
 from minidistill.models.unet import SD15, SD21, SDXL, UNetConfig
 from minidistill.models.vae import SD_VAE, VAEConfig
 
 UNETS = {config.cross_attention_dim: config for config in (SD15, SD21, SDXL)}
 TEXT_ENCODERS = {config.hidden_size: config for config in (SD1_TEXT, SD2_TEXT, SDXL_TEXT_2)}
 HEAD_WIDTH = 64  # of SD 2.x and SDXL at every stage; SD 1.x has 8 heads at every stage instead
+NO_HEADS = "and it carries no config to tell its number of attention heads; use the model's folder"
 
 
 def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
@@ -33,57 +33,43 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
         InputError: not a U-Net, or one of another family: with other text states, or with class embeddings
             where SDXL has text and sizes (unCLIP, upscalers, SDXL's refiner).
     """
-    stages = range(_count(tensors, "down_blocks", "U-Net"))
-    channels = tuple(_shape(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in stages)
-    layers = tuple(_count(tensors, f"down_blocks.{i}.resnets", "U-Net") for i in stages)
-    width = _context_width(tensors)
+    stages = range(_count(tensors, "down_blocks"))
+    channels = tuple(shape_of(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in stages)
+    layers = tuple(_count(tensors, f"down_blocks.{i}.resnets") for i in stages)
+    attention = next((name for name in tensors if name.endswith(".attn2.to_k.weight")), None)
+    if attention is None:
+        raise InputError("its U-Net reads no text: it has no cross-attention")
+    width, pooled = shape_of(tensors, attention, 2)[1], "add_embedding.linear_1.weight"
     family = UNETS.get(width)
     if family is None:
-        raise InputError(
-            f"its U-Net reads text states of width {width}: not SD 1.x (768), SD 2.x (1024) or SDXL (2048), and it "
-            "carries no config to tell its number of attention heads; use the model's folder"
-        )
-    pooled = "add_embedding.linear_1.weight"
+        raise InputError(f"its U-Net reads text states of width {width}, not 768, 1024 or 2048, {NO_HEADS}")
     if (pooled in tensors) != (family is SDXL):
         raise InputError(
             f"its U-Net reads text states of width {width} {'with' if pooled in tensors else 'without'} an added "
             "embedding: a kind that is not supported (unCLIP, an upscaler, a refiner)"
         )
+
+    def types(side: str) -> tuple[str, ...]:
+        attends = [f"{side.lower()}_blocks.{i}.attentions.0.norm.weight" in tensors for i in stages]
+        return tuple(f"{'CrossAttn' * there}{side}Block2D" for there in attends)
+
     values = {
-        "in_channels": _shape(tensors, "conv_in.weight", 4)[1],
-        "out_channels": _shape(tensors, "conv_out.weight", 4)[0],
-        "down_block_types": tuple(f"{_attends(tensors, f'down_blocks.{i}')}DownBlock2D" for i in stages),
-        "up_block_types": tuple(f"{_attends(tensors, f'up_blocks.{i}')}UpBlock2D" for i in stages),
-        "mid_block_type": _mid_type(tensors),
+        "in_channels": shape_of(tensors, "conv_in.weight", 4)[1],
+        "out_channels": shape_of(tensors, "conv_out.weight", 4)[0],
+        "down_block_types": types("Down"),
+        "up_block_types": types("Up"),
+        "mid_block_type": "UNetMidBlock2D" if "mid_block.resnets.0.norm1.weight" in tensors else None,
         "block_out_channels": channels,
         "layers_per_block": layers,
         "attention_head_dim": 8 if family is SD15 else tuple(max(1, n // HEAD_WIDTH) for n in channels),
         "use_linear_projection": any(t.ndim == 2 for name, t in tensors.items() if name.endswith(".proj_in.weight")),
         **_depths(tensors, layers),
     }
-    if family is SDXL:
-        values["projection_class_embeddings_input_dim"] = _shape(tensors, pooled, 2)[1]
-    try:
-        return replace(family, **values)
-    except ValueError as error:
-        raise InputError(f"the shapes of its U-Net fit no config: {error}") from error
-
-
-def _context_width(tensors: Mapping[str, Tensor]) -> int:
-    name = next((name for name in tensors if name.endswith(".attn2.to_k.weight")), None)
-    if name is None:
-        raise InputError("its U-Net reads no text: it has no cross-attention")
-    return _shape(tensors, name, 2)[1]
-
-
-def _attends(tensors: Mapping[str, Tensor], block: str) -> str:
-    return "CrossAttn" if f"{block}.attentions.0.norm.weight" in tensors else ""
-
-
-def _mid_type(tensors: Mapping[str, Tensor]) -> str | None:
     if "mid_block.attentions.0.norm.weight" in tensors:
-        return "UNetMidBlock2DCrossAttn"
-    return "UNetMidBlock2D" if "mid_block.resnets.0.norm1.weight" in tensors else None
+        values["mid_block_type"] = "UNetMidBlock2DCrossAttn"
+    if family is SDXL:
+        values["projection_class_embeddings_input_dim"] = shape_of(tensors, pooled, 2)[1]
+    return _replace("U-Net", family, **values)
 
 
 def _depths(tensors: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict:
@@ -91,32 +77,22 @@ def _depths(tensors: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict:
 
     A stage without transformers is given depth 1, except for the innermost: the mid block takes its depth there.
     """
-    mid = _depth(tensors, "mid_block.attentions.0")
-    down = []
-    for i, n in enumerate(layers):
-        depths = [_depth(tensors, f"down_blocks.{i}.attentions.{j}") for j in range(n)]
-        idle = mid if mid and i == len(layers) - 1 else 1
-        down.append(_short(depths, idle))
-    up = []
-    for i, n in enumerate(layers[::-1]):
-        depths = [_depth(tensors, f"up_blocks.{i}.attentions.{j}") for j in range(n + 1)]
-        mirrored = down[len(layers) - 1 - i]
-        up.append(_short(depths, mirrored if isinstance(mirrored, int) else 1))
-    simple = up == down[::-1] and not any(isinstance(depth, tuple) for depth in down)
+
+    def depth(transformer: str) -> int:
+        return len(_numbers(tensors, f"{transformer}.transformer_blocks"))
+
+    def stage(block: str, n: int, without: int) -> int | tuple[int, ...]:
+        depths = tuple(depth(f"{block}.attentions.{j}") for j in range(n))
+        return (depths[0] if len(set(depths)) == 1 else depths) if any(depths) else without
+
+    last, mid = len(layers) - 1, depth("mid_block.attentions.0")
+    down = [stage(f"down_blocks.{i}", n, mid if mid and i == last else 1) for i, n in enumerate(layers)]
+    mirrored = [d if isinstance(d, int) else 1 for d in down[::-1]]
+    up = [stage(f"up_blocks.{i}", n + 1, mirrored[i]) for i, n in enumerate(layers[::-1])]
     return {
         "transformer_layers_per_block": tuple(down),
-        "reverse_transformer_layers_per_block": None if simple else tuple(up),
+        "reverse_transformer_layers_per_block": None if up == mirrored == down[::-1] else tuple(up),
     }
-
-
-def _depth(tensors: Mapping[str, Tensor], transformer: str) -> int:
-    return len(_numbers(tensors, f"{transformer}.transformer_blocks"))
-
-
-def _short(depths: list[int], idle: int) -> int | tuple[int, ...]:
-    if not any(depths):
-        return idle
-    return depths[0] if len(set(depths)) == 1 else tuple(depths)
 
 
 def infer_vae_config(tensors: Mapping[str, Tensor], base: VAEConfig = SD_VAE) -> VAEConfig:
@@ -125,28 +101,20 @@ def infer_vae_config(tensors: Mapping[str, Tensor], base: VAEConfig = SD_VAE) ->
     base: gives what no shape tells: scaling_factor, force_upcast, sample_size, norm_num_groups.
     InputError: not a VAE.
     """
-    stages = range(_count(tensors, "encoder.down_blocks", "VAE"))
+    stages = range(_count(tensors, "encoder.down_blocks"))
     first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in stages]
-    try:
-        return replace(
-            base,
-            in_channels=_shape(tensors, "encoder.conv_in.weight", 4)[1],
-            out_channels=_shape(tensors, "decoder.conv_out.weight", 4)[0],
-            block_out_channels=tuple(_shape(tensors, name, 4)[0] for name in first),
-            layers_per_block=_count(tensors, "encoder.down_blocks.0.resnets", "VAE"),
-            latent_channels=_shape(tensors, "decoder.conv_in.weight", 4)[1],
-            use_quant_conv="quant_conv.weight" in tensors,
-            use_post_quant_conv="post_quant_conv.weight" in tensors,
-            mid_block_add_attention="encoder.mid_block.attentions.0.group_norm.weight" in tensors,
-        )
-    except ValueError as error:
-        raise InputError(f"the shapes of its VAE fit no config: {error}") from error
-
-
-def infer_tiny_config(tensors: Mapping[str, Tensor]) -> TinyConfig:
-    """The architecture of a TAESD, from its tensors in our names. InputError: not a TAESD."""
-    width = _shape(tensors, "encoder.layers.0.weight", 4)[0]
-    return TinyConfig(width=width, latent_channels=_shape(tensors, "decoder.layers.0.weight", 4)[1])
+    return _replace(
+        "VAE",
+        base,
+        in_channels=shape_of(tensors, "encoder.conv_in.weight", 4)[1],
+        out_channels=shape_of(tensors, "decoder.conv_out.weight", 4)[0],
+        block_out_channels=tuple(shape_of(tensors, name, 4)[0] for name in first),
+        layers_per_block=_count(tensors, "encoder.down_blocks.0.resnets"),
+        latent_channels=shape_of(tensors, "decoder.conv_in.weight", 4)[1],
+        use_quant_conv="quant_conv.weight" in tensors,
+        use_post_quant_conv="post_quant_conv.weight" in tensors,
+        mid_block_add_attention="encoder.mid_block.attentions.0.group_norm.weight" in tensors,
+    )
 
 
 def infer_text_config(tensors: Mapping[str, Tensor], hidden_act: str) -> CLIPTextConfig:
@@ -155,22 +123,19 @@ def infer_text_config(tensors: Mapping[str, Tensor], hidden_act: str) -> CLIPTex
     hidden_act: "gelu" for what came in open_clip's names, "quick_gelu" for the others: no shape tells.
     InputError: not a text encoder, or of a width that no Stable Diffusion has.
     """
-    vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
+    vocab_size, width = shape_of(tensors, "text_model.embeddings.token_embedding.weight", 2)
     family = TEXT_ENCODERS.get(width)
     if family is None:
-        raise InputError(
-            f"a text encoder in it is {width} wide: no Stable Diffusion's is (768, 1024 or 1280), and it carries no "
-            "config to tell its number of attention heads; use the model's folder"
-        )
+        raise InputError(f"a text encoder in it is {width} wide, not 768, 1024 or 1280, {NO_HEADS}")
     projection = "text_projection.weight"
     return replace(
         family,
         vocab_size=vocab_size,
-        intermediate_size=_shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        num_hidden_layers=_count(tensors, "text_model.encoder.layers", "text encoder"),
-        max_position_embeddings=_shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
+        intermediate_size=shape_of(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        num_hidden_layers=_count(tensors, "text_model.encoder.layers"),
+        max_position_embeddings=shape_of(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
         hidden_act=hidden_act,
-        projection_dim=_shape(tensors, projection, 2)[0] if projection in tensors else family.projection_dim,
+        projection_dim=shape_of(tensors, projection, 2)[0] if projection in tensors else family.projection_dim,
     )
 
 
@@ -179,10 +144,9 @@ def infer_prediction(
 ) -> str:
     """What a U-Net predicts: "epsilon" or "v_prediction". The official files of SD 2.x do not say.
 
-    These are the signs that programs go by, the surest first: an (empty) tensor `v_pred` in the file; the header's
-    `modelspec.prediction_type`; and of SD 2.x that is not for inpainting, the spread of one bias, which ComfyUI found
-    above 0.09 in the models trained to predict v and below in the others. Without a sign it is epsilon. (diffusers
-    goes by `global_step`, which only pickles have, or by what the user says.)
+    The signs that programs go by, the surest first: an (empty) tensor `v_pred` in the file; the header's
+    `modelspec.prediction_type`; and for SD 2.x, inpainting excepted, the standard deviation of one bias, which ComfyUI
+    found above 0.09 in the models trained to predict v and below in the others. Without a sign it is epsilon.
 
     Args:
         config, weights: the U-Net, in our names.
@@ -201,7 +165,15 @@ def infer_prediction(
     return "v_prediction" if bias.float().std(correction=0) > 0.09 else "epsilon"
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+def _replace(what: str, family, **values):
+    try:
+        return replace(family, **values)
+    except ValueError as error:
+        raise InputError(f"the shapes of its {what} fit no config: {error}") from error
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a tensor. InputError: it is not there, or has another number of dimensions."""
     if name not in tensors:
         raise InputError(f"a part of it is not complete: there is no {name}")
     shape = tuple(tensors[name].shape)
@@ -215,8 +187,8 @@ def _numbers(tensors: Mapping[str, Tensor], prefix: str) -> set[int]:
     return {int(match[1]) for match in found if match}
 
 
-def _count(tensors: Mapping[str, Tensor], prefix: str, what: str) -> int:
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
     numbers = _numbers(tensors, prefix)
     if not numbers or max(numbers) + 1 != len(numbers):
-        raise InputError(f"its {what} is not complete: {prefix} has numbers {sorted(numbers)[:9]}")
+        raise InputError(f"a part of it is not complete: {prefix} has numbers {sorted(numbers)[:9]}")
     return len(numbers)

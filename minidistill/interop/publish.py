@@ -1,6 +1,6 @@
-"""Giving a model away: a folder goes to the Hugging Face Hub. What is in it, and its card, is the business of others.
+"""Uploading a model: a folder goes to the Hugging Face Hub. `model_card` writes the card in it.
 
-    open_repo("me/bk-tiny")                  before a training: what would stop the upload is better known now
+    open_repo("me/bk-tiny")                  before training: what would stop the upload is better known now
     push(folder, "me/bk-tiny")               after it
 
 The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` keeps. It is in no message.
@@ -9,8 +9,8 @@ The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` keeps. It is i
 from __future__ import annotations
 
 import inspect
-import shlex
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -22,15 +22,27 @@ from minidistill.weights.hub import HUB_ERRORS, LOG_IN
 
 
 def open_repo(repo: str, private: bool = False) -> None:
-    """Make the repository owner/name on the Hub if there is none: best before a training, so that it can end in `push`.
+    """Make the repository owner/name on the Hub if there is none, and ask whether it may be written.
 
-    private: seen by its owners alone; of a repository that exists already nothing is changed.
+    private: visible to its owners only; of a repository that exists already nothing is changed.
 
     Raises:
         InputError: it is no such name, there is no token or none with the right to do this, or no connection.
     """
-    _check(repo)
-    _ask(repo, lambda api: _make(api, repo, private))
+    try:
+        validate_repo_id(repo)
+        is_name = repo.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        raise InputError(f"'{repo}' cannot be a repository on the Hub: write owner/name, as in me/bk-tiny")
+    if not huggingface_hub.get_token():
+        raise InputError(f"to upload to {repo} a token of the Hub that may write is needed: {LOG_IN}")
+    api = huggingface_hub.HfApi()
+    with _in_one_line(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        if "write" in inspect.signature(getattr(api, "auth_check", print)).parameters:  # older versions cannot ask
+            api.auth_check(repo, write=True)
 
 
 def push(folder: str | Path, repo: str, private: bool = False, files: list[str] | None = None) -> str:
@@ -44,66 +56,37 @@ def push(folder: str | Path, repo: str, private: bool = False, files: list[str] 
     Raises:
         InputError: as in `open_repo`, or the folder is not there.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise InputError(f"nothing to upload to {repo}: there is no folder {folder}")
-    _check(repo)
-
-    def upload(api: huggingface_hub.HfApi) -> None:
-        _make(api, repo, private)
-        api.upload_folder(
+    open_repo(repo, private)
+    with _in_one_line(repo):
+        huggingface_hub.HfApi().upload_folder(
             repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="Upload from minidistill"
         )
-
-    command = ["hf", "upload", repo, str(folder), *(word for name in files or () for word in ("--include", name))]
-    _ask(repo, upload, f"; {folder} is whole, to send it by hand: {shlex.join(command)}")
     return f"{constants.ENDPOINT}/{repo}"
 
 
-def _check(repo: str) -> None:
-    """InputError: nothing can be uploaded there, which is known without asking the Hub."""
+@contextmanager
+def _in_one_line(repo: str) -> Iterator[None]:
+    """What goes wrong on the Hub as one line, without the many of the error itself."""
     try:
-        validate_repo_id(repo)
-        is_name = repo.count("/") == 1
-    except HFValidationError:
-        is_name = False
-    if not is_name:
-        raise InputError(f"'{repo}' cannot be a repository on the Hub: write owner/name, as in me/bk-tiny")
-    if not huggingface_hub.get_token():
-        raise InputError(f"to upload to {repo} a token of the Hub that may write is needed: {LOG_IN}")
-
-
-def _make(api: huggingface_hub.HfApi, repo: str, private: bool) -> None:
-    """Make the repository if there is none; of one that is there ask whether it may be written, as making does not."""
-    api.create_repo(repo, private=private, exist_ok=True)
-    may = getattr(api, "auth_check", None)
-    if may and "write" in inspect.signature(may).parameters:  # older versions cannot ask
-        may(repo, write=True)
-
-
-def _ask(repo: str, call: Callable[[huggingface_hub.HfApi], object], after: str = "") -> None:
-    """Let the Hub do something; what goes wrong becomes one line, without the many of the error itself."""
-    try:
-        call(huggingface_hub.HfApi())
+        yield
     except HUB_ERRORS as error:
-        raise InputError(_refusal(repo, error) + after) from error
+        raise InputError(_refusal(repo, error)) from error
     except RuntimeError as error:  # what huggingface_hub makes of any error in the upload of a large file
         if not isinstance(error.__cause__, HUB_ERRORS):
             raise
-        raise InputError(_refusal(repo, error.__cause__) + after) from error
+        raise InputError(_refusal(repo, error.__cause__)) from error
 
 
 def _refusal(repo: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
-        return f"nothing can be uploaded to {repo}: HF_HUB_OFFLINE forbids to ask the Hub; unset that first"
-    if status == 401:
-        return f"the Hub does not know your token, which {repo} needs: {LOG_IN} anew"
-    if status in (403, 404):
-        return (
-            f"the Hub does not let your token write to {repo} (HTTP {status}): take a repository of your own, or a "
-            f"token with the right to write there, from {constants.ENDPOINT}/settings/tokens, and {LOG_IN}"
-        )
+        return f"nothing can be uploaded to {repo}: HF_HUB_OFFLINE is set; unset it first"
+    if status in (401, 403, 404):
+        what = "know your token" if status == 401 else f"let your token write to {repo} (HTTP {status})"
+        page = f"{constants.ENDPOINT}/settings/tokens"
+        return f"the Hub does not {what}: take a token that may write to {repo}, from {page}, and {LOG_IN}"
     if status:
         return f"the Hub did not take {repo} (HTTP {status}): try again later"
     return f"nothing can be uploaded to {repo}: there is no connection to the Hub; connect, and try again"

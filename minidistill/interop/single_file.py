@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
@@ -32,17 +32,13 @@ from minidistill.interop.header import (
     read_config,
     write_configs,
 )
-from minidistill.interop.infer import (
-    infer_prediction,
-    infer_text_config,
-    infer_unet_config,
-)
-from minidistill.interop.vae_file import read_vae
+from minidistill.interop.infer import infer_prediction, infer_text_config, infer_unet_config
+from minidistill.interop.vae_file import read_file, read_vae
 from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
 from minidistill.models.tokenizer import CLIPTokenizer
-from minidistill.models.unet import UNet, UNetConfig
+from minidistill.models.unet import SD15, UNet, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
-from minidistill.weights.files import read_metadata, read_tensors, write_safetensors
+from minidistill.weights.files import write_safetensors
 from minidistill.weights.layouts import without_wrappers
 
 Tensors = dict[str, Tensor]
@@ -72,17 +68,33 @@ UNUSED = {
 }
 MARKS = {"v_pred", "ztsnr"}  # empty tensors by which SDXL fine-tunes say how they were trained
 UNUSED_TEXT = {"logit_scale", "attn_mask"}  # CLIP's temperature and causal mask
-OTHER_KINDS = (
-    (
-        r"[._]lora[._](down|up|A|B)\.|^lora_(unet|te)",
-        "a LoRA: give it as --lora, or to convert with --layout kohya or peft",
-    ),
-    (r"\.(hada|lokr)_\w", "a LoHa or LoKr adapter, which is not supported"),
-    (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.", "a Flux model, which is not supported"),
-    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, which is not supported"),
-    (r"^control_model\.|^controlnet_|(^|\.)zero_convs\.", "a ControlNet, which is not supported"),
-    (r"(^|\.)motion_modules\.", "a video model (AnimateDiff), which is not supported"),
-    (r"^edm_", "a model trained with an EDM noise schedule (Playground 2.5), which is not supported"),
+# What a file is, by what is in its names: the first that fits counts, and None is what can be read here.
+KINDS = {
+    r"[._]lora[._](down|up|A|B)\.|^lora_(unet|te)": "a LoRA: use it as --lora, or convert with --layout kohya or peft",
+    r"\.(hada|lokr)_\w": "a LoHa or LoKr adapter, which is not supported",
+    r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.": "a Flux model, which is not supported",
+    r"(^|\.)joint_blocks\.": "a Stable Diffusion 3 model, which is not supported",
+    r"^control_model\.|^controlnet_|(^|\.)zero_convs\.": "a ControlNet, which is not supported",
+    r"(^|\.)motion_modules\.": "a video model (AnimateDiff), which is not supported",
+    r"^edm_": "a model trained with an EDM noise schedule (Playground 2.5), which is not supported",
+    r"^(model\.diffusion_model\.|input_blocks\.0\.0\.weight|down_blocks\.0\.resnets\.0\.)": None,
+    r"(coder\.conv_in|decoder\.layers\.0)\.weight$": "a VAE alone: use it as --vae",
+    r"token_embedding\.weight$": "a text encoder alone: a whole checkpoint, or a U-Net, is needed",
+}
+# The only student of SD 1.x that stable-diffusion.cpp knows, and that by the block numbers of its teacher.
+CPP = "stable-diffusion.cpp"
+BK_TINY = replace(
+    SD15,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("CrossAttnDownBlock2D",) * 3,
+    mid_block_type=None,
+    up_block_types=("CrossAttnUpBlock2D",) * 3,
+    **{name: getattr(SD15, name)[:3] for name in ("attention_head_dim", "transformer_layers_per_block")},
+    layers_per_block=1,
+)
+NOT_FOR_CPP = (
+    "stable-diffusion.cpp wants a layout of its own for bk-tiny of SD 1.x alone; SD 1.x, SD 2.x, SDXL, ssd-1b and "
+    "segmind-vega it opens as --layout single-file, other students not at all"
 )
 
 
@@ -111,69 +123,54 @@ class SingleFile:
 def read_single_file(path: str | Path, ema: bool = False) -> SingleFile:
     """Read a checkpoint of SD 1.x, SD 2.x, SDXL or a student of theirs, or a U-Net alone.
 
-    Names may be LDM's or, for a U-Net alone, diffusers' too. What the file does not say is told by `weights.infer`.
+    Names may be LDM's or, for a U-Net alone, diffusers'. What the file does not say is inferred (`interop.infer`).
+    A tensor of a known part that no rule explains is left for the strict loader to report.
 
     Args:
         ema: take the running average of the U-Net's weights, which full checkpoints have beside the last ones.
 
     Raises:
-        InputError: another kind of file, tensors that no known part explains, no average where one is asked for.
+        InputError: another kind of file, tensors of no known part, no average where one is asked for.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_file(path)
     try:
         return _sort_out(tensors, metadata, ema)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _read(path: str | Path) -> tuple[Tensors, dict[str, str]]:
-    tensors = {without_wrappers(name): tensor for name, tensor in read_tensors(path).items()}
-    return tensors, read_metadata(path) if Path(path).suffix == ".safetensors" else {}
-
-
 def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFile:
-    _refuse_other_kinds(tensors)
+    kind = f"something else ({len(tensors)} tensors: {ldm.first_few(list(tensors))})"
+    kind = next((k for pattern, k in KINDS.items() if any(re.search(pattern, name) for name in tensors)), kind)
+    if kind is not None:
+        raise InputError(f"not a Stable Diffusion checkpoint: it seems to be {kind}")
     if not any(name.startswith("model.diffusion_model.") for name in tensors):  # a U-Net alone
         tensors = {n if n in MARKS else f"model.diffusion_model.{n}": tensor for n, tensor in tensors.items()}
     parts = _split(tensors)
-    unet = _read_unet(parts, metadata, ema)
+    weights = _averaged(parts) if ema else parts["unet"]
+    if "input_blocks.0.0.weight" in weights:
+        weights = ldm.from_ldm_unet(weights)
+    unet = read_config(metadata, UNET, UNetConfig.from_dict) or infer_unet_config(weights)
     encoders = _read_text_encoders(parts, metadata)
-    family = _family(unet[0], encoders[0][0] if encoders else None)
+    family = _family(unet, encoders[0][0] if encoders else None)
     if len(encoders) not in (0, len(TEXT_PREFIXES[family])):
         raise InputError(f"it holds {len(encoders)} text encoders, {family} has {len(TEXT_PREFIXES[family])}")
     schedule = read_config(metadata, SCHEDULE, ScheduleConfig.from_dict)
     if schedule is None and (encoders or family == "sd2" or PREDICTION in metadata or "v_pred" in tensors):
         # All families share one schedule; they differ in what the network predicts.
-        prediction = infer_prediction(*unet, tensors, metadata)
+        prediction = infer_prediction(unet, weights, tensors, metadata)
         schedule = ScheduleConfig(prediction_type=prediction, rescale_betas_zero_snr="ztsnr" in tensors)
-        if family == "sd2" and UNET not in metadata:
-            size = 96 if schedule.prediction_type == "v_prediction" else 64  # the 768- and the 512-pixel models
-            unet = (replace(unet[0], sample_size=size), unet[1])
+        if family == "sd2" and UNET not in metadata:  # the 768- and the 512-pixel models
+            unet = replace(unet, sample_size=96 if prediction == "v_prediction" else 64)
     return SingleFile(
         family=family,
-        unet=unet,
+        unet=(unet, weights),
         vae=read_vae(parts["vae"], metadata, SDXL_VAE if family == "sdxl" else SD_VAE) if "vae" in parts else None,
         text_encoders=encoders,
         schedule=schedule,
         tokenizers=read_config(metadata, TOKENIZERS, load_tokenizers) or (),
         metadata={key: text for key, text in metadata.items() if key not in HEADER_KEYS},
     )
-
-
-def _refuse_other_kinds(tensors: Tensors) -> None:
-    """An InputError that says what the file seems to be, unless it has a U-Net and nothing that is not for us."""
-    for pattern, kind in OTHER_KINDS:
-        if any(re.search(pattern, name) for name in tensors):
-            raise InputError(f"not a Stable Diffusion checkpoint: it seems to be {kind}")
-    unet = ("model.diffusion_model.", "input_blocks.0.0.weight", "down_blocks.0.resnets.0.")
-    if any(name.startswith(unet) for name in tensors):
-        return
-    kind = f"something else ({len(tensors)} tensors: {ldm.first_few(list(tensors))})"
-    if any(name.endswith(("coder.conv_in.weight", "decoder.layers.0.weight")) for name in tensors):
-        kind = "a VAE alone: give it as --vae"
-    elif any(name.endswith("token_embedding.weight") for name in tensors):
-        kind = "a text encoder alone: a whole checkpoint, or a U-Net, is needed"
-    raise InputError(f"not a Stable Diffusion checkpoint: it seems to be {kind}")
 
 
 def _split(tensors: Tensors) -> dict[str, Tensors]:
@@ -194,66 +191,41 @@ def _split(tensors: Tensors) -> dict[str, Tensors]:
     return parts
 
 
-def _read_unet(parts: dict[str, Tensors], metadata: dict[str, str], ema: bool) -> tuple[UNetConfig, Tensors]:
-    tensors = _averaged(parts) if ema else parts["unet"]
-    if "input_blocks.0.0.weight" in tensors:
-        tensors = ldm.from_ldm_unet(tensors)
-    return read_config(metadata, UNET, UNetConfig.from_dict) or infer_unet_config(tensors), tensors
-
-
 def _averaged(parts: dict[str, Tensors]) -> Tensors:
     """The U-Net from `model_ema.*`, where names have lost their dots: model_ema.diffusion_modelout2bias."""
-    average, result = parts.get("ema", {}), {}
-    for name in parts["unet"]:
-        flat = f"diffusion_model.{name}".replace(".", "")
-        if flat not in average:
-            missing = "no EMA weights" if len(average) < 3 else f"no EMA weight of {name}"
-            raise InputError(f"there is {missing} in it: read it without ema")
-        result[name] = average[flat]
-    return result
+    average = parts.get("ema", {})
+    flat = {name: f"diffusion_model.{name}".replace(".", "") for name in parts["unet"]}
+    missing = [name for name in flat if flat[name] not in average]
+    if missing:
+        which = "no EMA weights" if len(average) < 3 else f"no EMA weight of {missing[0]}"
+        raise InputError(f"there is {which} in it: read it without ema")
+    return {name: average[spelling] for name, spelling in flat.items()}
 
 
 def _read_text_encoders(
     parts: dict[str, Tensors], metadata: dict[str, str]
 ) -> tuple[tuple[CLIPTextConfig, Tensors], ...]:
     saved = read_config(metadata, TEXT, lambda configs: [CLIPTextConfig.from_dict(c) for c in configs])
+    found = [(index, kind) for index in range(2) for kind in ("clip", "open_clip") if f"{kind} {index}" in parts]
+    if [index for index, _ in found] != list(range(len(found))):
+        raise InputError("its text encoders are not those of one Stable Diffusion: one too many, or the first lacks")
     encoders = []
-    for index in range(2):
-        kinds = [kind for kind in ("clip", "open_clip") if f"{kind} {index}" in parts]
-        if len(kinds) > 1 or (kinds and index != len(encoders)):
-            raise InputError(
-                "its text encoders are not those of one Stable Diffusion: one too many, or the first lacks"
-            )
-        if not kinds:
-            continue
-        tensors = _text_names(parts[f"{kinds[0]} {index}"], kinds[0])
+    for index, kind in found:
+        part = parts[f"{kind} {index}"].items()
+        tensors = {n: t for n, t in part if n not in UNUSED_TEXT and not n.endswith("position_ids")}
+        if kind == "open_clip":
+            tensors = ldm.from_open_clip(tensors)
+        ours = ("text_model.", "text_projection.")  # transformers leaves out text_model. since 5.6
+        tensors = {n if n.startswith(ours) else f"text_model.{n}": tensor for n, tensor in tensors.items()}
         if saved:
-            config = saved[index] if index < len(saved) else saved[-1]
+            config = saved[min(index, len(saved) - 1)]
         else:
-            tensors = _without_unread(tensors, index)
-            config = infer_text_config(tensors, "gelu" if kinds[0] == "open_clip" else "quick_gelu")
+            if index == 0:  # a whole CLIP has what the first encoder does not use: SD 2.x reads the last states but one
+                unread = ("text_projection.", "text_model.encoder.layers.23.")
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unread)}
+            config = infer_text_config(tensors, "gelu" if kind == "open_clip" else "quick_gelu")
         encoders.append((config, tensors))
     return tuple(encoders)
-
-
-def _text_names(tensors: Tensors, kind: str) -> Tensors:
-    """open_clip's or transformers' names, of any age -> ours."""
-    used = {n: t for n, t in tensors.items() if n not in UNUSED_TEXT and not n.endswith("position_ids")}
-    if kind == "open_clip":
-        return ldm.from_open_clip(used)
-    ours = ("text_model.", "text_projection.")
-    return {name if name.startswith(ours) else f"text_model.{name}": tensor for name, tensor in used.items()}
-
-
-def _without_unread(tensors: Tensors, index: int) -> Tensors:
-    """Leave out what a whole CLIP has and the first text encoder does not use.
-
-    Its projection, and in SD 2.x, which reads the states before the last of 24 layers, that layer.
-    """
-    if index > 0:
-        return tensors
-    last = "text_model.encoder.layers.23."
-    return {name: t for name, t in tensors.items() if not name.startswith(("text_projection.", last))}
 
 
 def _family(unet: UNetConfig, text: CLIPTextConfig | None) -> str:
@@ -273,20 +245,19 @@ def write_single_file(
     text_encoders: Sequence[CLIPTextModel],
     schedule: ScheduleConfig,
     tokenizers: Sequence[CLIPTokenizer] = (),
-    dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    for_cpp: bool = False,
 ) -> None:
     """Write a pipeline as one .safetensors file in LDM's layout (sgm's for SDXL), atomically.
 
-    diffusers' `from_single_file` does not read the configs in the header. It takes every student for a full model and
-    stops at the first shape that differs, unless it is given the student's configs: `config=FOLDER`, a pipeline folder
-    of the student (`minidistill.convert` makes one of the file; diffusers then reads its json files only). A student
-    whose stages differ in their number of layers opens in diffusers as a folder, not as a file.
+    diffusers' `from_single_file` does not read the configs in the header: of a student it needs `config=FOLDER`, a
+    pipeline folder of that student. One whose stages differ in their number of layers it opens as a folder only.
 
     Args:
         tokenizers: kept in the file's header, unless their vocabulary is CLIP's own.
-        dtype: of all weights in the file; None keeps each model's own.
         metadata: text to carry along in the header.
+        for_cpp: for stable-diffusion.cpp, which wants BK-Tiny's blocks in the numbers of its teacher; ComfyUI and
+            diffusers want them without gaps.
 
     Raises:
         InputError: parts this layout has no place for, a name that does not end in .safetensors, a full disk.
@@ -296,18 +267,22 @@ def write_single_file(
     for fits, problem in (
         (Path(path).suffix == ".safetensors", "a single file is written as .safetensors only"),
         (isinstance(vae, AutoencoderKL), "a tiny VAE (TAESD) has no place in a single file: use the full one"),
+        (not for_cpp or replace(unet.config, sample_size=SD15.sample_size) == BK_TINY, NOT_FOR_CPP),
         (len(text_encoders) == len(prefixes), f"{family} has {len(prefixes)} text encoders, not {len(text_encoders)}"),
     ):
         if not fits:
             raise InputError(f"cannot write {path}: {problem}")
+    weights, vae_weights, *texts = (
+        {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
+        for model in (unet, vae, *text_encoders)
+    )
     parts = {
-        "model.diffusion_model.": ldm.to_ldm_unet(_weights(unet), unet.config),
-        "first_stage_model.": ldm.to_ldm_vae(_weights(vae), vae.config),
+        "model.diffusion_model.": ldm.to_ldm_unet(weights, unet.config, gaps=for_cpp),
+        "first_stage_model.": ldm.to_ldm_vae(vae_weights),
     }
-    for prefix, encoder in zip(prefixes, text_encoders, strict=True):
-        weights = _weights(encoder)
-        parts[prefix] = ldm.to_open_clip(weights, encoder.config) if prefix.endswith("model.") else weights
-    tensors = {prefix + name: _cast(tensor, dtype) for prefix, part in parts.items() for name, tensor in part.items()}
+    for prefix, text in zip(prefixes, texts, strict=True):
+        parts[prefix] = ldm.to_open_clip(text) if prefix.endswith("model.") else text
+    tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
     tensors |= marks(unet.config, schedule)
     own = write_configs(unet, vae, text_encoders, schedule, tokenizers)
     write_safetensors(path, tensors, {**(metadata or {}), **own})
@@ -318,11 +293,3 @@ def marks(unet: UNetConfig, schedule: ScheduleConfig) -> Tensors:
     if _family(unet, None) != "sdxl" or schedule.prediction_type != "v_prediction":
         return {}
     return {name: torch.empty(0) for name in ("v_pred", *(["ztsnr"] if schedule.rescale_betas_zero_snr else []))}
-
-
-def _weights(model: nn.Module) -> Tensors:
-    return {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

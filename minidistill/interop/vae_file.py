@@ -4,20 +4,25 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.interop import ldm
 from minidistill.interop.header import VAE, read_config
-from minidistill.interop.infer import infer_tiny_config, infer_vae_config
+from minidistill.interop.infer import infer_vae_config, shape_of
 from minidistill.models.taesd import TinyConfig
-from minidistill.models.vae import SD_VAE, AutoencoderKL, VAEConfig
+from minidistill.models.vae import SD_VAE, VAEConfig
 from minidistill.weights.files import read_metadata, read_tensors
-from minidistill.weights.layouts import match_names, tiny_name, without_wrappers
+from minidistill.weights.layouts import tiny_name, without_wrappers
 
 Tensors = dict[str, Tensor]
 TRAINING = ("loss.", "model_ema.")  # the discriminator and the running average of a VAE's own training
+
+
+def read_file(path: str | Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a file, without torch's wrappers in their names, and the text in its header."""
+    tensors = {without_wrappers(name): tensor for name, tensor in read_tensors(path).items()}
+    return tensors, read_metadata(path) if Path(path).suffix == ".safetensors" else {}
 
 
 def read_vae_file(path: str | Path, base: VAEConfig = SD_VAE) -> tuple[VAEConfig | TinyConfig, Tensors]:
@@ -35,8 +40,7 @@ def read_vae_file(path: str | Path, base: VAEConfig = SD_VAE) -> tuple[VAEConfig
     Raises:
         InputError: the file is not a VAE, or holds more than one.
     """
-    tensors = {without_wrappers(name): tensor for name, tensor in read_tensors(path).items()}
-    metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+    tensors, metadata = read_file(path)
     try:
         if any(re.match(r"\d+\.", name) for name in tensors):
             tensors = _both_halves(Path(path), tensors)
@@ -45,7 +49,8 @@ def read_vae_file(path: str | Path, base: VAEConfig = SD_VAE) -> tuple[VAEConfig
                 tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         tiny = {tiny_name(name): tensor for name, tensor in tensors.items()}
         if "decoder.layers.0.weight" in tiny:
-            return infer_tiny_config(tiny), tiny
+            width, latents = (shape_of(tiny, f"{half}.layers.0.weight", 4) for half in ("encoder", "decoder"))
+            return TinyConfig(width=width[0], latent_channels=latents[1]), tiny
         if not any(name.endswith("coder.conv_in.weight") for name in tensors):
             raise InputError(f"not a VAE: it holds {len(tensors)} tensors, {ldm.first_few(list(tensors))}")
         return read_vae(tensors, metadata, base)
@@ -67,15 +72,11 @@ def _both_halves(path: Path, tensors: Tensors) -> Tensors:
 def read_vae(tensors: Tensors, metadata: Mapping[str, str], base: VAEConfig) -> tuple[VAEConfig, Tensors]:
     """A VAE's config, from the header or by shapes, and its tensors in our names, from diffusers' or LDM's.
 
+    The attention may still have its old names, or convolutions for matrices: `load_into` knows both.
+
     base: as in `read_vae_file`. InputError: not a VAE.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING)}
     if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
         tensors = ldm.from_ldm_vae(tensors)
-    config = read_config(metadata, VAE, VAEConfig.from_dict) or infer_vae_config(tensors, base)
-    with torch.device("meta"):
-        expected = AutoencoderKL(config).state_dict()
-    try:
-        return config, match_names(tensors, expected)  # old attention names, and convolutions for matrices
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    return read_config(metadata, VAE, VAEConfig.from_dict) or infer_vae_config(tensors, base), tensors

@@ -1,1 +1,1 @@
-"""How good are the images?"""
+"""Metrics: compute and memory cost, CLIP score, reconstruction."""

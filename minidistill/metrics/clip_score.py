@@ -1,4 +1,4 @@
-"""CLIP: does an image match a caption? Cosine similarity (CLIPScore, arXiv 2104.08718, without its factor 2.5)."""
+"""CLIP score: cosine similarity of image and caption (arXiv 2104.08718, without its factor 2.5), and retrieval."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from minidistill.miniature.scenes import Scenes
 from minidistill.models.clip import CLIPModel
 from minidistill.models.tokenizer import CLIPTokenizer
 
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # OpenAI's, of RGB in [0, 1]
+# CLIP's normalisation of RGB in [0, 1]
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixels(images: Sequence[Image.Image], size: int = 64) -> Tensor:
-    """RGB images -> (B, 3, size, size) float32, as CLIP reads them.
+    """RGB images -> CLIP's input (B, 3, size, size) float32.
 
-    The short side is resized to `size` (bicubic), the centre cut out, the colours normalised.
+    The short side is resized to `size` (bicubic), then the image is centre-cropped and normalised.
     """
     rows = []
     for image in images:
@@ -40,16 +39,16 @@ def clip_pixels(images: Sequence[Image.Image], size: int = 64) -> Tensor:
 def clip_scores(
     clip: CLIPModel, tokenizer: CLIPTokenizer, images: Sequence[Image.Image], captions: list[str]
 ) -> Tensor:
-    """Cosine similarity of every image (rows) with every caption (columns): (N, M) float32."""
+    """Cosine similarity of N images with M captions: (N, M) float32."""
     device = next(clip.parameters()).device
     states = clip.encode_image(clip_pixels(images, clip.config.vision_config.image_size).to(device))
     return (states @ clip.encode_text(tokenizer(captions).to(device)).T).float().cpu()
 
 
 def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 10, choices: int = 100) -> float:
-    """Top-1 accuracy of finding a held-out scene's own caption among `choices` distinct ones, over `rounds` sets."""
+    """Top-1 accuracy in retrieving the captions of held-out scenes, over `rounds` sets of `choices` distinct ones."""
     data = Scenes("test")
-    right, index = 0, 0
+    correct, index = 0, 0
     for _ in range(rounds):
         chosen: dict[str, Image.Image] = {}
         while len(chosen) < choices:
@@ -57,5 +56,5 @@ def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 10, choic
             chosen.setdefault(caption, image)
             index += 1
         scores = clip_scores(clip, tokenizer, list(chosen.values()), list(chosen))
-        right += int((scores.argmax(1) == torch.arange(choices)).sum())
-    return right / (rounds * choices)
+        correct += int((scores.argmax(1) == torch.arange(choices)).sum())
+    return correct / (rounds * choices)

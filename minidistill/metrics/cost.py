@@ -1,14 +1,17 @@
-"""What a network costs: multiply-accumulates of a call, and the memory of a step before it takes any."""
+"""What a network costs: multiply-accumulates and time of a call, and the memory of a step before it takes any."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import statistics
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +29,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def count_macs(unet_or_config: UNet | UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
     """Multiply-accumulates of one call on one latent of height x width, with `tokens` text tokens.
 
-    Returns {"conv_linear", "attention"}: the first is what BK-SDM's paper (and `thop`) counts, the second the
-    two matrix products inside every attention.
+    Returns {"conv_linear", "attention"}: convolutions and linear layers, as counted in the BK-SDM paper (and by
+    `thop`), and the two matrix products of attention.
     """
     config = unet_or_config.config if isinstance(unet_or_config, UNet) else unet_or_config
     return _macs(config, height, width, tokens)["Global"]
 
 
 def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
-    """Convolution and linear MACs of one call in every module, by its name; "" is the whole."""
+    """MACs of convolutions and linear layers in each module, by its name; "" is the whole network."""
     counts = _macs(config, height, width, tokens)
     return {
         name.removeprefix("UNet").removeprefix("."): count["conv_linear"]
@@ -45,8 +48,8 @@ def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77
 
 @lru_cache
 def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
-    """{"Global" | "UNet" | "UNet.<module>": counts}, on the meta device: no weights, no arithmetic."""
-    config = replace(config, upcast_attention=False)  # costs no MACs, and meta has no autocast
+    """{"Global" | "UNet" | "UNet.<module>": counts}, computed on the meta device."""
+    config = replace(config, upcast_attention=False)  # no effect on MACs; the meta device has no autocast
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         UNet(config)(*random_inputs(config, 1, height, width, tokens))
     result = {}
@@ -57,14 +60,30 @@ def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str,
     return result
 
 
-class MemoryCount(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while it is active: `now` alive, `peak` at the most.
+@torch.no_grad()
+def milliseconds(network: nn.Module, inputs: Sequence[Any], rounds: int = 7) -> float:
+    """Median time of one call network(*inputs). Timings on a busy machine compare only within one run."""
+    is_cuda = next(network.parameters()).is_cuda
+    times = []
+    for _ in range(rounds + 2):  # the first two warm up
+        if is_cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        network(*inputs)
+        if is_cuda:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[2:])
 
-    A storage counts once, however many views there are of it, until its last tensor is gone.
+
+class MemoryCount(TorchDispatchMode):
+    """Counts the bytes of tensors created while it is active: `now` allocated, `peak` at most.
+
+    A storage counts once, regardless of its views, until its last tensor is freed.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        """known: tensors that are there already, such as weights: views of them are not counted."""
+        """known: existing tensors, such as weights, whose views are not counted."""
         super().__init__()
         self.now = self.peak = 0
         self._alive = {tensor.untyped_storage()._cdata for tensor in known}
@@ -91,11 +110,11 @@ class MemoryCount(TorchDispatchMode):
 
 
 def peak_bytes(build: Callable[[], tuple[list[nn.Module], Callable[[], None]]]) -> int:
-    """The most memory that a computation has in use at a time, beyond its networks' own weights.
+    """Peak memory of a computation in bytes, without the weights of its networks.
 
-    `build` makes (networks, what to run with them); both happen on fake tensors. Backward passes and checkpointing are
-    counted as they are. Attention is counted as the fused kernels do it, without its (L, L) matrices, half precision as
-    autocast makes it, with its copies of the weights.
+    build: returns (networks, function to run); both run on fake tensors. Backward passes and checkpointing are
+    included. Attention is counted as in fused kernels, without its (L, L) matrices; half precision as with autocast,
+    including its copies of the weights.
     """
     with FakeTensorMode():
         networks, run = build()
@@ -106,7 +125,7 @@ def peak_bytes(build: Callable[[], tuple[list[nn.Module], Callable[[], None]]]) 
 
 @contextlib.contextmanager
 def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Networks that mostly wait on the CPU, on the device for as long as this lasts."""
+    """Within this context, networks that are kept on the CPU are on the device."""
     for network in networks:
         network.to(device)
     yield
@@ -115,14 +134,14 @@ def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[N
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what a step frees for the next step, on Linux with glibc; elsewhere nothing is done.
+    """Make the C library keep freed memory for reuse, on Linux with glibc; no effect elsewhere.
 
-    By default it gives blocks back to the system at once, and gets them again page by page: a training step of the
-    miniature waits for 11,000 page faults, a twentieth of its time.
+    By default it returns freed blocks to the system and faults them in again page by page: 11,000 page faults per
+    training step of the miniature, 5 % of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # 32 MiB, the most that glibc takes: larger blocks still come and go
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # 32 MiB, the maximum in glibc
         mallopt(M_TRIM_THRESHOLD, 2**30)
 
 

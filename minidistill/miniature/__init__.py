@@ -1,1 +1,1 @@
-"""The embedded miniature Stable Diffusion: its world of scenes, the judge of their images, and its weights."""
+"""The embedded miniature Stable Diffusion: scenes as training data, a judge of their images, and the weights."""

@@ -1,8 +1,8 @@
-"""The scene judge: does an image show what its caption states? Plain image analysis, no network.
+"""The scene judge: does an image show what its caption states? Classical image analysis, no network.
 
-It is to the miniature what GenEval is to Stable Diffusion. `judge(image, caption)` finds the things in the image
-(`find_things`, `find_ground`), matches them to the stated ones and answers for every stated attribute: shape, colour,
-size, relation, count, background. What the caption leaves open is not asked.
+It is to the miniature what GenEval is to Stable Diffusion. `judge(image, caption)` detects the things in the image
+(`find_things`, `find_ground`), matches them with those of the caption and checks each stated attribute: shape, colour,
+size, relation, count, background. Attributes that the caption does not state are not checked.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from minidistill.miniature.scenes import (
 )
 
 KINDS = ("shape", "colour", "size", "relation", "count", "background")
-CHROMA = 56  # a pixel with a larger max - min over RGB belongs to a thing; grounds stay below 35
-MIN_AREA = 16  # pixels; smaller specks are not things
-MIN_SEEDS = 4  # pixels of pure colour that a thing inside another must have
-GRID = 24  # shapes are compared on a grid of this side, scaled to the thing's area
-PATTERN_MATCH = 0.62  # correlation with a drawn pattern from which a ground counts as that pattern
-PLAIN_NOISE = 4.5  # grey levels of deviation up to which a ground is plain
-GRADIENT_MATCH = 0.60  # share of a ground's variance that a linear slope must explain
+CHROMA = 56  # pixels with a larger max - min over RGB belong to things; grounds are below 35
+MIN_AREA = 16  # pixels of the smallest thing
+MIN_SEEDS = 4  # pixels of pure colour that a thing inside another has at least
+GRID = 24  # side of the grid on which shapes are compared, scaled to unit area
+PATTERN_MATCH = 0.62  # minimum correlation of a ground with a pattern
+PLAIN_NOISE = 4.5  # maximum standard deviation of a plain ground, in grey levels
+GRADIENT_MATCH = 0.60  # minimum share of a gradient's variance that a linear fit explains
 
 
 @dataclass(frozen=True)
 class Found:
-    """A thing found in an image."""
+    """A thing detected in an image."""
 
     thing: Thing
     place: Place
@@ -53,7 +53,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether one stated attribute holds."""
+    """Whether the image has one stated attribute."""
 
     kind: str
     stated: str
@@ -62,23 +62,24 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All answers for one image; `all_correct` if each of them holds."""
+    """All answers for one image."""
 
     answers: tuple[Answer, ...]
 
     @property
     def all_correct(self) -> bool:
+        """Whether the image has all stated attributes."""
         return all(answer.holds for answer in self.answers)
 
     def wrong(self) -> str:
-        """What does not hold, for reading: 'shape star, count 2', or '' if all is right."""
+        """The attributes that the image lacks, as text: 'shape star, count 2'; '' if all are correct."""
         return ", ".join(f"{a.kind} {a.stated}" for a in self.answers if not a.holds)
 
 
 def judge(image: Image.Image | np.ndarray, caption: str) -> Verdict:
-    """Judge a 64x64 RGB image (PIL, or uint8 (64, 64, 3)) by a caption of the scenes' grammar.
+    """Compare a 64x64 RGB image (PIL, or uint8 (64, 64, 3)) with a caption of the scenes' grammar.
 
-    ValueError if the caption is not of the grammar or the image not of the size.
+    ValueError: the caption is not in the grammar, or the image has another size.
     """
     pixels = np.asarray(image)
     if pixels.shape != (SIDE, SIDE, 3) or pixels.dtype != np.uint8:
@@ -95,12 +96,12 @@ def judge(image: Image.Image | np.ndarray, caption: str) -> Verdict:
 
 
 def score(images: Sequence[Image.Image | np.ndarray], captions: Sequence[str]) -> dict[str, float]:
-    """Share of images with all attributes right ("all"), and of right answers for each kind that was asked."""
+    """Share of images with all attributes correct ("all"), and share of correct answers of each kind asked."""
     return score_verdicts([judge(p, c) for p, c in zip(images, captions, strict=True)])
 
 
 def score_verdicts(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """`score`, from verdicts at hand."""
+    """`score` from existing verdicts."""
     verdicts = list(verdicts)
     result = {"all": float(np.mean([v.all_correct for v in verdicts]))}
     for kind in KINDS:
@@ -111,7 +112,7 @@ def score_verdicts(verdicts: Iterable[Verdict]) -> dict[str, float]:
 
 
 def _matchings(stated: Statement, found: list[Found]) -> Iterable[list[Answer]]:
-    """The answers under every way to match stated things to found ones (None where one is missing)."""
+    """The answers for each matching of stated things with detected ones (None if too few are detected)."""
     pool = [*found, *[None] * (len(stated.things) - len(found))]
     for match in permutations(pool, len(stated.things)):
         answers = []
@@ -126,11 +127,8 @@ def _matchings(stated: Statement, found: list[Found]) -> Iterable[list[Answer]]:
         yield answers
 
 
-# ----------------------------------------------------------------------------------------------------- things
-
-
 def label_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Index of the nearest thing colour for every pixel, -1 for the ground: (64, 64) int."""
+    """Index of the nearest thing colour for each pixel, -1 for the ground: (64, 64) int."""
     rgb = pixels.astype(np.float32)
     names = np.asarray(list(COLOURS.values()), np.float32)
     labels = np.square(rgb[:, :, None] - names).sum(-1).argmin(-1)
@@ -138,7 +136,7 @@ def label_pixels(pixels: np.ndarray) -> np.ndarray:
 
 
 def find_things(pixels: np.ndarray) -> list[Found]:
-    """The things in a (64, 64, 3) uint8 image: each connected region, and what lies inside it in another colour."""
+    """The things in a (64, 64, 3) uint8 image: connected regions, and parts inside them of another colour."""
     labels, rgb = label_pixels(pixels), pixels.astype(np.float32)
     solid, ground = _solid(labels), labels < 0
     things = []
@@ -146,7 +144,7 @@ def find_things(pixels: np.ndarray) -> list[Found]:
         if region.sum() < MIN_AREA:
             continue
         outside = ~region
-        rim = region & _grow(_grow(_grow(outside)))  # three pixels wide: the colour seen here is the holder's
+        rim = region & _grow(_grow(_grow(outside)))  # three pixels wide: has the colour of the outer thing
         seen = labels[rim & solid] if (rim & solid).any() else labels[region]
         outer = int(np.bincount(seen).argmax())
         pure = region & (labels == outer)
@@ -156,7 +154,7 @@ def find_things(pixels: np.ndarray) -> list[Found]:
             near = outside
         inner_seeds = [region & solid & (labels == c) for c in np.unique(labels[region & solid]) if c != outer]
         inner_seeds = [seeds for seeds in inner_seeds if seeds.sum() >= MIN_SEEDS]
-        # A holder goes on behind what lies inside it.
+        # The outer thing continues behind the inner ones.
         behind = _grow(_grow(np.logical_or.reduce([np.zeros_like(region), *inner_seeds]))) & region & ~_grow(outside)
         things.append(_thing(np.maximum(_coverage(rgb, pure, near) * around, behind), outer))
         for seeds in inner_seeds:
@@ -168,14 +166,14 @@ def find_things(pixels: np.ndarray) -> list[Found]:
 
 
 def _coverage(rgb: np.ndarray, mine: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """How much of each pixel has the colour seen under `mine` and not that under `other`: 0 to 1."""
+    """Share of each pixel that has the colour of mask `mine` rather than that of mask `other`: 0 to 1."""
     start, end = rgb[other].mean(0), np.median(rgb[mine], axis=0)
     along = (rgb - start) @ (end - start) / max(1.0, float(np.square(end - start).sum()))
     return np.clip(along, 0, 1)
 
 
 def _thing(cover: np.ndarray, colour: int) -> Found:
-    """Name a thing by its coverage (64, 64): centre and area place it, blurred or not; the nearest shape names it."""
+    """Classify a thing by its coverage (64, 64): position from centre and area, shape from the nearest template."""
     grid, x, y, area = _normalise(cover)
     templates, areas = _shape_templates()
     best = int(np.square(templates - grid).sum((1, 2)).argmin())
@@ -185,7 +183,7 @@ def _thing(cover: np.ndarray, colour: int) -> Found:
 
 
 def _normalise(cover: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-    """Coverage moved to its centre and scaled to unit area: ((GRID, GRID), centre x, centre y, area in pixels)."""
+    """Coverage, centred and scaled to unit area: ((GRID, GRID), centre x, centre y, area in pixels)."""
     area = max(1.0, float(cover.sum()))
     x, y = (float((cover.sum(axis) * np.arange(cover.shape[1 - axis])).sum()) / area for axis in (0, 1))
     steps = np.linspace(-1.05, 1.05, GRID) * np.sqrt(area)
@@ -193,7 +191,7 @@ def _normalise(cover: np.ndarray) -> tuple[np.ndarray, float, float, float]:
 
 
 def _sample(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Bilinear interpolation; 0 outside."""
+    """Bilinear interpolation of `image`, 0 outside."""
     padded = np.pad(image, 1)
     y, x = (np.clip(c + 1, 0, n - 1.001) for c, n in zip((y, x), padded.shape, strict=True))
     y0, x0 = y.astype(int), x.astype(int)
@@ -205,26 +203,26 @@ def _sample(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _shape_templates() -> tuple[np.ndarray, np.ndarray]:
-    """Every shape, normalised: (8, GRID, GRID); and its area at half width 1: (8,)."""
+    """All shapes, normalised: (8, GRID, GRID); and their areas at half width 1: (8,)."""
     found = [_normalise(shape_mask(shape, 96, 48, 48, 40)) for shape in SHAPES]
     return np.stack([grid for grid, *_ in found]), np.asarray([area / 40**2 for *_, area in found])
 
 
 def _solid(labels: np.ndarray) -> np.ndarray:
-    """Pixels whose four neighbours have the same label: leaves out the mixed colours along edges."""
+    """Pixels whose four neighbours have the same label: excludes mixed colours at edges."""
     padded = np.pad(labels, 1, constant_values=-1)
     around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
     return np.logical_and.reduce([side == labels for side in around]) & (labels >= 0)
 
 
 def _grow(mask: np.ndarray) -> np.ndarray:
-    """The mask and its eight neighbours."""
+    """The mask dilated by one pixel in all eight directions."""
     padded = np.pad(mask, 1)
     return np.logical_or.reduce([padded[dy : dy + SIDE, dx : dx + SIDE] for dy in range(3) for dx in range(3)])
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """The 4-connected parts of a mask, as masks."""
+    """The 4-connected components of a mask, as masks."""
     parts = []
     rest = mask.copy()
     while rest.any():
@@ -242,13 +240,10 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------- ground
-
-
 def find_ground(pixels: np.ndarray) -> tuple[str, str]:
-    """Texture and colour of the ground of a (64, 64, 3) uint8 image: (one of TEXTURES, one of GROUNDS)."""
+    """Texture and colour of the ground of a (64, 64, 3) uint8 image: (one of TEXTURES, one of GROUNDS or "none")."""
     labels = label_pixels(pixels)
-    clear = ~_grow(_grow(labels >= 0))  # keep off the blended edges of things
+    clear = ~_grow(_grow(labels >= 0))  # without the blended edges of things
     if clear.sum() < 200:
         clear = labels < 0
     rgb = pixels.astype(np.float32)
@@ -278,7 +273,7 @@ def find_ground(pixels: np.ndarray) -> tuple[str, str]:
 
 @lru_cache(maxsize=1)
 def _pattern_templates() -> tuple[list[str], np.ndarray]:
-    """The periodic patterns at every phase, one a row: names and (N, 4096) float32."""
+    """All periodic patterns at all phases: their names, and (N, 4096) float32."""
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
     rows: list[tuple[str, np.ndarray]] = []
     for across in (x, y, (x + y) * 0.7071):

@@ -1,12 +1,12 @@
-"""Scenes: captioned 64x64 images, drawn on the fly. The data of the embedded miniature Stable Diffusion.
+"""Scenes: captioned 64x64 images, rendered on the fly. The data of the embedded miniature Stable Diffusion.
 
-One to three flat things on a plain or textured ground, and a caption that often leaves something out, so that
-one caption has many right images. Image number `index` is always the same image; there is no end of them.
+One to three flat things on a plain or textured ground, with a caption that often omits attributes, so that many images
+match one caption. Scene number `index` is always the same; their number is unlimited.
 
     a large red circle left of a small blue square on a striped grey background
 
-`draw_scene` makes the scene (what is where), `render` the image, `describe` the caption, `parse` the way back from a
-caption to what it states, which is all the judge in `minidistill.miniature.judge` needs.
+`draw_scene` samples the scene, `render` makes the image, `describe` the caption; `parse` inverts `describe`, for the
+judge in `minidistill.miniature.judge`.
 """
 
 from __future__ import annotations
@@ -34,37 +34,35 @@ COLOURS = {
     "pink": (242, 122, 182),
 }
 SIZES = {"small": (9.0, 10.5), "large": (14.0, 15.5)}  # half the width, in pixels
-SIZE_BORDER = 12.25  # half width at which small ends and large begins
+SIZE_BORDER = 12.25  # half width between small and large
 GROUNDS = {"white": (234, 230, 222), "grey": (132, 134, 140), "black": (40, 40, 46)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "gradient", "grainy")
 RELATIONS = ("left of", "right of", "above", "below", "inside")
 OPPOSITES = (("left", "right"), ("right", "left"), ("above", "below"), ("below", "above"))  # the first four relations
 NUMBERS = ("a", "two", "three")
-HOLDERS = ("circle", "square", "heart")  # shapes with room for another one inside
+HOLDERS = ("circle", "square", "heart")  # shapes that can contain another one
 
-# How often the scenes of each kind are drawn; `Scenes` takes other shares.
+# Relative frequencies of the kinds of scenes.
 SHARES = {"one": 32, "related": 26, "two": 8, "inside": 10, "counted": 10, "three": 14}
 
-# (shape, colour, texture of the ground): an eighth, one for each shape on each texture, is kept from training,
-# so that an image of one shows composition, not memory. Not the size: a shape and colour that is only ever
-# seen large says "large" by itself, whatever the caption's word.
+# (shape, colour, texture of the ground): one in eight, one colour per shape and texture, is held out from training, so
+# that its images test composition, not memory. Size is not held out: a shape and colour seen in one size only would
+# determine the size without the caption.
 HELD_OUT = frozenset(
     (shape, list(COLOURS)[(3 * i + k) % 8], texture)
     for i, shape in enumerate(SHAPES)
     for k, texture in enumerate(TEXTURES)
 )
 
+RING_HOLE = 0.46  # radius of the hole / radius of the ring
 STRIPE_PERIOD, CHECK_PERIOD, DOT_PERIOD, DOT_RADIUS, GRAIN_SIDE = 12, 16, 12, 3.2, 4  # pixels
-CONTRAST, SLOPE, GRAIN = (
-    20.0,
-    30.0,
-    15.0,
-)  # grey levels: half the two-tone step, half a gradient, grain's deviation
+# In grey levels: half the step between two tones, half the range of a gradient, standard deviation of grain.
+CONTRAST, SLOPE, GRAIN = 20.0, 30.0, 15.0
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing as a caption states it: None is left open."""
+    """The attributes of a thing in a caption; None is not stated."""
 
     shape: str | None
     colour: str | None
@@ -73,7 +71,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a thing is: centre and half width, in pixels; `shade` is added to its colour."""
+    """Position of a thing: centre and half width, in pixels; `shade` is added to its colour."""
 
     x: float
     y: float
@@ -83,7 +81,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a caption states. `relation` holds between things 0 and 1; None is left open."""
+    """The content of a caption. `relation` is between things 0 and 1; None is not stated."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -93,20 +91,19 @@ class Statement:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole scene: `full` leaves nothing open, `stated` is what its caption says, `places` go with the things."""
+    """A scene: `full` has all attributes, `stated` those of its caption, `places` the positions of the things."""
 
     full: Statement
     stated: Statement
     places: tuple[Place, ...]
-    grain_seed: int  # also the phases of the texture
+    grain_seed: int  # also of the phases of the texture
 
 
 class Scenes:
-    """The embedded data set: `scenes[i]` is (PIL image 64x64, caption), the same for ever.
+    """The embedded dataset: `scenes[i]` is (PIL image 64x64, caption), always the same.
 
-    split "train" never draws a HELD_OUT combination of shape, colour and texture; in split "test" the first thing is
-    always one, and its caption says so. Both are unlimited; `length` only says where a pass ends. `shares` says how
-    often each kind of scene is drawn.
+    Split "train" has no HELD_OUT combination of shape, colour and texture; in split "test" the first thing always is
+    one, and its caption states all three. length: of one epoch. shares: relative frequencies of the kinds of scenes.
     """
 
     def __init__(self, split: str = "train", length: int = 100_000, shares: Mapping[str, int] = SHARES) -> None:
@@ -122,31 +119,28 @@ class Scenes:
         return Image.fromarray(render(scene)), describe(scene.stated)
 
     def fingerprint(self) -> str:
-        """Which images these are, in a few words."""
+        """A short description that identifies the dataset."""
         return f"{self.length} images, split {self.split}"
 
     def scene(self, index: int) -> Scene:
-        """The scene behind an entry."""
+        """Scene number `index`. IndexError: outside 0 .. length - 1."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         return draw_scene(index, self.split, self.shares)
 
     def caption(self, index: int) -> str:
-        """The caption alone, without drawing."""
+        """The caption alone, without rendering."""
         return describe(self.scene(index).stated)
 
 
 def held_out_captions(count: int) -> list[str]:
-    """The first captions of split "test", by which models are judged."""
+    """The first captions of split "test", on which models are evaluated."""
     scenes = Scenes("test")
     return [scenes.caption(i) for i in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------- what is in the scene
-
-
 def draw_scene(index: int, split: str = "train", shares: Mapping[str, int] = SHARES) -> Scene:
-    """Scene number `index` of a split. Same numbers, same scene, on every machine and Python version."""
+    """Scene number `index` of a split, the same on all machines and Python versions."""
     rng = random.Random(f"minidistill scenes {split} {index}")
     kind = rng.choices(tuple(shares), weights=tuple(shares.values()))[0]
     count = {"one": 1, "related": 2, "two": 2, "inside": 2, "counted": rng.choice((2, 3)), "three": 3}[kind]
@@ -162,12 +156,12 @@ def draw_scene(index: int, split: str = "train", shares: Mapping[str, int] = SHA
         if held_out[0] if split == "test" else not any(held_out):
             break
     full = Statement(things, relation, texture, rng.choice(tuple(GROUNDS)))
-    full, places = _place(rng, full)  # may make things smaller
+    full, places = _place(rng, full)  # may reduce sizes
     return Scene(full, _leave_out(rng, full, split), places, rng.getrandbits(32))
 
 
 def _pick_things(rng: random.Random, kind: str, count: int) -> tuple[Thing, ...]:
-    """Shapes, colours and sizes; no two things of a scene share shape and colour, unless they are counted."""
+    """Shapes, colours and sizes; things of a scene differ in shape or colour, unless they are counted."""
     things: list[Thing] = []
     while len(things) < count:
         first = not things
@@ -179,7 +173,7 @@ def _pick_things(rng: random.Random, kind: str, count: int) -> tuple[Thing, ...]
         if kind == "inside":
             size = "small" if first else "large"
         elif count == 3 and (kind == "counted" or any(t.size == "large" for t in things)):
-            size = "small"  # three fit only if at most one is large
+            size = "small"  # of three, at most one fits large
         thing = Thing(shape, colour, size)
         if kind == "counted":
             return (thing,) * count
@@ -188,7 +182,7 @@ def _pick_things(rng: random.Random, kind: str, count: int) -> tuple[Thing, ...]
 
 
 def _place(rng: random.Random, full: Statement) -> tuple[Statement, tuple[Place, ...]]:
-    """Places that touch neither each other nor the border and agree with the relation, by trying."""
+    """Places by rejection sampling: no contact with each other or the border, and consistent with the relation."""
     for attempt in range(20_000):
         if attempt and attempt % 200 == 0:  # too crowded: make all small
             full = replace(full, things=tuple(replace(t, size="small") for t in full.things))
@@ -212,7 +206,7 @@ def _place(rng: random.Random, full: Statement) -> tuple[Statement, tuple[Place,
 
 
 def relation_holds(relation: str, a: Place, b: Place, slack: float = 1.0) -> bool:
-    """Whether `a relation b`: the asked direction is the main one (the other offset <= slack times it)."""
+    """Whether `a relation b`: the offset across its direction is at most slack times the offset along it."""
     dx, dy = b.x - a.x, b.y - a.y
     if relation == "inside":
         return a.r < b.r and max(abs(dx), abs(dy)) < b.r
@@ -221,7 +215,7 @@ def relation_holds(relation: str, a: Place, b: Place, slack: float = 1.0) -> boo
 
 
 def _leave_out(rng: random.Random, full: Statement, split: str) -> Statement:
-    """Drop a part of what could be said, never shape and colour both; test keeps the texture and all of the first."""
+    """Omit attributes, never both shape and colour; split "test" keeps the texture and all of the first thing."""
     things = []
     for i, thing in enumerate(full.things):
         said = thing
@@ -234,7 +228,7 @@ def _leave_out(rng: random.Random, full: Statement, split: str) -> Statement:
             if without_size:
                 said = replace(said, size=None)
         things.append(said)
-    if len(set(full.things)) < len(full.things):  # counted things share one phrase
+    if len(set(full.things)) < len(full.things):  # counted things have one phrase
         things = [things[0]] * len(things)
     said = rng.random()
     texture = full.texture if said < 0.5 or split == "test" else None
@@ -242,11 +236,8 @@ def _leave_out(rng: random.Random, full: Statement, split: str) -> Statement:
     return Statement(tuple(things), full.relation, texture, ground)
 
 
-# ---------------------------------------------------------------------------------------------------- captions
-
-
 def describe(statement: Statement) -> str:
-    """The caption of a statement: what is None is not said."""
+    """The caption of a statement; attributes that are None are omitted."""
     things = statement.things
     if len(things) > 1 and len(set(things)) == 1 and not statement.relation:
         text = _phrase(things[0], len(things))
@@ -260,14 +251,14 @@ def describe(statement: Statement) -> str:
 
 
 def describe_places(scene: Scene) -> str | None:
-    """The caption that says of each thing where it is, or None where that is not one word.
+    """The caption that states the position of each thing, or None if it is not one word.
 
-    "a red circle left", "a red circle above and a blue square below": a lesson before "left of" and "above", in
-    which a word alone tells which part of the image is meant. `parse` and the judge do not know these.
+    "a red circle left", "a red circle above and a blue square below": for the first phase of training, in which one
+    word names a part of the image. Not in the grammar of `parse` and the judge.
     """
     first, things = scene.places[0], scene.stated.things
     dx, dy = first.x - SIDE / 2, first.y - SIDE / 2
-    if len(things) == 1 and max(abs(dx), abs(dy)) > 4:  # pixels; nearer to the middle it would be hair-splitting
+    if len(things) == 1 and max(abs(dx), abs(dy)) > 4:  # pixels from the centre
         words = (("left", "right")[dx > 0],) if abs(dx) > abs(dy) else (("above", "below")[dy > 0],)
     elif len(things) == 2 and scene.stated.relation in RELATIONS[:4]:
         words = OPPOSITES[RELATIONS.index(scene.stated.relation)]
@@ -298,7 +289,7 @@ _GROUND = re.compile(rf"(.*?) on a (?:({'|'.join(TEXTURES)}) ?)?({'|'.join(GROUN
 
 
 def parse(caption: str) -> Statement:
-    """The statement of a caption: the inverse of `describe`. ValueError if it is not of the scenes' grammar."""
+    """The statement of a caption: the inverse of `describe`. ValueError: it is not in the scenes' grammar."""
     text, texture, ground = caption.strip().lower(), None, None
     if match := _GROUND.fullmatch(text):
         text, texture, ground = match.groups()
@@ -315,12 +306,9 @@ def parse(caption: str) -> Statement:
     return Statement(tuple(things), relation, texture, ground)
 
 
-# ---------------------------------------------------------------------------------------------------- drawing
-
-
 @cache
 def outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """The outline of a shape as a polygon that fills [-1, 1] x [-1, 1], y downwards. A ring is a circle here."""
+    """The outline of a shape as a polygon that fills [-1, 1] x [-1, 1], y downwards; of a ring its outer circle."""
     turn = [2 * math.pi * k / 60 for k in range(60)]
     if shape in ("circle", "ring"):
         points = [(math.cos(a), math.sin(a)) for a in turn]
@@ -332,33 +320,17 @@ def outline(shape: str) -> tuple[tuple[float, float], ...]:
         points = [(0, -1), (1, 0), (0, 1), (-1, 0)]
     elif shape == "star":
         radius = (1.0, 0.42)
-        points = [
-            (radius[k % 2] * math.sin(math.pi * k / 5), -radius[k % 2] * math.cos(math.pi * k / 5)) for k in range(10)
-        ]
+        spikes = [(math.pi * k / 5, radius[k % 2]) for k in range(10)]
+        points = [(r * math.sin(a), -r * math.cos(a)) for a, r in spikes]
     elif shape == "heart":
-        points = [
-            (
-                16 * math.sin(a) ** 3,
-                -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)),
-            )
-            for a in turn
-        ]
+        x = [16 * math.sin(a) ** 3 for a in turn]
+        y = [-(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) for a in turn]
+        points = list(zip(x, y, strict=True))
     elif shape == "cross":
-        w = 0.34
+        w = 0.34  # half width of the arms
         points = [
-            (-w, -1),
-            (w, -1),
-            (w, -w),
-            (1, -w),
-            (1, w),
-            (w, w),
-            (w, 1),
-            (-w, 1),
-            (-w, w),
-            (-1, w),
-            (-1, -w),
-            (-w, -w),
-        ]
+            (-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w),
+        ]  # fmt: skip
     else:
         raise ValueError(f"unknown shape {shape!r}")
     columns = []
@@ -368,25 +340,18 @@ def outline(shape: str) -> tuple[tuple[float, float], ...]:
     return tuple(zip(*columns, strict=True))
 
 
-RING_HOLE = 0.46  # of the ring's radius
-
-
 def shape_mask(shape: str, side: int, x: float, y: float, r: float, scale: int = 4) -> np.ndarray:
     """Coverage of a shape centred at (x, y), half width r, on a (side, side) grid: float32 in [0, 1]."""
     canvas = Image.new("L", (side * scale, side * scale))
     pen = ImageDraw.Draw(canvas)
-    pen.polygon([((x + px * r) * scale - 0.5, (y + py * r) * scale - 0.5) for px, py in outline(shape)], fill=255)
-    if shape == "ring":
-        hole = [
-            ((x + px * r * RING_HOLE) * scale - 0.5, (y + py * r * RING_HOLE) * scale - 0.5)
-            for px, py in outline(shape)
-        ]
-        pen.polygon(hole, fill=0)
+    for part, fill in ((1.0, 255), (RING_HOLE, 0))[: 1 + (shape == "ring")]:
+        corners = [((x + px * r * part) * scale - 0.5, (y + py * r * part) * scale - 0.5) for px, py in outline(shape)]
+        pen.polygon(corners, fill=fill)
     return np.asarray(canvas.resize((side, side), Image.Resampling.BOX), np.float32) / 255
 
 
 def pattern(texture: str, rng: np.random.Generator) -> np.ndarray:
-    """The light of a texture, (64, 64) float32 around 0, in grey levels; phases and directions from `rng`."""
+    """The brightness of a texture, (64, 64) float32 around 0, in grey levels; phases and directions from `rng`."""
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
     if texture == "plain":
         return np.zeros((SIDE, SIDE), np.float32)
@@ -418,7 +383,7 @@ def render(scene: Scene) -> np.ndarray:
     rng = np.random.default_rng(scene.grain_seed)
     image = np.asarray(GROUNDS[scene.full.ground], np.float32) + pattern(scene.full.texture, rng)[..., None]
     order = range(len(scene.places))
-    for i in reversed(order):  # the first thing is drawn last: it may be inside the second
+    for i in reversed(order):  # the first thing last: it may be inside the second
         thing, place = scene.full.things[i], scene.places[i]
         left, top = (max(0, int(c - place.r) - 1) for c in (place.x, place.y))
         side = int(2 * place.r) + 4

@@ -1,11 +1,10 @@
-"""CLIP: the text encoders of Stable Diffusion, and the image tower that goes with them.
+"""CLIP: the text encoders of Stable Diffusion, and the image encoder trained with them.
 
-One file, on torch alone. Radford et al., "Learning Transferable Visual Models From Natural Language
-Supervision" (arXiv 2103.00020), in the state-dict names of transformers 4.x files, so the official
-`text_encoder/model.safetensors` of SD 1.x (ViT-L/14), SD 2.x (ViT-H/14) and SDXL (ViT-L/14 and ViT-bigG/14)
-load as they are.
+One file, on torch alone. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (arXiv
+2103.00020). State-dict names are those of transformers 4.x, so the official `text_encoder/model.safetensors` of SD 1.x
+(ViT-L/14), SD 2.x (ViT-H/14) and SDXL (ViT-L/14 and ViT-bigG/14) load without conversion.
 
-Which output a diffusion model reads is part of the model, and a wrong choice only makes the images worse:
+Which output the U-Net reads depends on the model; the wrong one raises no error but gives worse images:
 - SD 1.x and 2.x: `last_hidden_state`, after the final LayerNorm;
 - SDXL: `hidden_states[-2]` of both encoders, without the final LayerNorm, and `pooled` of the second one.
 """
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU, up to 0.02 from the exact one: enough to change an image."""
+    """OpenAI's approximation of GELU; it differs from the exact one by up to 0.02, which changes images."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -29,18 +28,18 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class _ConfigFile:
-    """`config.json` <-> frozen dataclass, for the two towers.
+    """config.json <-> frozen dataclass, for the text and the image encoder.
 
-    Files written by transformers 4.x hold dozens of keys that belong to text generation (`top_k`, `id2label`,
-    ...), so keys that are not fields are passed over instead of refused.
+    Files written by transformers 4.x hold dozens of keys for text generation (`top_k`, `id2label`, ...), so unknown
+    keys are ignored.
     """
 
     @classmethod
     def from_dict(cls, d: dict) -> CLIPTextConfig | CLIPVisionConfig:
-        """Read a transformers config.json of any version; absent keys take transformers' defaults.
+        """From the config.json of any transformers version; absent keys take the defaults of transformers.
 
-        The config of a whole CLIP works too: its part for this tower is taken. Raises ValueError for another
-        architecture, or for an activation these networks do not have.
+        Of the config of a complete CLIP, the part for this encoder is read. ValueError: another architecture, or an
+        unsupported activation.
         """
         if d.get("model_type", "clip") not in ("clip", cls.model_type):
             raise ValueError(f"expected a config of {cls.model_type}, found model_type {d['model_type']!r}")
@@ -51,7 +50,7 @@ class _ConfigFile:
         return cls(**{key: value for key, value in d.items() if key in known and value is not None})
 
     def to_dict(self) -> dict:
-        """A config.json transformers builds the same network from."""
+        """A config.json from which transformers builds the same network."""
         return {"model_type": self.model_type, **asdict(self)}
 
     def __post_init__(self) -> None:
@@ -65,11 +64,10 @@ class _ConfigFile:
 
 @dataclass(frozen=True)
 class CLIPTextConfig(_ConfigFile):
-    """The text tower, in the names and with the defaults of transformers' `CLIPTextConfig`.
+    """The text encoder, with the names and defaults of transformers' `CLIPTextConfig`.
 
-    `eos_token_id` is where the pooled state is read. The value 2 is not an id: configs written before
-    mid-2023 (those of SD 1.x, SD 2.x and SDXL among them) carry it, and it means "at the largest id of the
-    row", the end token.
+    The pooled state is read at the first `eos_token_id`. The value 2, in configs written before mid-2023 (SD 1.x, SD
+    2.x, SDXL), is not an id: it means the largest id of the row, which is the end token.
     """
 
     vocab_size: int = 49408
@@ -84,12 +82,12 @@ class CLIPTextConfig(_ConfigFile):
     bos_token_id: int = 49406
     eos_token_id: int = 49407
     pad_token_id: int = 1
-    model_type = "clip_text_model"  # not annotated: the same for every config, not a field
+    model_type = "clip_text_model"  # not annotated: a class attribute, not a field
 
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(_ConfigFile):
-    """The image tower, in the names and with the defaults of transformers' `CLIPVisionConfig`."""
+    """The image encoder, with the names and defaults of transformers' `CLIPVisionConfig`."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -106,9 +104,9 @@ class CLIPVisionConfig(_ConfigFile):
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers and the width `projection_dim` of the space where they meet.
+    """Both encoders and the width `projection_dim` of their joint embedding space.
 
-    The towers' own `projection_dim` is overruled by this one, as in transformers.
+    It overrides the encoders' own `projection_dim`, as in transformers.
     """
 
     text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
@@ -122,15 +120,14 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, d: dict) -> CLIPConfig:
-        """Read the config.json of a `CLIPModel`. Raises ValueError for another architecture."""
+        """From the config.json of a `CLIPModel`. ValueError: another architecture."""
         if d.get("model_type", "clip") != "clip":
-            raise ValueError(f"expected the config of a whole CLIP, found model_type {d['model_type']!r}")
-        text = {"text_config": None, **d}  # an absent tower is a tower with the default values
-        vision = {"vision_config": None, **d}
+            raise ValueError(f"expected the config of a complete CLIP, found model_type {d['model_type']!r}")
+        text, vision = {"text_config": None, **d}, {"vision_config": None, **d}  # an absent part takes the defaults
         return cls(CLIPTextConfig.from_dict(text), CLIPVisionConfig.from_dict(vision), d.get("projection_dim", 512))
 
     def to_dict(self) -> dict:
-        """A config.json transformers' `CLIPModel` is built from."""
+        """A config.json from which transformers builds the same `CLIPModel`."""
         return {
             "model_type": "clip",
             "projection_dim": self.projection_dim,
@@ -141,8 +138,7 @@ class CLIPConfig:
 
 # SD 1.x, and the first encoder of SDXL
 SD1_TEXT = CLIPTextConfig(
-    hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768,
-    bos_token_id=0, eos_token_id=2,
+    hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, bos_token_id=0, eos_token_id=2,
 )  # fmt: skip
 # SD 2.x: OpenCLIP ViT-H/14 without its last layer
 SD2_TEXT = CLIPTextConfig(
@@ -154,14 +150,6 @@ SDXL_TEXT_2 = CLIPTextConfig(
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
     projection_dim=1280, bos_token_id=0, eos_token_id=2,
 )  # fmt: skip
-# OpenAI's ViT-L/14, both towers: CLIP score and CMMD
-VIT_L_14 = CLIPConfig(
-    SD1_TEXT,
-    CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
-    ),
-    projection_dim=768,
-)
 
 
 class Attention(nn.Module):
@@ -185,6 +173,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with an activation between them: (B, L, D) -> (B, L, D)."""
+
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
@@ -212,7 +202,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers. Returns its input and every layer's output: n_layers + 1 tensors (B, L, D)."""
+    """The stack of layers. Returns its input and the output of each layer: n_layers + 1 tensors (B, L, D)."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool):
         super().__init__()
@@ -226,6 +216,8 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
+    """Token ids (B, L) -> token plus position embeddings (B, L, D)."""
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -235,30 +227,30 @@ class TextEmbeddings(nn.Module):
         positions = self.position_embedding.weight
         if ids.shape[1] > len(positions):
             raise ValueError(f"{ids.shape[1]} tokens, but this text encoder has {len(positions)} positions")
-        return self.token_embedding(ids) + positions[: ids.shape[1]]  # (B, L) -> (B, L, D)
+        return self.token_embedding(ids) + positions[: ids.shape[1]]
 
 
 class TextTransformer(nn.Module):
-    """ids (B, L) -> last state after the final norm, every hidden state, pooled state (not projected)."""
+    """Token ids (B, L) -> last state after the final norm, all hidden states, pooled state before projection."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.eos_token_id = config.eos_token_id
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config, causal=True)  # SD trained with the causal mask alone: padding is seen
+        self.encoder = Encoder(config, causal=True)  # no padding mask: SD is trained without one
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         states = self.encoder(self.embeddings(ids))
         last = self.final_layer_norm(states[-1])
         is_end = ids if self.eos_token_id == 2 else (ids == self.eos_token_id).int()
-        end = is_end.argmax(dim=-1)  # the first of equals; the true end of text has the highest id
+        end = is_end.argmax(dim=-1)  # argmax takes the first of equal values
         pooled = last[torch.arange(len(ids), device=ids.device), end]  # (B, L, D) -> (B, D)
         return last, states, pooled
 
 
 class VisionEmbeddings(nn.Module):
-    """Pixels (B, 3, S, S) -> class token and patches with their positions, (B, 1 + (S / patch)**2, D)."""
+    """Pixels (B, 3, S, S) -> embeddings of class token and patches, with positions: (B, 1 + (S / patch)**2, D)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -280,12 +272,14 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pixels (B, 3, S, S) -> every hidden state, pooled state before any projection."""
+    """Pixels (B, 3, S, S) -> all hidden states, pooled state before projection."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic, in every file
+        self.pre_layrnorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps
+        )  # sic: the name in all checkpoints
         self.encoder = Encoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -295,12 +289,16 @@ class VisionTransformer(nn.Module):
 
 
 class CLIPTextOutput(NamedTuple):
+    """Output of the text encoder."""
+
     last_hidden_state: Tensor  # (B, L, D), after the final LayerNorm
     hidden_states: tuple[Tensor, ...]  # embeddings and each layer's output, (B, L, D), no final LayerNorm
     pooled: Tensor  # last_hidden_state at the end token, (B, D), or projected, (B, projection_dim)
 
 
 class CLIPVisionOutput(NamedTuple):
+    """Output of the image encoder."""
+
     image_embeds: Tensor  # (B, projection_dim), not normalised
     last_hidden_state: Tensor  # (B, 1 + patches, D), before post_layernorm
     hidden_states: tuple[Tensor, ...]  # embeddings and each layer's output, (B, 1 + patches, D)
@@ -328,7 +326,7 @@ class CLIPTextModel(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """The image tower alone: transformers' `CLIPVisionModelWithProjection`."""
+    """The image encoder alone: transformers' `CLIPVisionModelWithProjection`."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -344,14 +342,14 @@ class CLIPVisionModel(nn.Module):
 
 
 class CLIPModel(nn.Module):
-    """Both towers and the temperature of the contrastive loss, `logit_scale` (a logarithm)."""
+    """Both encoders, and `logit_scale`: log of the inverse temperature of the contrastive loss."""
 
     def __init__(self, text_config: CLIPTextConfig, vision_config: CLIPVisionConfig):
         super().__init__()
         if text_config.projection_dim != vision_config.projection_dim:
             raise ValueError(
-                f"the towers must meet in one space: text projection_dim {text_config.projection_dim}, "
-                f"vision {vision_config.projection_dim}"
+                f"projection_dim must be equal: text encoder {text_config.projection_dim}, "
+                f"image encoder {vision_config.projection_dim}"
             )
         self.config = CLIPConfig(text_config, vision_config, text_config.projection_dim)
         self.text_model = TextTransformer(text_config)
@@ -359,7 +357,7 @@ class CLIPModel(nn.Module):
         width = text_config.projection_dim
         self.visual_projection = nn.Linear(vision_config.hidden_size, width, bias=False)
         self.text_projection = nn.Linear(text_config.hidden_size, width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), CLIP's start
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), the initial value in CLIP
         init_weights(self)
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -375,12 +373,12 @@ class CLIPModel(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module) -> None:
-    """CLIP's own starting weights, which training from nothing needs (section 2.4 of the paper and its code).
+    """CLIP's initialisation for training from scratch (section 2.4 of the paper and its code).
 
-    The two layers that write to the residual stream start smaller the deeper the stack is.
+    Layers that write to the residual stream have a standard deviation that falls with the depth of the stack.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.bias is None:  # the projections
+        if isinstance(module, nn.Linear) and module.bias is None:  # a projection
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""The pieces of a Stable Diffusion U-Net. Attribute names are diffusers', so that official weights fit."""
+"""Layers of the Stable Diffusion U-Net. Attribute names are those of diffusers, so that official weights load."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of numbers: timesteps, or SDXL's sizes in pixels. Always computed in float32.
+    """Sinusoidal embedding of timesteps, or of SDXL's sizes in pixels. Always computed in float32.
 
-    t (N,) of any dtype, dim even -> (N, dim) float32, the cosines first. Low precision would not do:
-    bfloat16 cannot tell timestep 999 from 1000. Source: DDPM (arXiv 2006.11239), as in Stable Diffusion.
+    t (N,) of any dtype, dim even -> (N, dim) float32, cosines first. bfloat16 would round timestep 999 to 1000.
+    Source: DDPM (arXiv 2006.11239), as in Stable Diffusion.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -34,9 +34,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Residual block: x (B, C_in, h, w), activated time embedding (B, emb_dim) -> (B, C_out, h, w).
+    """Residual block: x (B, C_in, h, w), SiLU of the time embedding (B, emb_dim) -> (B, C_out, h, w).
 
-    The time embedding comes in already through its SiLU: all blocks share that, so the U-Net does it once.
+    All blocks share that SiLU, so the U-Net applies it once.
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, groups: int, eps: float):
@@ -56,9 +56,9 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x (B, L, C) to context (B, M, D), or to x itself where no context is given.
+    """Multi-head attention from x (B, L, C) to context (B, M, D), or to x itself without a context.
 
-    `upcast` attends in float32 whatever the network's precision: the scores of SD 2.1 overflow float16.
+    upcast: compute attention in float32 whatever the network's precision (the scores of SD 2.1 overflow float16).
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, upcast: bool = False):
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             with torch.autocast(q.device.type, enabled=False):
                 h = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
         elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= 256:
-            # The fused kernel is slower, its backward pass 2 to 6 times. Of more positions the scores are too large.
+            # The fused kernel is slower here, its backward pass 2 to 6 times. Longer sequences need it for memory.
             h = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)
@@ -104,7 +104,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        # Index 1 is a dropout in the original: it holds no weights, but gives net.2 its number.
+        # Index 1 is a dropout in diffusers: it has no weights, but makes the last layer net.2.
         self.net = nn.Sequential(GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,17 +130,17 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map: x (B, C, h, w), context (B, L, D) -> (B, C, h, w).
+    """Transformer blocks over the positions of a feature map: x (B, C, h, w), context (B, L, D) -> (B, C, h, w).
 
-    It returns what `proj_out` gives, and the caller adds the residual x: BK-SDM-Tiny distils that tensor, and
-    as an ordinary output it keeps its gradient under activation checkpointing.
-    `linear` projects in and out by nn.Linear (SD 2.x, SDXL), else by a 1x1 convolution (SD 1.x).
+    Returns the output of `proj_out`; the caller adds the residual x. BK-SDM-Tiny distils that tensor, and as an output
+    it keeps its gradient under activation checkpointing. linear: project in and out by nn.Linear (SD 2.x, SDXL)
+    instead of a 1x1 convolution (SD 1.x).
     """
 
     def __init__(self, dim: int, heads: int, depth: int, context_dim: int, *, groups: int, linear: bool, upcast: bool):
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # not the 1e-5 of every other norm of the U-Net
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # all other norms of the U-Net have 1e-5
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim, upcast) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width (rounding up) by a strided convolution."""
+    """Halve height and width (rounded up) by a strided convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -169,7 +169,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarge to `size` = (height, width) by repeating pixels, then convolve."""
+    """Nearest-neighbour interpolation to `size` = (height, width), then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

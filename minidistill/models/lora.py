@@ -1,12 +1,12 @@
-"""LoRA: a low-rank addition to chosen layers of a network, live (and trainable) or merged into their weights.
+"""LoRA: low-rank updates of chosen layers of a network, attached (trainable) or merged into their weights.
 
     W  ->  W + scale * (alpha / r) * up @ down          down (r, in), up (out, r)
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3 and section 4.1. For a
-convolution `down` is one too, (r, in, k, k), with the layer's stride and padding, and `up` is 1x1, (out, r, 1, 1).
+convolution, `down` is a convolution (r, in, k, k) with the layer's stride and padding, and `up` is 1x1, (out, r, 1, 1).
 
-A layer with a live LoRA is still an nn.Linear or nn.Conv2d, with two parameters more. So every other name stays what
-it was: the state dict of the network is `base_state` (the official names) and `lora_state`, side by side.
+A layer with an attached LoRA remains an nn.Linear or nn.Conv2d, with two more parameters, so all other names stay the
+same: the state dict of the network is `base_state` (the official names) plus `lora_state`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Which layers: a target is the end of a layer's name. Those of the U-Net, and those of the text encoders.
+# Targets are the ends of layer names: of the U-Net, and of the text encoders.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-ALL = (  # of LCM-LoRA and SDXL-Lightning: every layer of the down, mid and up blocks, 788 in SDXL
+ALL = (  # as in LCM-LoRA and SDXL-Lightning: all layers of the down, mid and up blocks, 788 in SDXL
     *ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
     "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
 )  # fmt: skip
@@ -32,27 +32,27 @@ LORA_PARAMETERS = ("lora_down", "lora_up")
 
 
 class LoRAWeights(NamedTuple):
-    """The low-rank addition to one layer."""
+    """The low-rank update of one layer."""
 
     down: Tensor  # (r, in) or (r, in, k, k)
     up: Tensor  # (out, r) or (out, r, 1, 1)
-    alpha: float  # the addition is multiplied by alpha / r: 8 / 64 in SDXL-Lightning's files
+    alpha: float  # the update is multiplied by alpha / r: 8 / 64 in SDXL-Lightning's files
 
 
 class LoRALinear(nn.Linear):
-    """x (..., in) -> W x + b + scale * (alpha / r) * up (down x). Takes over the parameters of `base`."""
+    """x (..., in) -> W x + b + scale * (alpha / r) * up (down x). Shares the parameters of `base`."""
 
     def __init__(self, base: nn.Linear, weights: LoRAWeights, scale: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         _take_over(self, base, weights, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.lora_down.to(x.dtype))  # the small weights follow the input, not the other way round
+        h = F.linear(x, self.lora_down.to(x.dtype))  # cast the small weights, not the input
         return super().forward(x) + _factor(self) * F.linear(h, self.lora_up.to(h.dtype))
 
 
 class LoRAConv2d(nn.Conv2d):
-    """x (B, in, h, w) -> the convolution of x + scale * (alpha / r) * up (down x). Takes over `base`'s parameters."""
+    """x (B, in, h, w) -> conv(x) + scale * (alpha / r) * up (down x). Shares the parameters of `base`."""
 
     def __init__(self, base: nn.Conv2d, weights: LoRAWeights, scale: float):
         super().__init__(
@@ -80,11 +80,8 @@ def _factor(layer: LoRALayer) -> float:
     return layer.scale * layer.alpha / len(layer.lora_down)
 
 
-# which layers
-
-
 def candidates(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers of a network that can have a LoRA, by name: linear layers and plain convolutions."""
+    """The layers of a network that can have a LoRA, by name: linear layers and ungrouped convolutions."""
     return {
         name: module
         for name, module in network.named_modules()
@@ -94,15 +91,15 @@ def candidates(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def lora_layers(network: nn.Module) -> dict[str, LoRALayer]:
-    """The layers of a network that have a live LoRA, by name."""
+    """The layers of a network that have an attached LoRA, by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, LoRALayer)}
 
 
 def find_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the layers that end in one of the targets, whole parts compared: "conv1", not "onv1".
+    """Names of the layers that end in one of the targets, compared part by part: "conv1", not "onv1".
 
-    Raises ValueError for a target that no layer has. Those of the sets above may be absent from a network (a student
-    may lack whole blocks), as long as one is there.
+    ValueError: a target matches no layer. Targets of the sets above may be absent (a student lacks whole blocks) as
+    long as one of them matches.
     """
     names = list(candidates(network))
     found = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
@@ -111,9 +108,6 @@ def find_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
         raise ValueError(f"LoRA: no layer of {type(network).__name__} is called {', '.join(missing or targets)}")
     wanted = {name for matches in found.values() for name in matches}
     return [name for name in names if name in wanted]
-
-
-# live
 
 
 @torch.no_grad()
@@ -126,18 +120,18 @@ def add_lora(
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
 ) -> int:
-    """Give layers a fresh live LoRA, in place, and make it all that trains. Returns how many layers it has now.
+    """Attach a new LoRA to layers, in place, and freeze all other parameters. Returns the number of LoRA layers.
 
-    It starts without effect: `down` as nn.Linear starts (as in peft and kohya's scripts), `up` at zero.
+    Its initial effect is zero: `down` is initialised as nn.Linear (as in peft and kohya's scripts), `up` to zeros.
 
     Args:
         targets: ends of layer names, such as the sets above.
-        alpha: the rank if not given.
-        dtype: of the new parameters alone; keep float32 to train, whatever the network has.
-        generator: draws `down`, on its own device; torch's global one if not given.
+        alpha: default: the rank.
+        dtype: of the new parameters; keep float32 for training in any precision.
+        generator: for `down`; default: torch's global one.
 
     Raises:
-        ValueError: a target is not there, or has a live LoRA, or rank or alpha is not positive.
+        ValueError: a target is missing or already has a LoRA, or rank or alpha is not positive.
     """
     alpha = float(rank if alpha is None else alpha)
     if rank < 1 or not 0 < alpha < math.inf:
@@ -156,10 +150,10 @@ def add_lora(
 def attach_lora(
     network: nn.Module, weights: Mapping[str, LoRAWeights], scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> int:
-    """Give layers a live LoRA with these weights, in place, and make LoRA all that trains. Returns how many have it.
+    """Attach a LoRA with given weights, in place, and freeze all other parameters. Returns the number of LoRA layers.
 
-    dtype: of the new parameters; each layer's own if not given. Raises ValueError, with nothing changed, where a
-    layer already has one (merge or remove it first) or the shapes do not fit.
+    dtype: of the new parameters; default: that of each layer. ValueError, with nothing changed: a layer already has a
+    LoRA, or the shapes do not match.
     """
     taken = [name for name in weights if isinstance(network.get_submodule(name), LoRALayer)]
     if taken:
@@ -176,13 +170,13 @@ def attach_lora(
 
 
 def set_scale(network: nn.Module, scale: float) -> None:
-    """Set the strength of the live LoRA: 1 as trained, 0 the base model, negative away from it."""
+    """Set the scale of the attached LoRA: 1 as trained, 0 the base model; may be negative."""
     for layer in lora_layers(network).values():
         layer.scale = scale
 
 
 def lora_weights(network: nn.Module) -> dict[str, LoRAWeights]:
-    """The live LoRA of a network by layer, detached but not copied; its scale is no part of it."""
+    """The attached LoRA of a network by layer, detached but not copied, without its scale."""
     return {
         name: LoRAWeights(layer.lora_down.detach(), layer.lora_up.detach(), layer.alpha)
         for name, layer in lora_layers(network).items()
@@ -190,12 +184,12 @@ def lora_weights(network: nn.Module) -> dict[str, LoRAWeights]:
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:
-    """The live LoRA's part of the state dict, to go on from: load {**base_state(network), **it} to put it back."""
+    """The LoRA's part of the state dict: {**base_state(network), **lora_state(network)} is the whole."""
     return {name: tensor for name, tensor in network.state_dict().items() if _is_lora(name)}
 
 
 def base_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the live LoRA, in the official names: the network as it was before."""
+    """The state dict without the LoRA, in the official names: the base model."""
     return {name: tensor for name, tensor in network.state_dict().items() if not _is_lora(name)}
 
 
@@ -208,11 +202,8 @@ def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(network.get_submodule(parent), leaf, layer)
 
 
-# merged
-
-
 def remove_lora(network: nn.Module) -> int:
-    """Take the live LoRA off, in place: the network is the base model again, still frozen. Returns how many."""
+    """Detach the LoRA, in place, which leaves the base model, still frozen. Returns the number of layers."""
     layers = lora_layers(network)
     for name, layer in layers.items():
         if isinstance(layer, LoRALinear):
@@ -228,7 +219,7 @@ def remove_lora(network: nn.Module) -> int:
 
 
 def merge_lora(network: nn.Module) -> int:
-    """Add the live LoRA to the weights, at its scale, and take it off; all weights stay frozen. Returns how many."""
+    """Merge the attached LoRA, with its scale, into the weights, which stay frozen. Returns the number of layers."""
     for name, layer in lora_layers(network).items():
         found = LoRAWeights(layer.lora_down, layer.lora_up, layer.alpha)
         merge_weights(network, {name: found}, layer.scale)
@@ -237,10 +228,10 @@ def merge_lora(network: nn.Module) -> int:
 
 @torch.no_grad()
 def merge_weights(network: nn.Module, weights: Mapping[str, LoRAWeights], scale: float = 1.0) -> int:
-    """Add LoRA weights to the weights of a network, in place, any number of times. Returns how many layers.
+    """Add LoRA weights to the weights of a network, in place. Returns the number of layers.
 
-    The sum is made in float32 and rounded once, to the weight's dtype. Raises ValueError, with nothing changed, if
-    the shapes do not fit.
+    The sum is computed in float32 and rounded once, to the weight's dtype. ValueError, with nothing changed: the shapes
+    do not match.
     """
     fitted = {name: fit(found, network.get_submodule(name)) for name, found in weights.items()}
     for name, found in fitted.items():
@@ -253,9 +244,9 @@ def merge_weights(network: nn.Module, weights: Mapping[str, LoRAWeights], scale:
 
 
 def fit(weights: LoRAWeights, layer: nn.Linear | nn.Conv2d) -> LoRAWeights:
-    """The same weights in the shapes of the layer: files write a 1x1 convolution as a linear layer, or the reverse.
+    """The weights in the shapes of the layer: files may store a 1x1 convolution as a linear layer, or the reverse.
 
-    Raises ValueError if they are of another layer.
+    ValueError: the shapes do not match.
     """
     down, up, alpha = weights
     shape, rank = layer.weight.shape, len(down) if down.dim() else 0
@@ -267,5 +258,5 @@ def fit(weights: LoRAWeights, layer: nn.Linear | nn.Conv2d) -> LoRAWeights:
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, ...]:
-    """(n, m, 1, 1) -> (n, m); every other shape as it is."""
+    """(n, m, 1, 1) -> (n, m); other shapes unchanged."""
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)

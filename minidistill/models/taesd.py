@@ -1,13 +1,12 @@
-"""TAESD: a tiny autoencoder on the latents of Stable Diffusion, for previews and for quick decoding.
+"""TAESD: a tiny autoencoder for the latents of Stable Diffusion, for previews and fast decoding.
 
-One file, on torch alone. The network is Ollin Boer Bohan's TAESD (github.com/madebyollin/taesd); SD 1.x, SD 2.x
-and SDXL (TAESDXL) use the same one with other weights. The state-dict names are those of diffusers'
-`AutoencoderTiny`. It stands in for `models.vae.AutoencoderKL` wherever only `config`, `to_latents` and
-`from_latents` are used.
+One file, on torch alone. The network is Ollin Boer Bohan's TAESD (github.com/madebyollin/taesd); SDXL (TAESDXL) has the
+same one with other weights. State-dict names are those of diffusers' `AutoencoderTiny`. It can replace
+`models.vae.AutoencoderKL` where only `config`, `to_latents` and `from_latents` are used.
 
-Two things that are easy to get wrong and hard to see:
-- it was trained on latents as the U-Net has them, already scaled: its own `scaling_factor` is 1;
-- it was trained on images in [0, 1]. Here they are in [-1, 1], as everywhere else, and mapped inside.
+Two details are easy to get wrong and hard to notice:
+- it is trained on the U-Net's latents, which are already scaled: its own `scaling_factor` is 1;
+- it is trained on images in [0, 1]. Here they are in [-1, 1], as everywhere else, and converted inside.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What diffusers' config can also say, with the only value implemented here.
+# Other keys of a diffusers config, with the only supported value.
 FIXED = {
     "act_fn": "relu",
     "upsample_fn": "nearest",
     "upsampling_scaling_factor": 2,
-    "latent_magnitude": 3,  # this and the next serve to store latents as images: no part of the network
+    "latent_magnitude": 3,  # this and the next store latents as images: not part of the network
     "latent_shift": 0.5,
     "force_upcast": False,
     "shift_factor": 0.0,
@@ -33,15 +32,15 @@ WIDTHS = ("encoder_block_out_channels", "decoder_block_out_channels", "block_out
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """The architecture. Every stage has the same width; an entry of `num_*_blocks` is a stage's residual blocks."""
+    """The architecture. All stages have the same width; `num_*_blocks` are residual blocks per stage."""
 
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
     width: int = 64
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # the image is halved before every stage but the first
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # and doubled after every stage but the last
-    scaling_factor: float = 1.0  # latents the U-Net sees = encoder latents * scaling_factor
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # downsampling before all stages but the first
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)  # upsampling after all stages but the last
+    scaling_factor: float = 1.0  # latents of the U-Net = latents of the encoder * scaling_factor
 
     @property
     def downscale(self) -> int:
@@ -50,9 +49,9 @@ class TinyConfig:
 
     @classmethod
     def from_dict(cls, d: dict) -> TinyConfig:
-        """Read the config.json of diffusers' `AutoencoderTiny`; absent keys take its defaults.
+        """From the config.json of diffusers' `AutoencoderTiny`; absent keys take its defaults.
 
-        Raises ValueError for what this network does not have (stages of different widths, another activation).
+        ValueError: a setting that is not supported (stages of different widths, another activation).
         """
         known = {field.name for field in fields(cls)} - {"width"}
         values = {}
@@ -71,7 +70,7 @@ class TinyConfig:
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """A config.json from which diffusers' `AutoencoderTiny.from_config` builds the same network."""
+        """A config.json from which diffusers builds the same `AutoencoderTiny`."""
         encoder, decoder = list(self.num_encoder_blocks), list(self.num_decoder_blocks)
         return {
             "_class_name": "AutoencoderTiny",
@@ -88,7 +87,7 @@ class TinyConfig:
 
 
 class Block(nn.Module):
-    """relu(x + conv(relu(conv(relu(conv(x)))))): no norms, no change of width."""
+    """relu(x + conv(relu(conv(relu(conv(x)))))): no norms, constant width."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -130,12 +129,12 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, _conv(width, config.out_channels))
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = torch.tanh(latents / 3) * 3  # keeps out-of-range latents, as early previews have them, within +-3
+        x = torch.tanh(latents / 3) * 3  # limits latents to +-3: early steps are out of range
         return self.layers(x) * 2 - 1
 
 
 class AutoencoderTiny(nn.Module):
-    """Images <-> latents, in place of the large autoencoder."""
+    """Images <-> latents, with the interface of `AutoencoderKL`."""
 
     def __init__(self, config: TinyConfig | None = None):
         super().__init__()
@@ -144,17 +143,17 @@ class AutoencoderTiny(nn.Module):
         self.decoder = Decoder(self.config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> unscaled latents (B, latent_channels, h, w), and -inf in the same shape.
+        """Images (B, 3, H, W) in [-1, 1] -> unscaled latents (B, latent_channels, h, w), and log-variances of -inf.
 
-        The large autoencoder gives mean and log-variance of a distribution. Here the latents are all there is of it.
+        Unlike `AutoencoderKL`, this encoder is deterministic: its posterior has no variance.
         """
         latents = self.encoder(images)
         return latents, torch.full_like(latents, -torch.inf)
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images in [-1, 1] -> the scaled latents a U-Net is trained on, (B, latent_channels, h, w).
+        """Images in [-1, 1] -> scaled latents (B, latent_channels, h, w).
 
-        `noise` is there for the large autoencoder's sake and changes nothing: there is no distribution to sample.
+        noise: has no effect, because the encoder is deterministic; accepted for the interface of `AutoencoderKL`.
         """
         return self.encoder(images) * self.config.scaling_factor
 

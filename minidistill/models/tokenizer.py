@@ -1,11 +1,10 @@
-"""CLIP's tokenizer: text -> the ids a Stable Diffusion text encoder reads; and a trainer of new vocabularies.
+"""CLIP's tokenizer: text -> token ids for the text encoders of Stable Diffusion; and training of new vocabularies.
 
-One file, on torch and `tokenizers` alone. It reads what a pipeline folder's `tokenizer/` holds and gives the
-ids of transformers' `CLIPTokenizer`, with two deliberate differences:
-- `<|startoftext|>` and `<|endoftext|>` typed in a prompt are text like any other, never control ids;
-- where a tokenizer pads with "!" (id 0: SD 2.x and the second tokenizer of SDXL), a typed "!" stays the word
-  "!" (id 256), as in Stability AI's own code. transformers registers the padding token as special, and a
-  typed one becomes padding.
+One file, on torch and `tokenizers` alone. It reads the `tokenizer/` of a pipeline folder and gives the same ids as
+transformers' `CLIPTokenizer`, with two deliberate differences:
+- `<|startoftext|>` and `<|endoftext|>` typed in a prompt are ordinary text, never special tokens;
+- where a tokenizer pads with "!" (id 0: SD 2.x and the second tokenizer of SDXL), a typed "!" is the word "!" (id 256),
+  as in Stability AI's own code. In transformers a typed padding token becomes padding.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 
 def byte_characters() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in a vocabulary, in the order of CLIP's ids 0..255.
+    """Byte -> the printable character that represents it in a vocabulary, in the order of CLIP's ids 0..255.
 
-    Printable Latin-1 bytes stand for themselves; the other 68 get the code points from 256 up, in order.
+    Printable Latin-1 bytes represent themselves; the other 68 get the code points from 256, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {byte: chr(byte) for byte in printable}
@@ -39,7 +38,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def _text_pipeline() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
-    """Before byte-pair encoding: clean the text, cut it into words, write them as byte characters."""
+    """The steps before byte-pair encoding: normalise the text, split it into words of byte characters."""
     clean = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     words = pre_tokenizers.Sequence(
         [
@@ -51,10 +50,9 @@ def _text_pipeline() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenize
 
 
 class CLIPTokenizer:
-    """Texts -> ids of one length: begin token, at most `max_length` - 2 ids of text, end token, padding.
+    """Texts -> rows of ids: begin token, at most `max_length` - 2 ids of text, end token, padding.
 
-    `.bos .eos .pad` are ids, `.max_length` is the length of a row, `.vocab_size` the rows of a token
-    embedding.
+    `.bos`, `.eos` and `.pad` are ids; `.max_length` is the length of a row, `.vocab_size` that of a token embedding.
     """
 
     def __init__(
@@ -78,17 +76,16 @@ class CLIPTokenizer:
             )  # fmt: skip
         except Exception as error:  # `tokenizers` raises the bare class, for a merge whose result has no id
             raise ValueError(f"vocabulary and merges do not belong together: {error}") from error
-        self._bpe = Tokenizer(bpe)  # holds no special tokens, so none can be typed
+        self._bpe = Tokenizer(bpe)  # has no special tokens, so none can be typed
         self._bpe.normalizer, self._bpe.pre_tokenizer = _text_pipeline()
-        self._tokens = {i: token for token, i in self.vocab.items()}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> CLIPTokenizer:
         """Read a `tokenizer/` folder: vocab.json and merges.txt, or tokenizer.json.
 
-        `model_max_length` comes from tokenizer_config.json (77 where it is silent), the padding token from
-        special_tokens_map.json, else from tokenizer_config.json, else it is the end token.
-        Raises ValueError when the folder holds no CLIP vocabulary.
+        `model_max_length` is read from tokenizer_config.json (default: 77), the padding token from
+        special_tokens_map.json, else from tokenizer_config.json, else it is the end token. ValueError: the folder has
+        no CLIP vocabulary, or tokens that are not in it.
         """
         path = Path(path)
         if (path / "vocab.json").exists() and (path / "merges.txt").exists():
@@ -98,7 +95,7 @@ class CLIPTokenizer:
         elif (path / "tokenizer.json").exists():
             vocab, merges, added = _read_tokenizer_json(path / "tokenizer.json")
         else:
-            raise ValueError(f"{path} holds neither vocab.json and merges.txt nor tokenizer.json")
+            raise ValueError(f"{path} has neither vocab.json and merges.txt nor tokenizer.json")
         config = _read_json(path / "tokenizer_config.json")
         added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
         for token, i in added.items():
@@ -114,13 +111,12 @@ class CLIPTokenizer:
         return cls(vocab, merges, int(max_length), pad)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text alone: whatever its length, no begin, end or padding. `len()` of it against
-        `max_length - 2` says whether a prompt will be cut."""
-        text = text.encode("utf-8", "replace").decode()  # half a character, as of a cut emoji, is read as "?"
+        """The ids of the text alone, not truncated: a prompt of more than `max_length` - 2 ids will be truncated."""
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate (of a split emoji) becomes "?"
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Texts -> ids (B, max_length) int64; what is too long loses its end, never its end token."""
+        """Texts -> ids (B, max_length) int64; long texts are truncated, and keep the end token."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.full((len(texts), self.max_length), self.pad, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
@@ -128,23 +124,8 @@ class CLIPTokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
-    def decode(self, ids: Tensor | list[int]) -> str:
-        """One row of ids (L,) -> its text: lower case, a space between words, no begin, end or padding."""
-        ids = [int(i) for i in ids]
-        ids = ids[1:] if ids[:1] == [self.bos] else ids
-        ids = ids[: ids.index(self.eos)] if self.eos in ids else ids
-        to_byte = {char: byte for byte, char in byte_characters().items()}
-        raw = b""
-        for i in ids:
-            if i not in self._tokens:
-                raise ValueError(f"id {i} is not in this vocabulary of {self.vocab_size}")
-            token = self._tokens[i]
-            raw += bytes(to_byte[char] for char in token.removesuffix(END_OF_WORD))
-            raw += b" " if token.endswith(END_OF_WORD) else b""
-        return raw.decode("utf-8", errors="replace").strip()
-
     def save(self, folder: str | Path) -> None:
-        """Write the four files of the official `tokenizer/` folders, which transformers loads."""
+        """Write the four files of the official `tokenizer/` folders."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad_token}
@@ -164,7 +145,7 @@ class CLIPTokenizer:
 
 
 def _read_json(path: Path) -> dict:
-    """The content of a JSON file, {} where there is none."""
+    """The content of a JSON file, {} if there is none."""
     if not path.exists():
         return {}
     try:
@@ -195,13 +176,12 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, st
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int, max_length: int = 77) -> CLIPTokenizer:
-    """A new CLIP-style vocabulary of at most `vocab_size` tokens from the words of `captions`.
+    """Train a CLIP-style vocabulary of at most `vocab_size` tokens on the words of `captions`.
 
-    Byte-pair encoding (Sennrich et al., arXiv 1508.07909): join the most frequent neighbouring pair until
-    every word is one token or the vocabulary is full; it is smaller than asked for when the words run out.
-    Equal counts are decided by the pair itself, so the same captions in any order give the same vocabulary.
-    Ids run as in CLIP: 256 bytes, 256 bytes that end a word, the joins, begin, end. Raises ValueError when
-    not even the bytes fit.
+    Byte-pair encoding (Sennrich et al., arXiv 1508.07909): merge the most frequent pair of adjacent tokens until every
+    word is one token or the vocabulary is full. Ties are broken by the pair itself, so the order of the captions does
+    not matter. Ids are ordered as in CLIP: 256 bytes, 256 bytes that end a word, the merges, begin, end. ValueError:
+    `vocab_size` is too small for the bytes.
     """
     symbols = list(byte_characters().values())
     symbols += [char + END_OF_WORD for char in symbols]
@@ -209,7 +189,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_length: int = 77) ->
     if room < 0:
         raise ValueError(f"vocab_size {vocab_size} is too small: bytes and special tokens alone need 514")
     merges = _learn_merges(_count_words(captions), room)
-    tokens = dict.fromkeys([*symbols, *(a + b for a, b in merges), BOS, EOS])  # two joins may spell one token
+    tokens = dict.fromkeys([*symbols, *(a + b for a, b in merges), BOS, EOS])  # two merges may give the same token
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, max_length)
 
 
@@ -223,11 +203,11 @@ def _count_words(captions: Iterable[str]) -> Counter[str]:
 
 
 def _learn_merges(counts: Counter[str], room: int) -> list[tuple[str, str]]:
-    """The merges, first learned first, that make at most `room` new tokens."""
+    """At most `room` merges, in the order in which they are learned."""
     words = [[*word[:-1], word[-1] + END_OF_WORD] for word in counts]
     weights = list(counts.values())
     pair_counts: Counter[tuple[str, str]] = Counter()
-    where: dict[tuple[str, str], set[int]] = defaultdict(set)  # pair -> words that have, or had, it
+    where: dict[tuple[str, str], set[int]] = defaultdict(set)  # pair -> words that contain or contained it
     for i, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += weights[i]
@@ -243,7 +223,7 @@ def _learn_merges(counts: Counter[str], room: int) -> list[tuple[str, str]]:
             for pair in pairwise(words[i]):
                 pair_counts[pair] += weights[i]
                 where[pair].add(i)
-        pair_counts = +pair_counts  # drops the pairs that are gone
+        pair_counts = +pair_counts  # drops pairs with a count of 0
     return merges
 
 

@@ -1,14 +1,13 @@
 """The variational autoencoder of Stable Diffusion: images <-> latents.
 
-One file, on torch alone. The networks are those of Rombach et al., "High-Resolution Image Synthesis with
-Latent Diffusion Models" (arXiv 2112.10752); the state-dict names are those of diffusers' `AutoencoderKL`, so
-the official `vae/diffusion_pytorch_model.safetensors` loads as it is.
+One file, on torch alone. The networks are those of Rombach et al., "High-Resolution Image Synthesis with Latent
+Diffusion Models" (arXiv 2112.10752); state-dict names are those of diffusers' `AutoencoderKL`, so the official
+`vae/diffusion_pytorch_model.safetensors` loads without conversion.
 
-Three things that are easy to get wrong and hard to see:
-- every GroupNorm here has eps 1e-6 (the U-Net's are 1e-5);
-- the encoder halves an image by padding one pixel on the right and at the bottom only, then a stride-2
-  convolution without padding;
-- what the U-Net sees is the latent *times* `scaling_factor` (0.18215 for SD 1.x and 2.x, 0.13025 for SDXL).
+Three details are easy to get wrong and hard to notice:
+- all GroupNorms have eps 1e-6 (those of the U-Net have 1e-5);
+- the encoder downsamples by padding one pixel on the right and at the bottom only, then a stride-2 convolution;
+- the U-Net's latents are the encoder's *times* `scaling_factor` (0.18215 for SD 1.x and 2.x, 0.13025 for SDXL).
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The architecture, in the names and with the defaults of diffusers' `AutoencoderKL` config.json.
+    """The architecture, with the names and defaults of diffusers' `AutoencoderKL` config.json.
 
-    The image is halved once between neighbouring stages, so `len(block_out_channels)` stages make latents
-    `2 ** (len(block_out_channels) - 1)` times smaller than the image (`downscale`).
+    The image is downsampled by 2 between stages: by `2 ** (len(block_out_channels) - 1)` in all (`downscale`).
     """
 
     in_channels: int = 3
@@ -36,9 +34,9 @@ class VAEConfig:
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 32  # image side the weights were trained at; says nothing about the layers
-    scaling_factor: float = 0.18215  # latents the U-Net sees = encoder latents * scaling_factor
-    force_upcast: bool = True  # the weights overflow in float16 (SDXL's do): run them in float32
+    sample_size: int = 32  # image side in training; does not affect the layers
+    scaling_factor: float = 0.18215  # latents of the U-Net = latents of the encoder * scaling_factor
+    force_upcast: bool = True  # the weights overflow in float16 (SDXL): run them in float32
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -60,15 +58,14 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, d: dict) -> VAEConfig:
-        """Read a diffusers `vae/config.json` of any version.
+        """From the `vae/config.json` of any diffusers version.
 
-        Absent keys take diffusers' defaults (a missing `scaling_factor` is 0.18215), keys that start with "_"
-        are notes. Raises ValueError for what this network does not have (another activation, SD3's
-        `shift_factor`, ...).
+        Absent keys take the defaults of diffusers (`scaling_factor` 0.18215), keys "_..." are ignored. ValueError: a
+        setting that is not supported (another activation, SD3's `shift_factor`, ...).
         """
         d = {key: list(v) if isinstance(v, tuple) else v for key, v in d.items() if not key.startswith("_")}
         stages = tuple(d.get("block_out_channels", cls.block_out_channels))
-        only = {  # keys with one supported value: read, checked, and written back by `to_dict`
+        only = {  # keys with one supported value
             "act_fn": "silu",
             "down_block_types": ["DownEncoderBlock2D"] * len(stages),
             "up_block_types": ["UpDecoderBlock2D"] * len(stages),
@@ -89,7 +86,7 @@ class VAEConfig:
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """A config.json from which diffusers' `AutoencoderKL.from_config` builds the same network."""
+        """A config.json from which diffusers builds the same `AutoencoderKL`."""
         stages = len(self.block_out_channels)
         return {
             "_class_name": "AutoencoderKL",
@@ -127,7 +124,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention between all pixels of the smallest stage, in one head, added to its input."""
+    """Single-head self-attention over all positions, added to its input: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -152,7 +149,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, unlike the U-Net's
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, unlike in the U-Net
 
 
 class Upsample(nn.Module):
@@ -172,7 +169,7 @@ def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> n
 
 
 class DownBlock(nn.Module):
-    """One encoder stage: residual blocks, then (except in the last stage) a halving."""
+    """One encoder stage: residual blocks, then (except in the last stage) downsampling by 2."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, down: bool):
         super().__init__()
@@ -186,7 +183,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One decoder stage: residual blocks, then (except in the last stage) a doubling."""
+    """One decoder stage: residual blocks, then (except in the last stage) upsampling by 2."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, up: bool):
         super().__init__()
@@ -200,7 +197,7 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention (where the config has it), residual block."""
+    """Residual block, attention (if the config has it), residual block."""
 
     def __init__(self, channels: int, groups: int, attention: bool):
         super().__init__()
@@ -237,7 +234,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, latent_channels, h, w) -> images (B, 3, H, W). One more residual block a stage."""
+    """Latents (B, latent_channels, h, w) -> images (B, 3, H, W), with one more residual block per stage."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -261,8 +258,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Images <-> latents.
 
-    `to_latents` and `from_latents` are what a diffusion model uses; `encode` and `decode` are the raw
-    networks, for training the autoencoder itself.
+    `to_latents` and `from_latents` give and take scaled latents, as the U-Net does; `encode` and `decode` do not scale.
     """
 
     def __init__(self, config: VAEConfig):
@@ -277,8 +273,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latents, (B, C, h, w) each.
 
-        h = H / downscale, rounded down stage by stage where it does not divide. The log-variance is not
-        clamped.
+        h = H / downscale, rounded down at each stage. The log-variance is not clamped.
         """
         moments = self.encoder(images)
         if self.quant_conv is not None:
@@ -293,9 +288,9 @@ class AutoencoderKL(nn.Module):
         return self.decoder(z)
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images in [-1, 1] -> the scaled latents a U-Net is trained on, (B, latent_channels, h, w).
+        """Images in [-1, 1] -> scaled latents (B, latent_channels, h, w): the mean of the posterior.
 
-        With `noise` (standard normal, the latents' shape) a sample of the posterior, without it its mean.
+        noise: standard normal, of the shape of the latents; gives a sample of the posterior instead.
         """
         mean, logvar = self.encode(images)
         if noise is not None:
@@ -308,15 +303,15 @@ class AutoencoderKL(nn.Module):
 
 
 def posterior_std(logvar: Tensor) -> Tensor:
-    """The posterior's standard deviation, from the log-variance clamped to [-30, 20] as in training."""
+    """Standard deviation of the posterior, from the log-variance clamped to [-30, 20] as in diffusers."""
     return torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
 
 def decode_tiled(vae: AutoencoderKL, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-    """`vae.from_latents` in square tiles of `tile` latent pixels: the memory no longer grows with the image.
+    """`vae.from_latents` in square tiles of `tile` latent positions, whose memory does not depend on the image size.
 
-    Neighbouring tiles share `overlap` pixels, where one fades into the other. The norms see one tile at a time, so
-    large even areas may differ a little between tiles. Latents no larger than a tile are decoded as always.
+    Tiles overlap by `overlap` positions and are blended there. Norms are computed per tile, so uniform areas may differ
+    slightly between tiles. Latents no larger than a tile are decoded at once.
     """
     height, width = latents.shape[2:]
     if max(height, width) <= tile:
@@ -342,12 +337,12 @@ def decode_tiled(vae: AutoencoderKL, latents: Tensor, tile: int = 64, overlap: i
 
 
 def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that they cover `length` and share at least `overlap`; the last one ends at the end."""
+    """Starts of tiles that cover `length` and overlap by at least `overlap`."""
     last = max(0, length - tile)
     return [*range(0, last, tile - overlap), last]
 
 
 def _fade(length: int, rise: int, like: Tensor) -> Tensor:
-    """1 inside, falling towards 0 over `rise` pixels at both ends; at the image's own edges it cancels out."""
+    """Blending weights: 1 inside, falling to 0 over `rise` pixels at both ends (normalised at the image border)."""
     ramp = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / max(1, rise)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)

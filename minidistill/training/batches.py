@@ -19,22 +19,23 @@ from torch import Tensor, nn
 
 from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
+from minidistill.data.text_cache import TextCache
 from minidistill.diffusion.noise import generator_for
 from minidistill.errors import InputError
 from minidistill.miniature.scenes import Scenes
 from minidistill.models.vae import posterior_std
 from minidistill.pipeline import VAE, Origin, Pipeline, TextStates, to_pixels
 
-SMALL, TOGETHER = 64, 8  # images of so many pixels go through the VAE so many at once, larger ones alone (6 GiB else)
+SMALL, TOGETHER = 64, 8  # images of up to 64 pixels go through the VAE 8 at once, larger ones alone (6 GiB else)
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
 
 
 class Captioned(Protocol):
-    """Any data set of images with captions: `data.scenes.Scenes`, `data.folders.ImageFolder`."""
+    """Any data set of images with captions: `miniature.scenes.Scenes`, `data.folders.ImageFolder`."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]: ...
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, str]: ...
 
     def fingerprint(self) -> str: ...
 
@@ -51,124 +52,15 @@ class Batch(NamedTuple):
 
     def with_text(self, text: TextStates) -> Batch:
         """The same images, noise and timesteps under other text states."""
-        added_cond = self.added_cond and {**self.added_cond, "text_embeds": text.pooled}
+        added_cond = self.added_cond
+        if added_cond is not None and text.pooled is not None:
+            added_cond = {**added_cond, "text_embeds": text.pooled}
         return self._replace(context=text.context, added_cond=added_cond)
-
-
-class Batches:
-    """`batches[k]` is micro-batch number k; an epoch is one random order of the data set."""
-
-    def __init__(
-        self,
-        data: Captioned | LatentCache | Latents,
-        pipe: Pipeline,
-        *,
-        batch_size: int,
-        seed: int,
-        caption_dropout: float = 0.0,
-        flip: bool = False,
-        cache: bool | None = None,
-        keep_text: bool = True,
-    ) -> None:
-        """pipe: encodes images and captions. caption_dropout: share of samples trained without a prompt.
-
-        flip: show every other sample as its mirror image; not where captions say left and right.
-        cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
-        keep_text: keep text states beside latents that are encoded already, if they take less than CACHE_LIMIT.
-        """
-        self.data, self.pipe, self.batch_size, self.seed = data, pipe, batch_size, seed
-        self.caption_dropout = caption_dropout
-        self.device = pipe.device
-        self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
-        self.flip = flip
-        self._cache: Latents | LatentCache | None = None
-        if isinstance(data, LatentCache):
-            data.check(pipe, flip)
-        if isinstance(data, LatentCache | Latents):
-            self._cache, self.size = data, data.size
-        else:
-            self.size = width, height = data[0][0].size  # of the images
-            size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
-            if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
-                self._cache = encode_all(data, pipe.vae, flip)
-        self._text: KnownText | LatentCache | None = None
-        if isinstance(data, LatentCache) and data.has_text:
-            self._text = data
-        elif self._cache is not None and keep_text:
-            self._text = encode_captions(self._cache, pipe)
-
-    def __getitem__(self, k: int) -> Batch:
-        numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
-        generators = [generator_for(self.seed, "sample", n) for n in numbers]
-        mean, std, captions, origins = self._examples(numbers)
-        T = self.pipe.schedule.num_train_timesteps
-        t = torch.stack([torch.randint(T, (), generator=g) for g in generators])
-        eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-        draw = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-        dropped = [float(torch.rand((), generator=g)) < self.caption_dropout for g in generators]
-        captions = [None if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
-        x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
-        to_device = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
-        x0, eps, t = to_device
-        captions = self._shown(captions, numbers, t)
-        text = self._text_states(captions)
-        width, height = self.size
-        return Batch(x0, text.context, eps, t, captions, self.pipe.added_cond(text.pooled, height, width, origins))
-
-    def captions(self, count: int) -> list[str]:
-        """The (first) captions of the first entries of the data set."""
-        return [captions_of(self.data, i)[0] for i in range(min(count, len(self.data)))]
-
-    @property
-    def idle(self) -> list[nn.Module]:
-        """The networks that no batch needs any more, since what they make is in memory or in a cache."""
-        return [
-            *([] if self._cache is None else [self.pipe.vae]),
-            *([] if self._text is None else self.pipe.text_encoders),
-        ]
-
-    def _shown(self, captions: list[str | None], numbers: Sequence[int], t: Tensor) -> list[str | None]:
-        """The captions that these samples are shown with; a subclass may choose others."""
-        return captions
-
-    def _index(self, n: int) -> int:
-        """Which entry of the data set sample n is."""
-        epoch, place = divmod(n, len(self.data))
-        if self._order[0] != epoch:
-            order = torch.randperm(len(self.data), generator=generator_for(self.seed, "order", epoch))
-            self._order = (epoch, order)
-        return int(self._order[1][place])
-
-    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str], list[Origin]]:
-        """Posterior means, deviations, captions and origins of these samples.
-
-        Which side and which caption: by draws of their own.
-        """
-        indices = [self._index(n) for n in numbers]
-        flipped = [self.flip and bool(_draw(2, self.seed, "flip", n)) for n in numbers]
-        if self._cache is not None:
-            mean, std = self._cache.latents(indices, flipped)
-            found = [self._cache.captions(i) for i in indices]
-            origins = [self._cache.origin(i) for i in indices]
-        else:
-            samples = [_sample(self.data, i) for i in indices]
-            mean, std = _encode(self.pipe.vae, samples, flipped)
-            found = [sample.captions for sample in samples]
-            origins = [(*sample.original, *sample.crop) for sample in samples]
-        captions = [
-            several[_draw(len(several), self.seed, "caption", n)] if len(several) > 1 else several[0]
-            for n, several in zip(numbers, found, strict=True)
-        ]
-        return mean, std, captions, origins
-
-    def _text_states(self, captions: list[str | None]) -> TextStates:
-        found = self.pipe.encode_prompts(captions) if self._text is None else self._text.text_states(captions)
-        return found.map(lambda part: part.to(self.device).float())
 
 
 @dataclass(frozen=True)
 class Latents:
-    """All of a data set, encoded, in memory; what a LatentCache is on the disk."""
+    """A whole data set, encoded, in memory; a LatentCache is the same on the disk."""
 
     mean: Tensor  # (N, 1 or 2, C, h, w), unscaled float32 on the CPU; the second is the mirror image's
     std: Tensor
@@ -189,7 +81,7 @@ class Latents:
         return self.all_captions[i]
 
     def origin(self, i: int) -> Origin:
-        """What entry i was cut from."""
+        """Original size and crop of entry i."""
         return self.origins[i]
 
 
@@ -201,9 +93,109 @@ class KnownText:
     states: TextStates  # context (N, L, D), pooled (N, D') or None
 
     def text_states(self, captions: Sequence[str | None]) -> TextStates:
-        """What the text encoders make of these captions."""
+        """The states of these captions."""
         rows = [self.rows[caption] for caption in captions]
         return self.states.map(lambda part: part[rows])
+
+
+class Batches:
+    """`batches[k]` is micro-batch number k; an epoch is one random order of the data set."""
+
+    def __init__(
+        self,
+        data: Captioned | LatentCache | Latents,
+        pipe: Pipeline,
+        *,
+        batch_size: int,
+        seed: int,
+        caption_dropout: float = 0.0,
+        flip: bool = False,
+        cache: bool | None = None,
+        keep_text: bool = True,
+    ) -> None:
+        """pipe: encodes images and captions. caption_dropout: share of samples trained without a prompt.
+
+        flip: random horizontal flip, p = 0.5; not where captions say left and right.
+        cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
+        keep_text: keep text states beside latents that are encoded already, if they take less than CACHE_LIMIT.
+        """
+        self.data, self.pipe, self.batch_size, self.seed = data, pipe, batch_size, seed
+        self.caption_dropout, self.flip, self.device = caption_dropout, flip, pipe.device
+        self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
+        self._cache: Latents | LatentCache | None = None
+        self._text: KnownText | TextCache | None = None
+        if isinstance(data, LatentCache):
+            data.check(pipe, flip)
+        if isinstance(data, LatentCache | Latents):
+            self._cache, self.size = data, data.size
+        else:
+            self._images, self.size = data, data[0][0].size
+            width, height = self.size
+            size = 8 * pipe.vae.config.latent_channels * width * height // pipe.vae.config.downscale**2 * (1 + flip)
+            if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
+                self._cache = encode_all(data, pipe.vae, flip)
+        if isinstance(data, LatentCache) and data.text:
+            self._text = data.text
+        elif self._cache is not None and keep_text:
+            self._text = encode_captions(self._cache, pipe)
+
+    def __getitem__(self, k: int) -> Batch:
+        numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
+        generators = [generator_for(self.seed, "sample", n) for n in numbers]
+        mean, std, all_captions, origins = self._examples(numbers)
+        T = self.pipe.schedule.num_train_timesteps
+        t = torch.stack([torch.randint(T, (), generator=g) for g in generators])
+        eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        draw = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        dropped = [float(torch.rand((), generator=g)) < self.caption_dropout for g in generators]
+        kept = [None if drop else caption for caption, drop in zip(all_captions, dropped, strict=True)]
+        x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
+        x0, eps, t = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
+        captions = self._shown(kept, numbers, t)
+        text = (self.pipe.encode_prompts if self._text is None else self._text.text_states)(captions)
+        text = text.map(lambda part: part.to(self.device).float())
+        width, height = self.size
+        return Batch(x0, text.context, eps, t, captions, self.pipe.added_cond(text.pooled, height, width, origins))
+
+    def captions(self, count: int) -> list[str]:
+        """The (first) captions of the first entries of the data set."""
+        return [captions_of(self.data, i)[0] for i in range(min(count, len(self.data)))]
+
+    @property
+    def idle(self) -> list[nn.Module]:
+        """The networks that no batch needs any more, since their outputs are in memory or in a cache."""
+        vae = [] if self._cache is None else [self.pipe.vae]
+        return [*vae, *([] if self._text is None else self.pipe.text_encoders)]
+
+    def _shown(self, captions: list[str | None], numbers: Sequence[int], t: Tensor) -> list[str | None]:
+        """The captions that these samples are shown with; a subclass may choose others."""
+        return captions
+
+    def _index(self, n: int) -> int:
+        """Which entry of the data set sample n is."""
+        epoch, place = divmod(n, len(self.data))
+        if self._order[0] != epoch:
+            order = torch.randperm(len(self.data), generator=generator_for(self.seed, "order", epoch))
+            self._order = (epoch, order)
+        return int(self._order[1][place])
+
+    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str], list[Origin]]:
+        """Posterior means, deviations, captions and origins of these samples, each with draws of its own."""
+        indices = [self._index(n) for n in numbers]
+        flipped = [self.flip and bool(_draw(2, self.seed, "flip", n)) for n in numbers]
+        if self._cache is not None:
+            mean, std = self._cache.latents(indices, flipped)
+            found = [self._cache.captions(i) for i in indices]
+            origins = [self._cache.origin(i) for i in indices]
+        else:
+            samples = [_sample(self._images, i) for i in indices]
+            mean, std = _encode(self.pipe.vae, samples, flipped)
+            found, origins = _facts(samples)
+        captions = [
+            several[_draw(len(several), self.seed, "caption", n)] if len(several) > 1 else several[0]
+            for n, several in zip(numbers, found, strict=True)
+        ]
+        return mean, std, captions, origins
 
 
 def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, ...]:
@@ -215,15 +207,18 @@ def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, .
 
 def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
-    means, stds, captions, origins = [], [], [], []
+    encoded: list[tuple[Tensor, Tensor]] = []
+    captions: list[tuple[str, ...]] = []
+    origins: list[Origin] = []
     with tqdm(total=len(data), desc="encoding images", unit="", disable=None, leave=False) as bar:
         for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
-            means.append(mean)
-            stds.append(std)
-            captions += [sample.captions for sample in chosen]
-            origins += [(*sample.original, *sample.crop) for sample in chosen]
+            encoded.append((mean, std))
+            facts = _facts(chosen)
+            captions += facts[0]
+            origins += facts[1]
             bar.update(len(chosen))
-    return Latents(torch.cat(means), torch.cat(stds), captions, origins, chosen[0].image.size)
+    mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    return Latents(mean, std, captions, origins, chosen[0].image.size)
 
 
 def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> KnownText | None:
@@ -269,6 +264,11 @@ def _sample(data: Captioned, i: int) -> Sample:
         return data.sample(i)
     image, caption = data[i]
     return Sample(image, (caption,), f"image {i}", original=(image.height, image.width))
+
+
+def _facts(samples: Sequence[Sample]) -> tuple[list[tuple[str, ...]], list[Origin]]:
+    """Captions and origins."""
+    return [sample.captions for sample in samples], [(*sample.original, *sample.crop) for sample in samples]
 
 
 @torch.no_grad()

@@ -1,10 +1,8 @@
-"""metrics.jsonl -> curves.png: the loss parts over the steps; the loss by timestep, at first and of late."""
+"""metrics.jsonl -> curves.png: the loss parts over the steps, and the loss by timestep at the start and at the end."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,197 +15,75 @@ INK, GRID, PAPER = "#333333", "#e6e6e6", "#ffffff"
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7b4ea3", "#e7298a", "#8c6d31", "#666666", "#17a2b8")
 
 Points = list[tuple[float, float]]
-Box = tuple[int, int, int, int]  # left, top, right, bottom
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def draw_curves(metrics: str | Path, image: str | Path) -> None:
     """Draw what metrics.jsonl holds so far into a PNG of 1200 x 500 pixels.
 
-    Left: every loss part, thin as logged and bold smoothed, with its last smoothed value in the legend.
-    Right: the loss by timestep, over the first and the last fifth of the run.
-    The y axes are logarithmic unless a value is not positive.
+    Left: every loss part, with its last value in the legend. Right: the loss by timestep, over the first and the last
+    fifth of the run. The y axes are logarithmic unless a value is not positive.
     """
     lines = read_metrics(metrics)
+    names = dict.fromkeys(name for line in lines for name in line if name not in NOT_LOSSES)
+    losses = {name: [(x["step"], x[name]) for x in lines if x.get(name) is not None] for name in names}
+    binned = [x["loss_by_timestep"] for x in lines if x.get("loss_by_timestep")]
+    fifth = max(1, len(binned) // 5)
+    by_timestep = {"first fifth of the run": _mean_by_bin(binned[:fifth]), "last fifth": _mean_by_bin(binned[-fifth:])}
+
     canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
     draw = ImageDraw.Draw(canvas)
-    _draw_losses(draw, (0, 0, 700, HEIGHT), lines)
-    _draw_by_timestep(draw, (700, 0, WIDTH, HEIGHT), lines)
+    _plot(draw, (0, 0, 700, HEIGHT), "loss over steps", {f"{n} {p[-1][1]:.3g}": p for n, p in losses.items() if p})
+    _plot(draw, (700, 0, WIDTH, HEIGHT), "loss by timestep (high: nearly pure noise)", by_timestep)
     with atomic_path(image) as temporary:
         canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(temporary, format="png")
 
 
-def _draw_losses(draw: ImageDraw.ImageDraw, box: Box, lines: list[dict[str, Any]]) -> None:
-    names = dict.fromkeys(name for line in lines for name in line if name not in NOT_LOSSES)
-    raw = {name: [(x["step"], x[name]) for x in lines if x.get(name) is not None] for name in names}
-    raw = {name: points for name, points in raw.items() if points}
-    smoothed = {name: smooth(points) for name, points in raw.items()}
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(raw)}
-    legend = {f"{name} {points[-1][1]:.3g}": colors[name] for name, points in smoothed.items()}
-
-    x_range = (0, max([1, *(x["step"] for x in lines)]))
-    panel = _Panel(draw, box, x_range, raw, title="loss", x_label="step", legend=legend)
-    for name, points in raw.items():
-        panel.line(points, _faded(colors[name]), width=1)
-    for name, points in smoothed.items():
-        panel.line(points, colors[name], width=2)
-
-
-def _draw_by_timestep(draw: ImageDraw.ImageDraw, box: Box, lines: list[dict[str, Any]]) -> None:
-    binned = [x["loss_by_timestep"] for x in lines if x.get("loss_by_timestep")]
-    fifth = max(1, len(binned) // 5)
-    parts = {"first fifth of the run": binned[:fifth], "last fifth of the run": binned[-fifth:]}
-    if len(binned) < 2:
-        parts = {"so far": binned} if binned else {}
-    series = {name: _mean_by_bin(part) for name, part in parts.items()}
-    legend = {name: COLORS[0] if name == list(series)[-1] else _faded(COLORS[0]) for name in series}
-
-    x_range = (0, max([int(key.split("-")[1]) + 1 for entry in binned for key in entry], default=1000))
-    x_label = "timestep (high: nearly pure noise)"
-    panel = _Panel(draw, box, x_range, series, title="loss by timestep", x_label=x_label, legend=legend)
-    for name, points in series.items():
-        panel.line(points, legend[name], width=2)
-        panel.dots(points, legend[name])
-
-
-def smooth(points: Points) -> Points:
-    """Mean over a twentieth of all points, half of them on each side: a mean of the past would lag."""
-    sums = [0.0, *itertools.accumulate(y for _, y in points)]
-    result = []
-    for i, (x, _) in enumerate(points):
-        reach = min(i, len(points) // 40)  # at the start, where losses fall fast, as far back as ahead
-        first, end = i - reach, min(len(points), i + reach + 1)
-        result.append((x, (sums[end] - sums[first]) / (end - first)))
-    return result
-
-
-def _mean_by_bin(entries: Sequence[Mapping[str, float]]) -> Points:
+def _mean_by_bin(entries: Sequence[Mapping[str, float | None]]) -> Points:
     """[{"0-99": loss, ...}, ...] -> [(middle of the bin, mean loss), ...]"""
-    points = []
-    for key in {key for entry in entries for key in entry}:
+    values: dict[float, list[float]] = {}
+    for key, value in (pair for entry in entries for pair in entry.items()):
         low, high = map(int, key.split("-"))
-        values = [entry[key] for entry in entries if entry.get(key) is not None]
-        if values:
-            points.append(((low + high + 1) / 2, sum(values) / len(values)))
-    return sorted(points)
+        if value is not None:
+            values.setdefault((low + high + 1) / 2, []).append(value)
+    return sorted((middle, sum(found) / len(found)) for middle, found in values.items())
 
 
-def _faded(color: str) -> str:
-    """The colour, two thirds of the way to white."""
-    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{255 - (255 - part) // 3:02x}" for part in parts)
+def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, Points]) -> None:
+    """Title, legend, and the series as lines over five labelled grid lines each way."""
+    left, top, right, bottom = box[0] + 66, box[1] + 66, box[2] - 22, box[3] - 44
+    _text(draw, (left, box[1] + 14), f"{title} (nothing logged yet)" if not any(series.values()) else title, "la", 16)
+    points = [point for some in series.values() for point in some] or [(0.0, 0.0)]
+    (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    is_log = y0 > 0
+    x1 = x1 if x1 > x0 else x0 + 1
+    y1 = max(y1, 1.1 * y0) if is_log else max(y1, y0 + 1e-12)
+
+    def pixel(x: float, y: float) -> tuple[float, float]:
+        up = math.log(y / y0) / math.log(y1 / y0) if is_log else (y - y0) / (y1 - y0)
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - up * (bottom - top)
+
+    for i in range(5):
+        x, y = x0 + (x1 - x0) * i / 4, y0 * (y1 / y0) ** (i / 4) if is_log else y0 + (y1 - y0) * i / 4
+        column, row = pixel(x, y)
+        _line(draw, [(left, row), (right, row)], GRID, 1)
+        _line(draw, [(column, top), (column, bottom)], GRID, 1)
+        _text(draw, (left - 8, row), f"{y:.2g}", "rm")
+        _text(draw, (column, bottom + 9), f"{x:.0f}", "ma")
+    column = left
+    for i, (name, some) in enumerate(series.items()):
+        color = COLORS[i % len(COLORS)]
+        _line(draw, [pixel(x, y) for x, y in some], color, 2)
+        _text(draw, (column, box[1] + 42), name, "la", color=color)
+        column += draw.textlength(name, font=ImageFont.load_default(13 * SCALE)) / SCALE + 18
 
 
-# ------------------------------------------------------------------------------------------------------------
-# one pair of axes
+def _line(draw: ImageDraw.ImageDraw, points: Points, color: str, width: int) -> None:
+    pixels = [(x * SCALE, y * SCALE) for x, y in points]
+    draw.line(pixels + pixels[-1:], color, width * SCALE)  # the last one twice: a single point is a dot
 
 
-class _Panel:
-    """Axes in a box: title and legend above, ticks and grid, data coordinates -> pixels."""
-
-    def __init__(
-        self,
-        draw: ImageDraw.ImageDraw,
-        box: Box,
-        x_range: tuple[float, float],
-        series: Mapping[str, Points],
-        *,
-        title: str,
-        x_label: str,
-        legend: Mapping[str, str],
-    ) -> None:
-        self.draw, self.x_range = draw, x_range
-        top = self._title(box, title, legend)
-        self.left, self.top, self.right, self.bottom = box[0] + 66, top, box[2] - 22, box[3] - 54
-        values = [y for points in series.values() for _, y in points]
-        self.log = bool(values) and min(values) > 0
-        self.y_range = self._padded(min(values, default=0), max(values, default=1))
-        self._axes(x_label)
-        if not values:
-            self._text((self.left + self.right) / 2, (self.top + self.bottom) / 2, "nothing logged yet", "mm")
-
-    def line(self, points: Points, color: str, width: float) -> None:
-        """Straight pieces between the points; a dot if there is one only."""
-        pixels = [self._pixel(x, y) for x, y in points]
-        if len(pixels) > 1:
-            self.draw.line(pixels, fill=color, width=round(width * SCALE), joint="curve")
-        else:
-            self.dots(points, color)
-
-    def dots(self, points: Points, color: str) -> None:
-        for x, y in points:
-            self.draw.circle(self._pixel(x, y), 3.5 * SCALE, fill=color)
-
-    def _padded(self, low: float, high: float) -> tuple[float, float]:
-        if self.log:
-            factor = max(high / low, 1.1) ** 0.05
-            return low / factor, high * factor
-        margin = 0.05 * (high - low or 1)
-        return low - margin, high + margin
-
-    def _pixel(self, x: float, y: float) -> tuple[float, float]:
-        low, high = self.y_range
-        across = (x - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
-        up = math.log(y / low) / math.log(high / low) if self.log else (y - low) / (high - low)
-        column = self.left + across * (self.right - self.left)
-        return column * SCALE, (self.bottom - up * (self.bottom - self.top)) * SCALE
-
-    def _axes(self, x_label: str) -> None:
-        for y in log_ticks(*self.y_range) if self.log else linear_ticks(*self.y_range):
-            row = self._pixel(0, y)[1]
-            self.draw.line([(self.left * SCALE, row), (self.right * SCALE, row)], fill=GRID, width=SCALE)
-            self._text(self.left - 8, row / SCALE, _label(y), "rm")
-        for x in linear_ticks(*self.x_range):
-            column = self._pixel(x, self.y_range[0])[0]
-            self.draw.line([(column, self.bottom * SCALE), (column, (self.bottom + 5) * SCALE)], fill=INK, width=SCALE)
-            self._text(column / SCALE, self.bottom + 9, _label(x), "ma")
-        corners = [(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)]
-        self.draw.line([(x * SCALE, y * SCALE) for x, y in corners], fill=INK, width=SCALE)
-        self._text((self.left + self.right) / 2, self.bottom + 30, x_label, "ma")
-
-    def _title(self, box: Box, title: str, legend: Mapping[str, str]) -> int:
-        """Title, then the legend in rows; returns where the plot may begin."""
-        left, row = box[0] + 66, box[1] + 14
-        self._text(left, row, title, "la", size=16)
-        row += 28
-        column = left
-        for name, color in legend.items():
-            width = 30 + self.draw.textlength(name, font=_font(13)) / SCALE
-            if column > left and column + width > box[2] - 22:
-                column, row = left, row + 20
-            swatch = [(column * SCALE, (row + 8) * SCALE), ((column + 18) * SCALE, (row + 8) * SCALE)]
-            self.draw.line(swatch, fill=color, width=3 * SCALE)
-            self._text(column + 24, row, name, "la")
-            column += width + 14
-        return row + 28
-
-    def _text(self, x: float, y: float, text: str, anchor: str, size: int = 13) -> None:
-        self.draw.text((x * SCALE, y * SCALE), text, fill=INK, font=_font(size), anchor=anchor)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size * SCALE)
-
-
-def linear_ticks(low: float, high: float) -> list[float]:
-    """About five round numbers (1, 2 or 5 times a power of ten apart) from low to high."""
-    rough = (high - low) / 6
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten; with 2 and 5 times them if that is few; round numbers if that is still few."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for multiples in ((1,), (1, 2, 5)):
-        ticks = [m * 10.0**k for k in exponents for m in multiples if low <= m * 10.0**k <= high]
-        if len(ticks) >= 3:
-            return ticks[:: math.ceil(len(ticks) / 10)]
-    return linear_ticks(low, high)
-
-
-def _label(value: float) -> str:
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{value:g}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"
+def _text(
+    draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, anchor: str, size: int = 13, color: str = INK
+) -> None:
+    draw.text((place[0] * SCALE, place[1] * SCALE), text, color, ImageFont.load_default(size * SCALE), anchor)

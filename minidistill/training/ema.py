@@ -1,6 +1,8 @@
 """Exponential moving average of a network's weights."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,40 +12,29 @@ from torch import Tensor, nn
 class EMA:
     """shadow <- d * shadow + (1 - d) * weights, once per optimizer step, for the parameters that are trained.
 
-    The shadow is float32 whatever the network is: with decay 0.9999 a bf16 or fp16 shadow rounds every update
-    away and never moves.
+    d at update n (from 0) is min(decay, (1 + n) / (10 + n)), so that the first weights, random or just pruned, are
+    forgotten quickly, and short runs get an average of fitting length. The shadow is float32 whatever the network is:
+    with decay 0.9999 a bf16 or fp16 shadow rounds every update away and never moves.
 
     Args:
-        decay: 0 holds nothing: the average is the weights themselves.
-        ramp: d at update n (from 0) is min(decay, (1 + n) / (10 + n)), so that the first weights, random or
-            just pruned, are forgotten quickly, and short runs get an average of fitting length.
-        device: where the shadow lives, e.g. "cpu" to spare GPU memory; default: beside the weights.
+        decay: in [0, 1); 0 averages nothing: the average is the weights themselves.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        decay: float = 0.9999,
-        ramp: bool = True,
-        device: str | torch.device | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
-        self.decay, self.ramp, self.updates = decay, ramp, 0
+        self.decay, self.updates = decay, 0
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad and decay > 0}
-        self.shadow = {
-            name: p.detach().to(device=device or p.device, dtype=torch.float32, copy=True)
-            for name, p in self._weights.items()
-        }
+        self.shadow = {name: p.detach().to(torch.float32, copy=True) for name, p in self._weights.items()}
         self._swapped = False
 
     def decay_now(self) -> float:
         """The decay of the next update."""
-        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.ramp else self.decay
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the current weights: once per optimizer step, not per micro-batch."""
+        """Average in the current weights: once per optimizer step, not per micro-batch."""
         if self._swapped:
             raise RuntimeError("EMA.update inside EMA.swap would average the average")
         weight = 1 - self.decay_now()
@@ -66,6 +57,6 @@ class EMA:
             self._swapped = False
 
     @torch.no_grad()
-    def _copy_into_weights(self, values: dict[str, Tensor]) -> None:
+    def _copy_into_weights(self, values: Mapping[str, Tensor]) -> None:
         for name, p in self._weights.items():
             p.copy_(values[name])

@@ -1,17 +1,14 @@
-"""One optimizer step, in pieces: learning rate, AdamW, gradient norm, precision, the finite check."""
+"""One optimizer step, in pieces: learning rate, AdamW, gradient norm, the finite check."""
 
-import contextlib
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minidistill.errors import InputError
+from minidistill.errors import InputError, NonFiniteLoss
 
 SCHEDULES = ("constant", "cosine")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def lr_at(step: int, base: float, warmup: int, total: int, schedule: str = "constant") -> float:
@@ -47,7 +44,10 @@ def adamw(
     """AdamW over the parameters that require a gradient, in one fused kernel.
 
     Norms and biases are decayed too, as in BK-SDM and the diffusers scripts. ValueError if none requires one.
+    InputError: a learning rate that trains nothing, or uphill.
     """
+    if lr <= 0:
+        raise InputError(f"--learning-rate must be above 0, not {lr:g}")
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient: nothing would be trained")
@@ -68,79 +68,26 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     lr: float,
     max_grad_norm: float | None,
+    step: int = 0,
+    t: Tensor | None = None,
 ) -> Tensor:
-    """After backward: unscale, clip, step with `lr`, clear the gradients. Returns the norm before clipping (0-d)."""
+    """After backward: unscale, clip, step with `lr`, clear the gradients. Returns the norm before clipping (0-d).
+
+    NonFiniteLoss, before any weight is changed, if a gradient is not finite: `step` and its timesteps `t` (B,) are for
+    the message. With fp16, whose gradients overflow now and then, `scaler` skips such a step instead.
+    """
     set_lr(optimizer, lr)
     scaler.unscale_(optimizer)
     norm = clip_grad_norm(module.parameters(), max_grad_norm)
-    scaler.step(optimizer)  # skips the step if a gradient is not finite, which fp16 does now and then
+    if not scaler.is_enabled():
+        check_finite(norm, step, t, "gradient norm")
+    scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-# ------------------------------------------------------------------------------------------------------------
-# device and precision
-
-
-class Precision(NamedTuple):
-    """`with autocast:` around the forward pass; `scaler` around backward and step (idle unless fp16)."""
-
-    autocast: contextlib.AbstractContextManager
-    scaler: torch.amp.GradScaler
-
-
-def get_device(name: str) -> torch.device:
-    """cpu, cuda or cuda:1 -> device. InputError if it is another name, or not there."""
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"--device takes cpu, cuda or cuda:N, not '{name}'")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(index or 0) >= count:
-        raise InputError(f"--device {name}: PyTorch sees {count} {kind} devices here; use --device cpu")
-    return torch.device(name)
-
-
-def get_precision(name: str, device: torch.device) -> Precision:
-    """Mixed precision: weights stay float32, the forward pass runs in `name` ("fp32", "bf16", "fp16").
-
-    fp16 gradients underflow without loss scaling. InputError: as in `get_dtype`.
-    """
-    dtype = get_dtype(name, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-    if name == "fp32":
-        return Precision(contextlib.nullcontext(), scaler)
-    return Precision(torch.autocast(device.type, dtype=dtype), scaler)
-
-
-def best_precision(device: torch.device) -> str:
-    """Name of the fastest safe one."""
-    return "bf16" if _computes_bf16(device) else "fp32"
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed, not emulated: by GPUs since Ampere, by CPUs with AVX-512."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def get_dtype(name: str, device: torch.device, flag: str = "--precision") -> torch.dtype:
-    """fp32, bf16 or fp16 -> type. InputError, naming `flag`: an unknown name, or a type the device cannot do well."""
-    if name not in PRECISIONS:
-        raise InputError(f"{flag} takes {', '.join(PRECISIONS)}, not '{name}'")
-    if name == "fp16" and device.type == "cpu":
-        raise InputError(f"{flag} fp16 needs a CUDA device; on a CPU use bf16 or fp32")
-    if name == "bf16" and device.type == "cuda" and not _computes_bf16(device):
-        raise InputError(f"{flag} bf16: this GPU has no bf16; use fp16 or fp32")
-    return PRECISIONS[name]
-
-
-class NonFiniteLoss(InputError):
-    """The loss, or what the model draws, became nan or infinite: the run cannot go on with these settings."""
-
-
-def check_finite(loss: Tensor, step: int, t: Tensor, what: str = "loss") -> None:
+def check_finite(loss: Tensor, step: int, t: Tensor | None, what: str = "loss") -> None:
     """Raise NonFiniteLoss naming the step and the timesteps unless every value of `loss` is finite.
 
     `loss` is a scalar, or (B,) beside `t` (B,), and then only the timesteps of the bad samples are named. `what` it is
@@ -149,11 +96,11 @@ def check_finite(loss: Tensor, step: int, t: Tensor, what: str = "loss") -> None
     finite = torch.isfinite(loss.detach())
     if bool(finite.all()):
         return
-    bad = t[~finite] if finite.shape == t.shape else t
-    value = loss.detach()[~finite].flatten()[0].item()
-    steps = sorted(set(bad.flatten().tolist()))
-    where = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+    where, value = f"step {step}", loss.detach()[~finite].flatten()[0].item()
+    if t is not None:
+        steps = sorted(set((t[~finite] if finite.shape == t.shape else t).flatten().tolist()))
+        where += f" (timesteps {', '.join(map(str, steps[:8]))}{', ...' if len(steps) > 8 else ''})"
     raise NonFiniteLoss(
-        f"the {what} is {value} at step {step} (timesteps {where}): "
-        "start again with a lower --learning-rate, or with --precision bf16 or fp32"
+        f"the {what} is {value} at {where}: start again with a lower --learning-rate; where that was in fp16, "
+        "--precision bf16 or fp32 may do too"
     )

@@ -7,9 +7,11 @@
     checkpoints/step-000300/       state.safetensors   tensors
                                    state.json          step, meta, the size and the SHA-256 of all of it
 
-A checkpoint is written into a hidden folder beside its place, flushed to the disk and then renamed: what
-bears its name is whole. Older ones are deleted only after that. Reading checks the hash and takes the one
-before if it differs.
+A checkpoint is written into a hidden folder beside its place, flushed to the disk and then renamed: a folder with its
+name is complete. Older ones are deleted only after that. Reading checks the hash, or else takes the one before.
+
+A run that was resumed ends with the same bits as one that was not on a CPU. On a GPU it does with --deterministic only:
+some CUDA kernels add in no fixed order.
 """
 
 from __future__ import annotations
@@ -19,18 +21,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+import sys
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.training.state import Part, pack, unpack
-from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
+from minidistill.weights.files import read_json, read_safetensors, to_disk, write_json, write_safetensors
+from minidistill.weights.folders import SHIPPED
 
-# What may differ when a run goes on: how long, how often it reports, where it runs. Anything else changes the
-# result. (With a cosine schedule, new `steps` bend the learning rate from there on; every change is printed.)
+if sys.platform != "win32":  # where folders cannot be locked
+    import fcntl
+
+# What may differ when a run is resumed: how long, how often it reports, where it runs, where its model and its images
+# are (`weights` and `examples` say which they are). Anything else changes the result. (With a cosine schedule, new
+# `steps` bend the learning rate from there on; every change is printed.)
 MAY_CHANGE = (
     "steps",
     "log_every",
@@ -38,9 +47,15 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "device",
+    "teacher",
+    "model",
+    "data",
+    "split",
+    "caption_column",
     "push_to_hub",
     "private",
 )
+SOURCES = ("teacher", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
 
@@ -54,7 +69,12 @@ class Checkpoint(NamedTuple):
 
 
 class RunFolder:
-    """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`. Only one process of a run should write."""
+    """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`.
+
+    A process has one run at a time. Its folder is locked from `find` on, until the process ends or finds another run.
+    """
+
+    _locked: ClassVar[tuple[Path, int] | None] = None  # by this process: the folder, its file descriptor
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -65,18 +85,12 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     @classmethod
-    def find(
-        cls,
-        out: str | Path,
-        config: Mapping[str, Any],
-        resume: bool = False,
-        may_change: Collection[str] = MAY_CHANGE,
-    ) -> RunFolder:
-        """Check that a run can start or go on in `out`; nothing is written.
+    def find(cls, out: str | Path, config: Mapping[str, Any], resume: bool = False) -> RunFolder:
+        """Check that a run can start or be resumed in `out`; nothing is written.
 
-        Without `resume`, `out` must not hold a run or a model. With it, `out` must hold a run whose
-        config.json equals `config` but for the fields in `may_change`; if it was killed before its first
-        checkpoint it starts at step 0, which is printed.
+        Without `resume`, `out` must not hold a run or a model. With it, `out` must hold a run whose config.json equals
+        `config` but for the fields in MAY_CHANGE; if it was killed before its first checkpoint it starts at step 0,
+        which is printed.
 
         Raises:
             InputError: otherwise. (A mistyped --out with --resume must not train for a week from nothing.)
@@ -87,22 +101,22 @@ class RunFolder:
         if resume:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
-            _check_same_run(out, read_json(run.config), _as_stored(config), may_change)
+            run._lock()
+            _check_same_run(out, read_json(run.config), _as_stored(config))
             done = max(map(_step_of, run._checkpoint_paths()), default=0)
             if done > config.get("steps", done):
                 raise InputError(f"--steps {config['steps']}: the run in {out} has done {done} steps already")
             if not done:
                 print(f"{out} holds no checkpoint yet: starting at step 0", flush=True)
         elif found := [name for name in SIGNS_OF_A_RUN if (run.path / name).exists()]:
-            raise InputError(
-                f"{out} is in use ({found[0]} exists): go on with that run by --resume, or take another --out"
-            )
+            raise InputError(f"{out} is in use ({found[0]} exists): add --resume to continue it, or take another --out")
         return run
 
     def begin(self, config: Mapping[str, Any]) -> RunFolder:
         """Write config.json and make the folders; itself. InputError: the operating system refuses."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             write_json(self.config, _as_stored(config))  # first: what has it can be resumed, whatever else is missing
             self.samples.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
@@ -118,23 +132,37 @@ class RunFolder:
         """The newest image grid up to a step; a run that went back and ended earlier may have left later ones."""
         return max((path for path in self.samples.glob("step-*.png") if _step_of(path) <= step), key=_step_of)
 
-    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
-        """Write checkpoints/step-NNNNNN (contents: state.pack), then delete all but the last `keep`."""
+    def save(self, step: int, parts: Mapping[str, Part], keep: int = 2) -> None:
+        """Write checkpoints/step-NNNNNN, the parts of a run (state.pack), then delete all but the last `keep`."""
+        tensors, meta = pack(parts)
         self._remove_leftovers()
         final = self.checkpoints / f"step-{step:06d}"
         temporary = self.checkpoints / f".writing-{final.name}"
         write_safetensors(temporary / "state.safetensors", tensors)
         state = {"step": step, "meta": meta, "bytes": (temporary / "state.safetensors").stat().st_size}
         write_json(temporary / "state.json", {**state, "sha256": _digest(temporary / "state.safetensors", state)})
-        if final.exists():  # damaged, or saved again: out of the way, but not yet deleted
-            final.rename(self.checkpoints / f".replaced-{final.name}")
+        if final.exists():  # damaged, or saved again: set aside, but not yet deleted
+            final.rename(self.checkpoints / f".old-{final.name}")
         temporary.rename(final)
-        _folder_to_disk(self.checkpoints)
-        self._rotate(step, keep)
-        return final
+        to_disk(self.checkpoints)
+        paths = self._checkpoint_paths()
+        kept = [path for path in paths if _step_of(path) <= step][-max(1, keep) :]
+        for path in paths:  # those after `step` are damaged: the run has gone back to before them
+            if path not in kept:  # renamed first: half a checkpoint must not have the name of a complete one
+                path.rename(self.checkpoints / f".old-{path.name}")
+        self._remove_leftovers()
+
+    def restore(self, parts: Mapping[str, Part]) -> int:
+        """Put the newest undamaged checkpoint into freshly built parts. Returns its step; 0 if there is none."""
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is None:
+            return 0
+        unpack(checkpoint.tensors, checkpoint.meta, parts)
+        print(f"resuming at step {checkpoint.step}", flush=True)
+        return checkpoint.step
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None. Prints which damaged ones it passes over."""
+        """The newest checkpoint that is undamaged, or None. Prints which damaged ones it skips."""
         for path in reversed(self._checkpoint_paths()):
             try:
                 return _read_checkpoint(path)
@@ -142,45 +170,38 @@ class RunFolder:
                 print(f"{path} is damaged, trying the one before it ({error})", flush=True)
         return None
 
-    def save(self, step: int, parts: Mapping[str, Part], keep: int = 2) -> Path:
-        """`save_checkpoint` of the live parts of a run: networks, optimizer, EMA, scaler (state.pack)."""
-        return self.save_checkpoint(step, *pack(parts), keep)
+    def _lock(self) -> None:
+        """Keep other processes out of the folder; the system unlocks it when this one ends, however it ends.
 
-    def restore(self, parts: Mapping[str, Part]) -> int:
-        """Put the newest whole checkpoint into freshly built parts. Returns its step; 0 if there is none."""
-        checkpoint = self.latest_checkpoint()
-        if checkpoint is None:
-            return 0
-        unpack(checkpoint.tensors, checkpoint.meta, parts)
-        print(f"going on at step {checkpoint.step}", flush=True)
-        return checkpoint.step
+        InputError: another process has it.
+        """
+        if sys.platform == "win32" or (RunFolder._locked and RunFolder._locked[0] == self.path.resolve()):
+            return
+        if RunFolder._locked:
+            os.close(RunFolder._locked[1])
+        descriptor = os.open(self.path, os.O_RDONLY)
+        RunFolder._locked = self.path.resolve(), descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            RunFolder._locked = None
+            os.close(descriptor)
+            raise InputError(f"another process is writing {self.path}: wait for it, or take another --out") from error
+        except OSError as error:  # NFS, say
+            warnings.warn(f"{self.path} cannot be locked ({error}): let no other process write into it", stacklevel=2)
 
     def _checkpoint_paths(self) -> list[Path]:
         """Folders named step-NNNNNN, oldest first."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
+        found = [p for p in self.checkpoints.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
         return sorted(found, key=_step_of)
-
-    def _rotate(self, step: int, keep: int) -> None:
-        """Keep the last `keep` up to `step`. Later ones are damaged: the run has gone back to before them."""
-        paths = self._checkpoint_paths()
-        kept = [path for path in paths if _step_of(path) <= step][-max(1, keep) :]
-        for path in paths:
-            if path not in kept:  # rename first: half a checkpoint must not bear the name of a whole one
-                path.rename(self.checkpoints / f".deleting-{path.name}")
-        self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
         """Delete what is set aside, and what a killed run left half written."""
-        for pattern in (".writing-*", ".replaced-*", ".deleting-*"):
-            for path in self.checkpoints.glob(pattern):
-                shutil.rmtree(path)
+        for path in (*self.checkpoints.glob(".writing-*"), *self.checkpoints.glob(".old-*")):
+            shutil.rmtree(path)
 
 
-def _check_same_run(
-    out: str | Path, stored: dict[str, Any], config: dict[str, Any], may_change: Collection[str]
-) -> None:
+def _check_same_run(out: str | Path, stored: dict[str, Any], config: dict[str, Any]) -> None:
     def describe(name: str) -> str:
         new, old = (json.dumps(c[name]) if name in c else "not set" for c in (config, stored))
         return f"{name} {new} (was {old})"
@@ -188,18 +209,23 @@ def _check_same_run(
     missing = object()
     names = [name for name in dict.fromkeys([*config, *stored]) if name not in NOT_COMPARED]
     changed = [name for name in names if stored.get(name, missing) != config.get(name, missing)]
-    if refused := [describe(name) for name in changed if name not in may_change]:
+    if refused := [describe(name) for name in changed if name not in MAY_CHANGE]:
         raise InputError(
-            f"cannot go on with {out} under other settings: {', '.join(refused)}; "
-            "give it the same flags and images, or start anew in another --out"
+            f"cannot resume {out} under other settings: {', '.join(refused)}; "
+            "give it the same flags, model and images, or start anew in another --out"
         )
     for name in changed:
-        print(f"going on with {describe(name)}", flush=True)
+        print(f"resuming with {describe(name)}", flush=True)
 
 
 def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Tuples become lists, as in the stored file."""
-    return json.loads(json.dumps(config))
+    """Settings as config.json has them: tuples are lists, paths of this machine do not depend on the current folder."""
+    stored = json.loads(json.dumps(config))
+    for name in SOURCES:
+        path = os.path.expanduser(stored.get(name) or "")
+        if path not in ("scenes", *SHIPPED) and os.path.exists(path):
+            stored[name] = os.path.abspath(path)
+    return stored
 
 
 def _step_of(path: Path) -> int:
@@ -224,14 +250,3 @@ def _digest(file: Path, state: dict[str, Any]) -> str:
     text = json.dumps([state["step"], state["bytes"], state["meta"]], sort_keys=True, allow_nan=False)
     digest.update(text.encode())
     return digest.hexdigest()
-
-
-def _folder_to_disk(path: Path) -> None:
-    """Wait until the new names in a folder are on the disk."""
-    if os.name == "nt":  # Windows has no such call
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The live objects of a run <-> named tensors and JSON, exactly: no pickle, no name left over on either side.
+"""The live objects of a run <-> named tensors and JSON, exactly: no pickle, no name unused on either side.
 
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": scaler}
     run.save(step, parts)
@@ -9,6 +9,8 @@ Tensors are named part/name: "student/conv_in.weight", "optimizer/student.conv_i
 state goes by the name of its parameter, so every trained network must be among the parts: the bare one, not
 its DDP or compile wrapper.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +32,8 @@ def pack(parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     The tensors are the live ones, not copies: write them before the next step.
     """
     names = _parameter_names(parts)
-    tensors, meta = {}, {}
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, Any] = {}
     for part, thing in parts.items():
         if isinstance(thing, Optimizer):
             found, meta[part] = _pack_optimizer(thing, names)
@@ -55,7 +58,7 @@ def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], parts: Mappin
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         if part not in parts:
-            raise InputError(f"{ANOTHER_KIND}: it holds {key}, for which there is no place here")
+            raise InputError(f"{ANOTHER_KIND}: only the checkpoint has {key}")
         found[part][name] = tensor
     with_meta = [part for part, thing in parts.items() if isinstance(thing, Optimizer | EMA | torch.amp.GradScaler)]
     if different := set(with_meta) ^ set(meta):
@@ -83,7 +86,7 @@ def _tensors_of(thing: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _parameter_names(parts: Mapping[str, Part]) -> dict[Tensor, str]:
     """Parameter -> "part.name", over all networks and tensor sets among the parts."""
-    names = {}
+    names: dict[Tensor, str] = {}
     for part, thing in parts.items():
         if isinstance(thing, nn.Module | Mapping):
             named = thing.named_parameters() if isinstance(thing, nn.Module) else thing.items()
@@ -104,10 +107,6 @@ def _copy_all(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tenso
         tensor.copy_(found[name])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# optimizers
-
-
 def _group_names(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
     groups = [group["params"] for group in optimizer.param_groups]
     if any(p not in names for group in groups for p in group):
@@ -124,11 +123,7 @@ def _pack_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[
 
 
 def _unpack_optimizer(
-    part: str,
-    found: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-    optimizer: Optimizer,
-    names: Mapping[Tensor, str],
+    part: str, found: Mapping[str, Tensor], meta: Mapping[str, Any], optimizer: Optimizer, names: Mapping[Tensor, str]
 ) -> None:
     """Back through load_state_dict, which numbers the parameters through all groups."""
     groups = _group_names(optimizer, names)
@@ -143,7 +138,7 @@ def _unpack_optimizer(
     for key, tensor in found.items():
         name, _, field = key.rpartition("/")
         if name not in number:
-            raise InputError(f"{ANOTHER_KIND}: it holds {part}/{key}, for which there is no place here")
+            raise InputError(f"{ANOTHER_KIND}: only the checkpoint has {part}/{key}")
         # In the parameter's memory layout (channels_last, say), which a file does not keep.
         like = tensor if field == "step" else parameters[name]
         state.setdefault(number[name], {})[field] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

@@ -23,14 +23,8 @@ NETWORKS = {
     "clip": TRANSFORMERS_STEMS,  # not in the index: it lies beside a pipeline, for metrics
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+TOKENIZER_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SCHEDULE = "scheduler/scheduler_config.json"
 SINGLE_FILES = (".safetensors", ".ckpt")
 
@@ -62,7 +56,7 @@ def pick_weights(names: Collection[str], stems: tuple[str, str], dtype: torch.dt
 
 def is_poorer(weights: str, dtype: torch.dtype | None) -> bool:
     """Whether a file that `pick_weights` found is worse than what `dtype` asks for; None asks for nothing."""
-    return dtype is not None and (".non_ema." in weights or (".fp16." in weights and dtype != torch.float16))
+    return dtype is not None and (".non_ema" in weights or (".fp16" in weights and dtype != torch.float16))
 
 
 def shards(index: str | Path) -> list[Path]:
@@ -77,7 +71,7 @@ def shards(index: str | Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def choose_files(names: Collection[str], dtype: torch.dtype = torch.float32, what: str = "it") -> list[str]:
+def choose_files(names: Collection[str], dtype: torch.dtype | None = torch.float32, what: str = "it") -> list[str]:
     """Of all files of a repository, those that a model is loaded from, each thing in one form only.
 
     A pipeline begins with model_index.json; one part of a pipeline begins with config.json; a single file is alone.
@@ -120,17 +114,15 @@ def missing_files(folder: Path, dtype: torch.dtype | None = None) -> list[str]:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if "model_index.json" not in names:
         return _missing_weights(folder, pick_root_weights(names, dtype), dtype)
-    # The index names library and class of each part; both are null where the pipeline goes without.
-    index = read_json(folder / "model_index.json")
-    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind and all(kind)]
     missing: list[str] = []
-    for part in parts:
+    for part, kind in read_json(folder / "model_index.json").items():
+        if not (isinstance(kind, list) and kind and all(kind)):
+            continue  # no part: those are [library, class], or both null where the pipeline goes without
         inside = _inside(names, part)
         if part in NETWORKS:
             wanted = None if part == "vae" else dtype
             lacking = _missing_weights(folder / part, pick_weights(inside, NETWORKS[part], wanted), wanted)
-            lacking += [] if "config.json" in inside else ["config.json"]
-            missing += [f"{part}/{name}" for name in lacking]
+            missing += [f"{part}/{name}" for name in lacking + ["config.json"] * ("config.json" not in inside)]
         elif part in TOKENIZERS and not ({"vocab.json", "merges.txt"} <= inside or "tokenizer.json" in inside):
             missing.append(f"{part}/vocab.json")
         elif part == "scheduler" and SCHEDULE not in names:
@@ -156,10 +148,8 @@ def _of_network(names: Collection[str], part: str, dtype: torch.dtype, what: str
     config = ["config.json"] if "config.json" in inside else []
     weights = pick_weights(inside, NETWORKS[part], dtype)
     if config and not weights:
-        raise InputError(
-            f"{what} has no weights of its {part} in a form that is read here (.safetensors or .bin), "
-            f"only {some(inside - {'config.json'})}"
-        )
+        form = "in a form that is read here (.safetensors or .bin)"
+        raise InputError(f"{what} has no weights of its {part} {form}, only {some(inside - {'config.json'})}")
     return [f"{part}/{name}" for name in (*config, *weights)]
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,11 @@ from minidistill.errors import InputError
 from minidistill.weights.layouts import match_names
 
 Model = TypeVar("Model", bound=nn.Module)
+# What torch raises of a damaged file: its unpickler checks little of what the bytes make it do.
+DAMAGED = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+# Of Python's own library, what training programs save beside weights.
+DATA_MODULES = {"argparse", "collections", "datetime", "pathlib", "typing"}
+DATA_TYPES = {f"builtins.{kind.__name__}" for kind in (bool, bytes, dict, float, int, list, object, set, str, tuple)}
 SHOWN = 3  # tensors named in a message; the rest are counted
 
 
@@ -27,23 +34,24 @@ SHOWN = 3  # tensors named in a message; the rest are counted
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, on the CPU and memory-mapped: bytes are read when first used.
 
-    Raises:
-        InputError: the file is missing, cut short, or something else than its name says.
+    InputError: the file is missing, cut short, or something else than its name says.
     """
-    path = existing_file(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text a .safetensors file carries beside its tensors; {} when there is none."""
+    """The text a .safetensors file carries beside its tensors; {} when there is none. InputError: as above."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
     path = existing_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError) as error:
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
 
@@ -52,7 +60,8 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .bin, .pt, .pth or .ckpt state dict, read without running any code hidden in the file.
 
     A training checkpoint that holds the state dict under the name "state_dict" is opened up; what lies beside it
-    (counters, optimizer states) is no part of the model.
+    (counters, optimizer states, the training program's objects) is no part of the model. Classes that torch does not
+    know are neither imported nor called: `_stand_ins` take their places.
 
     Raises:
         InputError: the file is missing, broken, holds anything but tensors, or would need code to be run.
@@ -62,32 +71,55 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
         # Only the zip format that torch has written since 1.6 can be memory-mapped.
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals(_stand_ins(path) if is_zip else []):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         # torch says "Weights only load failed" of a forbidden object and of a file that is no pickle.
         if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
             raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
-        message = f"refused {path}: it holds objects that run code when loaded; use a .safetensors version of it"
-        raise InputError(message) from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        # torch's unpickler checks little of what a damaged file makes it do:
-        TypeError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-    ) as error:
+        reason = "it holds objects that run code when loaded; use a .safetensors version of it"
+        raise InputError(f"refused {path}: {reason}") from error
+    except DAMAGED as error:
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
+    items = content.items() if isinstance(content, dict) else [(None, content)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
         raise InputError(f"{path} is not a state dict: a file that maps names to tensors, nothing else, is needed")
     return dict(content)
+
+
+class _Inert:
+    """Takes the place of an unknown class or function in a checkpoint: whatever is asked for, an empty mapping."""
+
+    def __new__(cls, *_):
+        return OrderedDict()  # which takes items and attributes, as most objects want
+
+
+class _InertArray:
+    """The same for NumPy's numbers, arrays and types, whose state is a tuple."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def _stand_ins(path: Path) -> list[tuple[type, str]]:
+    """Inert classes for the names in a checkpoint that torch does not know: callbacks, settings, NumPy's numbers.
+
+    Names of Python's own library but for its plain data are left out, so that torch refuses them: nothing but an attack
+    needs them to load weights.
+    """
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [
+        (_InertArray if name.startswith("numpy.") else _Inert, name)
+        for name in names
+        if name.partition(".")[0] not in sys.stdlib_module_names
+        or name.rpartition(".")[0] in DATA_MODULES
+        or name in DATA_TYPES
+    ]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -96,11 +128,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A json file whose content is an object, as every configuration is.
-
-    Raises:
-        InputError: the file is missing, not valid json, or not an object.
-    """
+    """A json file whose content is an object, as every configuration is. InputError: missing, not json, no object."""
     path = existing_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -158,9 +186,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name to write to; after the block it takes the place of `path`, complete and on disk.
 
     Readers and crashes see the old file or the new one, never a part. The suffix is kept, parents are made.
-
-    Raises:
-        InputError: the operating system refuses to write there.
+    InputError: the operating system refuses to write there.
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -173,9 +199,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # the safetensors package leaves a file that only its owner can read
-        _to_disk(temporary)
+        to_disk(temporary)
         temporary.replace(path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -183,7 +209,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until the file, or the folder's list of names, has left the operating system's buffers."""
     if path.is_dir() and os.name == "nt":  # Windows has no such call for folders
         return
@@ -199,8 +225,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors, from any device and with any strides, to a .safetensors file, atomically.
 
-    Args:
-        metadata: text to carry along; {"format": "pt"}, which other readers ask for, is always there.
+    metadata: text to carry along; {"format": "pt"}, which other readers ask for, is always there.
     """
     with atomic_path(path) as temporary:
         save_file(_separate(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
@@ -260,22 +285,15 @@ def load_into(
     is no second copy in memory, and a page that training writes to becomes the process's own. (Never write into a
     weights file in place while a model uses it; `atomic_path` replaces files instead.)
 
-    Args:
-        what: the file or folder, for messages.
-
-    Returns:
-        the same model, in eval mode.
-
-    Raises:
-        InputError: names or shapes differ; the message counts them and names the first few of each kind.
+    what: the file or folder, for messages. Returns the same model, in eval mode.
+    InputError: names or shapes differ; the message counts them and names the first few of each kind.
     """
     expected = model.state_dict()
     try:
         found = match_names(tensors, expected)
     except ValueError as error:
         raise InputError(f"{what}: {error}") from error
-    differences = _differences(found, expected)
-    if differences:
+    if differences := _differences(found, expected):
         raise InputError(f"{what} does not fit its configuration: {differences}")
     values = {}
     for name, tensor in found.items():

@@ -7,13 +7,14 @@ Models are built on `meta` and filled from files: nothing is initialised at rand
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from minidistill.diffusion.sampling import Sampling, as_distilled, default_solver, find_sampling, sampling_metadata
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
@@ -21,26 +22,43 @@ from minidistill.models.lora import lora_layers
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
-from minidistill.models.vae import SD_VAE, AutoencoderKL, VAEConfig
-from minidistill.weights.choice import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, is_poorer, pick_weights, shards
+from minidistill.models.vae import AutoencoderKL, VAEConfig
+from minidistill.weights.choice import (
+    DIFFUSERS_STEMS,
+    NETWORKS,
+    SINGLE_FILES,
+    TOKENIZERS,
+    TRANSFORMERS_STEMS,
+    is_poorer,
+    missing_files,
+    pick_weights,
+    shards,
+    some,
+)
 from minidistill.weights.files import (
     Model,
     load_into,
     on_meta,
     read_json,
+    read_metadata,
     read_tensors,
     write_json,
     write_safetensors,
 )
-from minidistill.weights.hub import find_source
+from minidistill.weights.hub import PLACE, WEIGHTS, find_source
+
+Device = str | torch.device
+DType = torch.dtype | None  # None keeps the file's
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
+SHIPPED = {"miniature": MINIATURE}  # models inside this package, by the names that mean them
+
+FLAGS = {"UNet2DConditionModel": "--unet", "AutoencoderKL": "--vae", "AutoencoderTiny": "--vae"}
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-NONE = [None, None]
 
 
-def find_model(source: str | Path, dtype: torch.dtype | None = torch.float32) -> Path:
+def find_model(source: str | Path, dtype: DType = torch.float32) -> Path:
     """The pipeline folder, the folder of one part, or the single file that a SOURCE means; fetched if it must be.
 
     dtype: float16 prefers weights of that precision where there are two kinds.
@@ -48,55 +66,97 @@ def find_model(source: str | Path, dtype: torch.dtype | None = torch.float32) ->
     Raises:
         InputError: there is no such thing, or it cannot be had now.
     """
-    return MINIATURE if str(source) == "miniature" else find_source(source, dtype)
+    if not isinstance(source, str | Path):
+        raise InputError(f"a SOURCE is text or a Path, not {type(source).__name__}")
+    if str(source) in SHIPPED:
+        return SHIPPED[str(source)]
+    path = find_source(source, dtype)
+    if path.is_dir():
+        return _model_in(path)
+    if path.suffix not in WEIGHTS:
+        hint = f"give its folder, {path.parent}" if path.suffix == ".json" else f"weights end in {', '.join(WEIGHTS)}"
+        raise InputError(f"{path} is no model: {hint}")
+    return path
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder, or the only weights file in it. InputError: it is no model, and what to give instead."""
+    match = PLACE.fullmatch(str(folder))
+    on_hub = f"; rename or remove it if the model {folder} on the Hub is meant" if match and not match["file"] else ""
+    inside = {path.name: path for path in folder.iterdir()}
+    if on_hub and {"model_index.json", "config.json"} & inside.keys() and (lacking := missing_files(folder)):
+        raise InputError(f"{folder} is not complete, it lacks {some(lacking)}{on_hub}")
+    if {"model_index.json", "config.json", *NETWORKS, *TOKENIZERS} & inside.keys():
+        return folder
+    files = [path for name, path in inside.items() if name.endswith(SINGLE_FILES)]
+    others = [path for path in inside.values() if (path / "model_index.json").is_file()] or files
+    if len(files) == 1 and others == files:
+        return files[0]
+    hint = f"give {some(map(str, others))}" if others else f"it has no model_index.json{on_hub}"
+    raise InputError(f"{folder} is not a model folder: {hint}")
+
+
+def check_placement(device: Device, *dtypes: DType) -> None:
+    """InputError: no device that can be used here, or no dtype."""
+    if wrong := [dtype for dtype in dtypes if not isinstance(dtype, DType)]:
+        raise InputError(f"a dtype such as torch.float16 is needed, not {wrong[0]!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
     """The index of a pipeline folder. InputError: it has none, or is of a kind that is not computed here."""
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json")
+        part = (folder / "config.json").is_file()
+        hint = f" (a part is for --unet or --vae; its pipeline may be {folder.absolute().parent})" if part else ""
+        raise InputError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in (SD, SDXL):
         raise InputError(f"{folder} is a {index.get('_class_name')}: a {SD} or {SDXL} is needed")
     return index
 
 
-# loading: `folder` is always the pipeline's
+# loading: `folder` is the pipeline's, `part` the folder in it; "" if the folder holds this part and nothing else
 
 
-def load_unet(
-    folder: str | Path,
-    dtype: torch.dtype | None = torch.float32,
-    device: str | torch.device = "cpu",
-    part: str = "unet",
-) -> UNet:
-    """The U-Net of a pipeline folder; part "" if the folder is the U-Net's own.
+def load_unet(folder: str | Path, dtype: DType = torch.float32, device: Device = "cpu", part: str = "unet") -> UNet:
+    """The U-Net of a pipeline folder. On the device "meta" it has a config and no weights: no file of them is read.
 
     InputError: a file is missing, broken or at odds with config.json.
     """
-    return _load(Path(folder) / part, lambda c: UNet(UNetConfig.from_dict(c)), DIFFUSERS_STEMS, dtype, device)
+
+    def build(config: dict[str, Any]) -> UNet:
+        _check_class(config, "UNet2DConditionModel")
+        return UNet(UNetConfig.from_dict(config))
+
+    return _load(Path(folder) / part, build, DIFFUSERS_STEMS, dtype, device)
 
 
 def load_vae(
-    folder: str | Path,
-    dtype: torch.dtype | None = torch.float32,
-    device: str | torch.device = "cpu",
-    part: str = "vae",
+    folder: str | Path, dtype: DType = torch.float32, device: Device = "cpu", part: str = "vae"
 ) -> AutoencoderKL | AutoencoderTiny:
-    """The autoencoder of a pipeline folder, which may be a TAESD. InputError and part as in `load_unet`."""
+    """The autoencoder of a pipeline folder, which may be a TAESD. "meta" and InputError as in `load_unet`."""
 
     def build(config: dict[str, Any]) -> AutoencoderKL | AutoencoderTiny:
+        _check_class(config, "AutoencoderKL", "AutoencoderTiny")
         is_tiny = config.get("_class_name") == "AutoencoderTiny"
         return AutoencoderTiny(TinyConfig.from_dict(config)) if is_tiny else AutoencoderKL(VAEConfig.from_dict(config))
 
     return _load(Path(folder) / part, build, DIFFUSERS_STEMS, dtype, device)
 
 
+def _check_class(config: Mapping[str, Any], *known: str) -> None:
+    """ValueError: a config is of another class; the oldest ones name none."""
+    name = config.get("_class_name") or (config.get("architectures") or known)[0]
+    if name not in known:
+        hint = f" (give it as {FLAGS[name]})" if name in FLAGS else ""
+        raise ValueError(f"a {' or '.join(known)} is needed, it is a {name}{hint}")
+
+
 def load_text_encoder(
-    folder: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    part: str = "text_encoder",
+    folder: str | Path, dtype: DType = torch.float32, device: Device = "cpu", part: str = "text_encoder"
 ) -> CLIPTextModel:
     """A text encoder, with projection if its config.json says so. InputError as in `load_unet`."""
 
@@ -107,16 +167,7 @@ def load_text_encoder(
     return _load(Path(folder) / part, build, TRANSFORMERS_STEMS, dtype, device)
 
 
-def load_vae_config(folder: str | Path) -> VAEConfig:
-    """The config of a pipeline folder's VAE, or, where that is a TAESD, Stable Diffusion's."""
-    config = read_json(_existing_part(Path(folder) / "vae") / "config.json")
-    try:
-        return SD_VAE if config.get("_class_name") == "AutoencoderTiny" else VAEConfig.from_dict(config)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{folder}/vae/config.json: {error}") from error
-
-
-def load_clip(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> CLIPModel:
+def load_clip(folder: str | Path, dtype: DType = torch.float32, device: Device = "cpu") -> CLIPModel:
     """The whole CLIP that may lie beside a pipeline, in `clip/`. InputError as in `load_unet`."""
 
     def build(config: dict[str, Any]) -> CLIPModel:
@@ -145,17 +196,27 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
         raise InputError(f"{path}: {error}") from error
 
 
-def unet_file(folder: str | Path, dtype: torch.dtype | None = None, part: str = "unet") -> Path:
-    """The file, or the first shard, with the weights of a U-Net."""
-    return find_weights(_existing_part(Path(folder) / part), DIFFUSERS_STEMS, dtype)[0]
+def load_sampling(folder: str | Path, dtype: DType = torch.float32, part: str = "unet") -> Sampling | None:
+    """What the U-Net in a folder was distilled for. InputError as in `load_unet`."""
+    return read_sampling(find_weights(_existing_part(Path(folder) / part), DIFFUSERS_STEMS, dtype)[0])
+
+
+def read_sampling(path: Path) -> Sampling | None:
+    """What the weights in a file were distilled for, by its header or its name; None: for nothing in particular."""
+    try:
+        return find_sampling(path, read_metadata(path) if path.suffix == ".safetensors" else {})
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def part_in(folder: Path, part: str) -> str:
+    """`part`, or "" if the folder holds one part of a pipeline and nothing else."""
+    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return "" if alone else part
 
 
 def _load(
-    path: Path,
-    build: Callable[[dict[str, Any]], Model],
-    stems: tuple[str, str],
-    dtype: torch.dtype,
-    device: str | torch.device,
+    path: Path, build: Callable[[dict[str, Any]], Model], stems: tuple[str, str], dtype: DType, device: Device
 ) -> Model:
     """Build a model from `path`/config.json and fill it from the weights beside it."""
     config = read_json(_existing_part(path) / "config.json")
@@ -164,24 +225,23 @@ def _load(
             model = build(config)
     except (TypeError, ValueError, ArithmeticError) as error:  # the last: a number that is 0 or too large
         raise InputError(f"{path / 'config.json'}: {error}") from error
+    if torch.device(device).type == "meta":
+        return model
     files = find_weights(path, stems, dtype)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= read_tensors(file)
+    if dtype is not None and is_poorer(files[0].name, dtype):
+        warnings.warn(f"{files[0]} is all there is; it is used as {dtype}", stacklevel=3)
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     return load_into(model, tensors, str(files[0] if len(files) == 1 else path), dtype, device)
 
 
-def find_weights(path: Path, stems: tuple[str, str], dtype: torch.dtype | None = torch.float32) -> list[Path]:
+def find_weights(path: Path, stems: tuple[str, str], dtype: DType = torch.float32) -> list[Path]:
     """The file, or the shards, with the weights of one part, by the rules of `choice.pick_weights`.
 
-    Warns where they have fewer digits than `dtype` asks for. InputError: there are none.
+    InputError: there are none.
     """
-    names = {file.name for file in path.iterdir() if file.is_file()}
-    chosen = pick_weights(names, stems, dtype)
+    chosen = pick_weights({file.name for file in path.iterdir() if file.is_file()}, stems, dtype)
     if not chosen:
         raise InputError(f"no weights in {path}: expected {stems[0]}.safetensors (or its .fp16, sharded or .bin form)")
-    if is_poorer(chosen[0], dtype):
-        warnings.warn(f"{path / chosen[0]} is all there is; it is used as {dtype}", stacklevel=4)
     return shards(path / chosen[0]) if chosen[0].endswith(".json") else [path / chosen[0]]
 
 
@@ -192,6 +252,55 @@ def _existing_part(path: Path) -> Path:
 
 
 # saving
+
+
+def save_pipeline(
+    folder: str | Path,
+    unet: UNet,
+    vae: AutoencoderKL | AutoencoderTiny,
+    text_encoders: Sequence[CLIPTextModel],
+    tokenizers: Sequence[CLIPTokenizer],
+    schedule: ScheduleConfig,
+    sampling: Sampling | None = None,
+    zero_unconditional: bool = False,
+) -> None:
+    """Write a pipeline folder that diffusers reads, and samples as the model was made to be sampled.
+
+    `pipeline.Pipeline` says what the parts are. The index is removed first and written last: a folder without it is
+    one that was not finished. InputError: it cannot be written, or holds other weights.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        (folder / "model_index.json").unlink()
+    is_sdxl = len(text_encoders) == 2
+    usual = "euler" if is_sdxl else default_solver(schedule)[0]
+    is_euler = (sampling.sampler if sampling else usual) == "euler"
+    scheduler = "EulerDiscreteScheduler" if is_euler else "DDIMScheduler"
+    save_unet(folder, unet, sampling_metadata(sampling))
+    save_vae(folder, vae)
+    for i, (encoder, tokenizer) in enumerate(zip(text_encoders, tokenizers, strict=True)):
+        save_text_encoder(folder, encoder, f"text_encoder{'_2' * i}")
+        save_tokenizer(folder, tokenizer, f"tokenizer{'_2' * i}")
+    config = as_distilled(schedule, sampling).to_dict() | {"_class_name": scheduler}
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    parts = {
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae.config.to_dict()["_class_name"]],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if is_sdxl:
+        parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        parts["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+        parts["force_zeros_for_empty_prompt"] = zero_unconditional
+    else:
+        parts |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    # The version is that of the format: the parts are written as diffusers has read them since then.
+    head = {"_class_name": SDXL if is_sdxl else SD, "_diffusers_version": "0.21.0"}
+    write_json(folder / "model_index.json", {**head, **dict(sorted(parts.items()))})
 
 
 def save_unet(folder: str | Path, unet: UNet, metadata: Mapping[str, str] | None = None, part: str = "unet") -> None:
@@ -217,12 +326,8 @@ def save_text_encoder(folder: str | Path, text_encoder: CLIPTextModel, part: str
 
 def save_clip(folder: str | Path, clip: CLIPModel) -> None:
     """Write `clip/`."""
-    _save(
-        Path(folder) / "clip",
-        clip,
-        {"architectures": ["CLIPModel"], **clip.config.to_dict()},
-        TRANSFORMERS_STEMS,
-    )
+    config = {"architectures": ["CLIPModel"], **clip.config.to_dict()}
+    _save(Path(folder) / "clip", clip, config, TRANSFORMERS_STEMS)
 
 
 def save_tokenizer(folder: str | Path, tokenizer: CLIPTokenizer, part: str = "tokenizer") -> None:
@@ -235,42 +340,6 @@ def save_tokenizer(folder: str | Path, tokenizer: CLIPTokenizer, part: str = "to
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def save_schedule(folder: str | Path, schedule: ScheduleConfig, scheduler: str = "DDIMScheduler") -> None:
-    """Write `scheduler/` for a diffusers scheduler: DDIMScheduler or EulerDiscreteScheduler."""
-    config = schedule.to_dict() | {"_class_name": scheduler}
-    write_json(Path(folder) / "scheduler" / "scheduler_config.json", config)
-
-
-def save_model_index(
-    folder: str | Path,
-    kind: str = SD,
-    scheduler: str = "DDIMScheduler",
-    vae: str = "AutoencoderKL",
-    zero_unconditional: bool = False,
-) -> None:
-    """Write model_index.json, which makes a folder a pipeline: call it when all the parts are there."""
-    parts = {
-        "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", vae],
-        "feature_extractor": NONE,
-        "image_encoder": NONE,
-    }
-    if kind == SDXL:
-        parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-        parts["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-        parts["force_zeros_for_empty_prompt"] = zero_unconditional
-    else:
-        parts |= {"safety_checker": NONE, "requires_safety_checker": False}
-    # The version is that of the format: the parts are written as diffusers has read them since then.
-    write_json(
-        Path(folder) / "model_index.json",
-        {"_class_name": kind, "_diffusers_version": "0.21.0", **dict(sorted(parts.items()))},
-    )
-
-
 def _save(
     path: Path,
     model: nn.Module,
@@ -279,9 +348,7 @@ def _save(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     if lora_layers(model):
-        raise InputError(
-            f"cannot write {path}: a live LoRA is no part of a model folder; merge it or take it off first"
-        )
+        raise InputError(f"cannot write {path}: a model folder has no place for a live LoRA; merge or remove it first")
     name = f"{stems[0]}.safetensors"
     others = [old.name for stem in set(stems) for old in sorted(path.glob(f"{stem}[.-]*")) if old.name != name]
     if others:

@@ -74,8 +74,8 @@ class Place:
         return f"{self.root}/{self.file}" if self.file else self.root
 
 
-def find_source(source: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The file or folder on this machine that a SOURCE other than `miniature` means, fetched if it must be.
+def find_source(source: str | Path, dtype: torch.dtype | None = torch.float32) -> Path:
+    """The file or folder on this machine that a SOURCE means (other than a shipped model), fetched if it must be.
 
     Nothing is asked of the network about a path that exists or a model that the Hub's cache holds.
 
@@ -103,6 +103,17 @@ def find_source(source: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     return found or _fetch(place, dtype)
 
 
+def fetch_files(repo: str, names: Sequence[str]) -> Path:
+    """The folder with these files of a repository on the Hub; nothing is asked of it if the cache has them all.
+
+    InputError: they are not in the cache and cannot be had now.
+    """
+    folder = _snapshot(Place(repo), names, local=True)
+    if folder and all((folder / name).is_file() for name in names):
+        return folder
+    return _download(Place(repo), names)
+
+
 def _place_on_hub(source: str) -> Place:
     """Read `owner/name@revision/file`. InputError: it has not that form, so it can only be a path, and a wrong one."""
     match = PLACE.fullmatch(source)
@@ -122,100 +133,26 @@ def _note_move(repo: str) -> None:
 
 def _in_cache(place: Place, dtype: torch.dtype | None) -> Path | None:
     """What is meant, if the cache holds all of it. What a repository of single files means, only the Hub can tell."""
-    if place.file:
-        is_peft = PurePosixPath(place.file).stem == "adapter_model"
-        return _cached_file(place, place.file) if not is_peft or _cached_file(place, _settings(place.file)) else None
-    folder = _cached_folder(place)
+    names = [place.file, *_settings(place.file)] if place.file else ["model_index.json"]
+    folder = _snapshot(place, names, local=True)
+    if folder and place.file:
+        return folder / place.file if all((folder / name).is_file() for name in names) else None
     return folder if folder and not missing_files(folder, dtype) else None
-
-
-def _settings(weights: str) -> str:
-    """Where PEFT keeps the settings of a LoRA, its alpha among them: beside the weights."""
-    return PurePosixPath(weights).with_name("adapter_config.json").as_posix()
-
-
-def _cached_file(place: Place, name: str) -> Path | None:
-    path = huggingface_hub.try_to_load_from_cache(place.repo, name, revision=place.revision)
-    return Path(path) if isinstance(path, str) else None  # besides None there is a mark for "known not to exist"
-
-
-def _cached_folder(place: Place) -> Path | None:
-    """The snapshot of a pipeline or of one part, complete or not."""
-    path = _cached_file(place, "model_index.json") or _cached_file(place, "config.json")
-    return path and path.parent
 
 
 def _second_best(place: Place) -> Path | None:
     """From the cache, where the Hub is no help: poorer weights than asked for, or the only single file."""
-    if place.file:
-        return _cached_file(place, place.file)
-    if _cached_folder(place):
-        return _in_cache(place, None)
-    for suffix in SINGLE_FILES:
-        try:
-            folder = _snapshot(place, [f"*{suffix}"], local_files_only=True)
-        except LocalEntryNotFoundError:
-            return None  # nothing of it is here, or not all that is known to be there
-        files = [path for path in folder.rglob(f"*{suffix}") if path.is_file()]
-        if files:
-            return files[0] if len(files) == 1 else None
-    return None
+    if found := _in_cache(place, None):
+        return found
+    folder = None if place.file else _snapshot(place, ["model_index.json"], local=True)
+    singles = [path for path in folder.iterdir() if path.suffix in SINGLE_FILES] if folder else []
+    return singles[0] if len(singles) == 1 and singles[0].is_file() else None
 
 
-def cached_folders(name: str) -> list[Path]:
-    """The folders in the Hub's cache with a file `name`, at the top of a model, whichever, or one level below."""
-    cache = Path(constants.HF_HUB_CACHE)
-    found = [path for depth in ("", "*/") for path in cache.glob(f"models--*/snapshots/*/{depth}{name}")]
-    return sorted(path.parent for path in found)
-
-
-def fetch_files(repo: str, names: Sequence[str]) -> Path:
-    """The folder with these files of a repository on the Hub; nothing is asked of it if the cache has them all.
-
-    Raises:
-        InputError: they are not in the cache and cannot be had now.
-    """
-    place = Place(repo)
-    cached = [_cached_file(place, name) for name in names]
-    if all(cached):
-        return cached[0].parent
-    try:
-        return _snapshot(place, [glob.escape(name) for name in names])
-    except HUB_ERRORS as error:
-        raise _refusal(place, error) from error
-
-
-# the Hub
-
-
-def _fetch(place: Place, dtype: torch.dtype) -> Path:
-    """List the repository's files, choose, and download those of them that the cache lacks."""
-    try:
-        names = _list_files(place)
-    except HUB_ERRORS as error:
-        cached = _second_best(place)
-        if cached:
-            return cached
-        raise _refusal(place, error) from error
-    if place.file and place.file not in names:
-        there = some(name for name in names if name.endswith(WEIGHTS))
-        raise InputError(f"no such file or folder: {place}; the weights in {place.root} on the Hub are {there}")
-    files = [place.file] if place.file else choose_files(names, dtype, place.root)
-    files += {_settings(files[0])}.intersection(names).difference(files)
-    try:
-        folder = _snapshot(place, [glob.escape(name) for name in files])
-    except HUB_ERRORS as error:
-        raise _refusal(place, error, listed=True) from error
-    absent = [name for name in files if not (folder / name).is_file()]
-    if absent:  # without a connection, some versions of huggingface_hub return what there is
-        raise InputError(f"the download of {place} is not complete, it lacks {some(absent)}: run it again")
-    return folder if files[0].endswith(".json") else folder / files[0]
-
-
-def _list_files(place: Place) -> list[str]:
-    timeout = constants.HF_HUB_ETAG_TIMEOUT
-    info = huggingface_hub.HfApi().model_info(place.repo, revision=place.revision, timeout=timeout)
-    return [file.rfilename for file in info.siblings or []]
+def _settings(file: str) -> list[str]:
+    """Where PEFT keeps the settings of a LoRA, its alpha among them: beside the weights."""
+    path = PurePosixPath(file)
+    return [path.with_name("adapter_config.json").as_posix()] if path.stem == "adapter_model" else []
 
 
 class _Bar(tqdm):
@@ -225,27 +162,59 @@ class _Bar(tqdm):
         super().__init__(*args, **{"disable": None, **kwargs})
 
 
-def _snapshot(place: Place, patterns: list[str], local_files_only: bool = False) -> Path:
-    """The folder of a revision and in it the files that match.
+def _snapshot(place: Place, names: Sequence[str], local: bool = False) -> Path | None:
+    """The folder of a revision, after these files of it are fetched.
 
     The revision is given by its name even where its commit is known: else the cache would not know the name later.
+    local: look in the cache only; None if it has nothing of the revision, or lacks one of the files and knows it.
     """
-    return Path(
-        huggingface_hub.snapshot_download(
-            place.repo,
-            revision=place.revision,
-            allow_patterns=patterns,
-            local_files_only=local_files_only,
-            tqdm_class=_Bar,
-        )
-    )
+    patterns = [glob.escape(name) for name in names]
+    options = {"revision": place.revision, "allow_patterns": patterns, "local_files_only": local, "tqdm_class": _Bar}
+    try:
+        return Path(huggingface_hub.snapshot_download(place.repo, **options))
+    except OSError:  # LocalEntryNotFoundError is one
+        if local:
+            return None
+        raise
+
+
+# the Hub
+
+
+def _fetch(place: Place, dtype: torch.dtype | None) -> Path:
+    """List the repository's files, choose, and download those of them that the cache lacks."""
+    try:
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = huggingface_hub.HfApi().model_info(place.repo, revision=place.revision, timeout=timeout)
+    except HUB_ERRORS as error:
+        if cached := _second_best(place):
+            return cached
+        raise _refusal(place, error) from error
+    names = [file.rfilename for file in info.siblings or []]
+    if place.file and place.file not in names:
+        there = some(name for name in names if name.endswith(WEIGHTS))
+        raise InputError(f"no such file or folder: {place}; the weights in {place.root} on the Hub are {there}")
+    files = [place.file] if place.file else choose_files(names, dtype, place.root)
+    folder = _download(place, files + [name for name in _settings(files[0]) if name in names], listed=True)
+    return folder if files[0].endswith(".json") else folder / files[0]
+
+
+def _download(place: Place, names: Sequence[str], listed: bool = False) -> Path:
+    """The folder with these files of a repository. InputError: they cannot be had; `listed` is for the message."""
+    try:
+        folder = _snapshot(place, names)
+    except HUB_ERRORS as error:
+        raise _refusal(place, error, listed) from error
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:  # without a connection, some versions of huggingface_hub return what there is
+        raise InputError(f"the download of {place} is not complete, it lacks {some(absent)}: run it again")
+    return folder
 
 
 def _refusal(place: Place, error: Exception, listed: bool = False) -> InputError:
     """One line on why there is nothing to load, with the way out. The error's own text, of many lines, is left out.
 
-    Args:
-        listed: the Hub did list the repository, so it was the download that failed.
+    listed: the Hub did list the repository, so it was the download that failed.
     """
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # it only says that the cache is no help either
@@ -267,13 +236,13 @@ def _refusal(place: Place, error: Exception, listed: bool = False) -> InputError
         message = f"cannot save {place} in {cache}: {error.strerror} (another folder can be set as HF_HUB_CACHE)"
     elif listed:
         message = f"the download of {place} broke off: run it again, what has arrived is kept"
-    elif isinstance(error, OfflineModeIsEnabled):
-        message = f"{not_here}; {_what_is_cached(place)}, and HF_HUB_OFFLINE forbids to ask the Hub: unset that first"
     else:
-        message = f"{not_here}; {_what_is_cached(place)}, and there is no connection to the Hub: connect, and try again"
+        folder = None if place.file else _snapshot(place, ["model_index.json"], local=True)
+        cached = (
+            f"the Hub's cache lacks {some(missing_files(folder))} of it" if folder else "nor is it in the Hub's cache"
+        )
+        way = "there is no connection to the Hub: connect, and try again"
+        if isinstance(error, OfflineModeIsEnabled):
+            way = "HF_HUB_OFFLINE forbids to ask the Hub: unset that first"
+        message = f"{not_here}; {cached}, and {way}"
     return InputError(message)
-
-
-def _what_is_cached(place: Place) -> str:
-    folder = None if place.file else _cached_folder(place)
-    return f"the Hub's cache lacks {some(missing_files(folder))} of it" if folder else "nor is it in the Hub's cache"

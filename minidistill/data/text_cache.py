@@ -1,0 +1,76 @@
+"""Text states of a cache's captions, on disk beside its latents: what the text encoders make of each caption, once.
+
+    text-00000.safetensors    context (n, L, D), for SDXL pooled (n, D'), text: JSON in UTF-8, the captions they are of
+
+The captions are those of the data, "" and None (no prompt). The index of the cache names them last: what it does not
+name is not there. Shards are memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidistill.errors import InputError
+from minidistill.pipeline import Pipeline, TextStates
+from minidistill.weights.files import read_safetensors, write_safetensors
+
+
+class TextCache:
+    """The text states of all captions of a cache."""
+
+    def __init__(self, path: Path, count: int, shard: int) -> None:
+        """path: folder of the cache. count: of captions, `shard` in a file. InputError: a shard cannot be read."""
+        self._shards: list[dict[str, Tensor]] = []
+        self._places: dict[str | None, tuple[int, int]] = {}  # caption -> shard and row
+        for number in range(-(-count // shard)):
+            tensors = read_safetensors(text_path(path, number))
+            for row, caption in enumerate(json.loads(tensors["text"].numpy().tobytes())["captions"]):
+                self._places[caption] = (number, row)
+            self._shards.append(tensors)
+
+    def text_states(self, captions: Sequence[str | None]) -> TextStates:
+        """Text states of captions of this cache, "" and None; float32 on the CPU."""
+        found = [(self._shards[shard], row) for shard, row in (self._places[caption] for caption in captions)]
+        parts = {
+            name: torch.stack([shard[name][row] for shard, row in found]).float()
+            for name in TextStates._fields
+            if name in self._shards[0]
+        }
+        return TextStates(parts["context"], parts.get("pooled"))
+
+
+def text_path(path: Path, number: int) -> Path:
+    """The file of one shard."""
+    return path / f"text-{number:05d}.safetensors"
+
+
+def write_text_shard(
+    path: Path, number: int, captions: Sequence[str | None], states: TextStates, dtype: torch.dtype
+) -> None:
+    """Write one shard. InputError: a value is not finite in `dtype`."""
+    parts = {name: part.to(dtype) for name, part in states._asdict().items() if part is not None}
+    for name, part in parts.items():
+        if not part.isfinite().all():
+            raise InputError(f"the text states ({name}) of shard {number} are not finite in {dtype}: use --store fp32")
+    text = bytearray(json.dumps({"captions": list(captions)}, ensure_ascii=False).encode())
+    write_safetensors(text_path(path, number), {**parts, "text": torch.frombuffer(text, dtype=torch.uint8)})
+
+
+def text_digest(pipe: Pipeline) -> str:
+    """SHA-256 of the tokenizers and text encoders, with all that decides what they make of a caption."""
+    digest = hashlib.sha256(repr((pipe.is_sdxl, pipe.zero_unconditional)).encode())
+    for tokenizer in pipe.tokenizers:
+        known = (sorted(tokenizer.vocab.items()), tokenizer.merges, tokenizer.max_length, tokenizer.pad_token)
+        digest.update(repr(known).encode())
+    for encoder in pipe.text_encoders:
+        digest.update(repr(encoder.config).encode())
+        for name, weight in encoder.state_dict().items():
+            digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
