@@ -50,6 +50,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Generate images, judge them, print a table."""
+    if config.grid and not config.grid.lower().endswith(".png"):
+        raise InputError(f"--grid {config.grid}: the name of a .png file is needed")
+    if config.out and Path(config.out).is_dir():
+        raise InputError(f"--out {config.out} is a folder: the name of a .json file is needed")
     pipe = load_pipeline(config.model, get_device(config.device))
     if pipe.trained_size() != (SIDE, SIDE):
         raise InputError(

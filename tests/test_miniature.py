@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import minidistill
 from minidistill import evaluate
 from minidistill.diffusion.noise import initial_noise
+from minidistill.errors import InputError
 from minidistill.metrics.clip_score import retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.judge import score
@@ -102,3 +103,10 @@ def test_evaluate_prints_shares_and_parts_and_writes_numbers_and_grid(tmp_path, 
         "CLIP: the right one of 100 captions in 82.3% of cases",
         "VAE: 39.5 dB; 100.0% of reconstructions all correct",
     ]
+
+
+@pytest.mark.parametrize("settings", [{"out": "."}, {"grid": "grid.jpg"}])
+def test_evaluate_refuses_a_file_name_that_cannot_be_before_it_starts(settings, capsys):
+    with pytest.raises(InputError, match="the name of a"):
+        evaluate.main(evaluate.Config(**settings))
+    assert not capsys.readouterr().out
