@@ -98,6 +98,9 @@ class RunFolder:
         run = cls(out)
         if run.path.exists() and not run.path.is_dir():
             raise InputError(f"{out} is a file, --out takes a folder")
+        data = config.get("data") or "scenes"
+        if data != "scenes" and Path(data).expanduser().resolve() == run.path.resolve():
+            raise InputError(f"--out {out} is the folder of --data: take another --out")
         if resume:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
