@@ -33,7 +33,7 @@ LICENSES = {  # as the Hub spells them; of a folder with a card, that card's
     "stabilityai/stable-diffusion-xl-base-1.0": RAIL_PLUS,
 }
 
-# What results.json measures, in words; a measure that is not here goes by its name.
+# What results.json measures, in words; one that is not here is called by its name.
 MEASURES = {
     "parameters": "U-Net parameters",
     "trained_parameters": "parameters trained",
@@ -168,7 +168,7 @@ def write_card(
         config: all settings of the run, resolved: its config.json.
         results: what was measured, model by model: its results.json.
         grid: the image to show.
-        repo: owner/name on the Hub if it goes there, for the lines on how to use it.
+        repo: owner/name on the Hub if it is uploaded, for the lines on how to use it.
 
     Raises:
         InputError: the folder cannot be written to.

@@ -150,7 +150,7 @@ class RunFolder:
         to_disk(self.checkpoints)
         paths = self._checkpoint_paths()
         kept = [path for path in paths if _step_of(path) <= step][-max(1, keep) :]
-        for path in paths:  # those after `step` are damaged: the run has gone back to before them
+        for path in paths:  # those after `step` are damaged: the run was resumed before them
             if path not in kept:  # renamed first: half a checkpoint must not have the name of a complete one
                 path.rename(self.checkpoints / f".old-{path.name}")
         self._remove_leftovers()
