@@ -52,7 +52,7 @@ def _mean_by_bin(entries: Sequence[Mapping[str, float | None]]) -> Points:
 def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, Points]) -> None:
     """Title, legend, and the series as lines over five labelled grid lines each way."""
     left, top, right, bottom = box[0] + 66, box[1] + 66, box[2] - 22, box[3] - 44
-    _text(draw, (left, box[1] + 14), f"{title} (nothing logged yet)" if not any(series.values()) else title, "la", 16)
+    _text(draw, (left, box[1] + 14), f"{title}: nothing yet" if not any(series.values()) else title, "la", 16)
     points = [point for some in series.values() for point in some] or [(0.0, 0.0)]
     (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points, strict=True))
     is_log = y0 > 0
