@@ -39,11 +39,13 @@ class CacheConfig:
     data: str = option(REQUIRED, "folder of images with captions, or of img2dataset tars")
     split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
     caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
-    out: str | None = option(None, "folder of the cache")
-    resolution: int | None = option(None, "pixels (default: the model's own)", minimum=8)
-    flip: bool = option(False, "mirror images too, for trainings with flips; not if captions say left or right")
+    out: str | None = option(None, "folder of the cache; --scan-only needs none")
+    resolution: int | None = option(None, "resolution in pixels (default: the model's own)", minimum=8)
+    flip: bool = option(False, "encode mirrored images too, for training with --flip; not if captions say left, right")
     store: str = option(
-        "fp32", "on the disk; fp16 halves it, fp32 trains bit for bit as without", choices=("fp32", "fp16")
+        "fp32",
+        "precision on the disk; fp16 takes half the space, fp32 trains to the same bits as without a cache",
+        choices=("fp32", "fp16"),
     )
     batch_size: int | None = option(
         None,
@@ -52,9 +54,9 @@ class CacheConfig:
         minimum=1,
     )
     text_states: bool = option(False, "cache the text states of all captions too (SD 1.x: 236 kB each in fp32)")
-    shard: int = option(1024, "examples in a file", minimum=1)
+    shard: int = option(1024, "images in each file of the cache", minimum=1)
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    precision: str = option("fp32", "of the VAE; several overflow in fp16", choices=PRECISIONS)
+    precision: str = option("fp32", "precision of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
     scan_only: bool = option(False, "encode nothing: decode every image once, and list the broken ones in DATA")
 
 

@@ -282,8 +282,9 @@ def _show(value: Any) -> str:
 def _list_presets(presets: Presets) -> str | None:
     lines = ["presets (a flag given beside --preset replaces its value):"]
     for name, preset in presets.items():
-        values = ", ".join(f"{key} {_show(value)}" for key, value in preset.items() if key != "comment")
-        lines.append(textwrap.fill(f"{name}: {preset['comment']}. {values}", 78, subsequent_indent="    "))
+        settings = [f"{key.replace('_', '-')} {_show(value)}" for key, value in preset.items() if key != "comment"]
+        text = f"{name}: {preset['comment']}. {', '.join(settings)}"
+        lines.append(textwrap.fill(text, 78, subsequent_indent="    ", break_on_hyphens=False))
     return "\n".join(lines) if presets else None
 
 

@@ -1,4 +1,6 @@
-"""Evaluate a model of the miniature's scenes: python -m minidistill.evaluate --model SOURCE
+"""Evaluate a model of the miniature's scenes: the share of correct attributes in its images.
+
+    python -m minidistill.evaluate --model SOURCE
 
 Images are generated from held-out captions; the scene judge (`miniature/judge.py`) tells which attributes of a caption
 each one shows. Image i always has the same caption and the same noise, so models can be compared image by image.
@@ -7,8 +9,10 @@ each one shows. Image i always has the same caption and the same noise, so model
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import tqdm
 
@@ -31,10 +35,10 @@ from minidistill.weights.files import write_json
 class Config:
     model: str = option("miniature", "SOURCE: a model folder, or miniature")
     samples: int = option(1000, "number of images, one for each held-out caption", minimum=1)
-    steps: int | None = option(None, f"sampling steps; none: the model's own, else {STEPS}", minimum=1)
-    sampler: str | None = option(None, "sampler; none: the model's own, else ddim", choices=SAMPLERS)
+    steps: int | None = option(None, f"sampling steps (default: the model's own, else {STEPS})", minimum=1)
+    sampler: str | None = option(None, "sampler (default: the model's own, else ddim)", choices=SAMPLERS)
     guidance: float | None = option(
-        None, f"scale of classifier-free guidance; 1 disables it; none: the model's own, else {GUIDANCE:g}"
+        None, f"scale of classifier-free guidance; 1 disables it (default: the model's own, else {GUIDANCE:g})"
     )
     seed: int = option(0, "seed of the noise")
     batch_size: int = option(16, "images per batch; the result does not depend on it", minimum=1)
@@ -46,6 +50,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Generate images, judge them, print a table."""
+    if config.grid and not config.grid.lower().endswith(".png"):
+        raise InputError(f"--grid {config.grid}: the name of a .png file is needed")
+    if config.out and Path(config.out).is_dir():
+        raise InputError(f"--out {config.out} is a folder: the name of a .json file is needed")
     pipe = load_pipeline(config.model, get_device(config.device))
     if pipe.trained_size() != (SIDE, SIDE):
         raise InputError(
@@ -85,13 +93,25 @@ def main(config: Config) -> None:
     rows = [("attribute", "correct")] + [(kind, f"{share:.1%}") for kind, share in results["judge"].items()]
     print(format_table(rows))
     print(f"\n{len(captions)} held-out captions in {seconds:.0f} s")
-    for name in ("clip_similarity", "clip_retrieval_top1_of_100", "vae"):
-        if name in results:
-            print(f"{name}: {results[name]}")
+    print(describe_parts(results), end="")
     if config.out:
         write_json(config.out, results)
     if config.grid:
         save_image_grid(Path(config.grid), [shown], captions[: len(shown)])
+
+
+def describe_parts(results: Mapping[str, Any]) -> str:
+    """What was measured of CLIP and VAE, a line each."""
+    lines = []
+    if "clip_similarity" in results:
+        lines.append(f"CLIP: similarity of image and caption {results['clip_similarity']:.3f}")
+    if "clip_retrieval_top1_of_100" in results:
+        lines.append(f"CLIP: the right one of 100 captions in {results['clip_retrieval_top1_of_100']:.1%} of cases")
+    if "vae" in results:
+        vae = results["vae"]
+        plain = f", {vae['psnr_plain']:.1f} dB on plain backgrounds" if "psnr_plain" in vae else ""
+        lines.append(f"VAE: {vae['psnr']:.1f} dB{plain}; {vae['all_correct']:.1%} of reconstructions all correct")
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

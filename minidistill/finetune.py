@@ -56,7 +56,7 @@ LORA_FILES = {"kohya": "lora.safetensors", "peft": "lora_peft.safetensors"}
 @dataclass(frozen=True)
 class Config:
     model: str = option("miniature", "model to start from: a model folder, a Hub id, a single file, or miniature")
-    data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
+    data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
     split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
     caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     images: int = option(4096, "number of scenes to train on", minimum=1)

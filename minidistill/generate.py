@@ -53,14 +53,14 @@ class GenerateConfig:
     count: int = option(1, "number of images of the prompt, side by side in the file", minimum=1)
     latents: str | None = option(None, "safetensors file with the initial noise, `latents` (B, 4, h, w): B images")
     image: str | None = option(None, "image to start from (image to image)")
-    strength: float = option(0.8, "share of the steps done from the noised image on, above 0 to 1")
+    strength: float = option(0.8, "share of the steps that are done on --image after adding noise; above 0, at most 1")
     height: int | None = option(None, "height in pixels (default: what the model was trained at)", minimum=1)
     width: int | None = option(None, "width in pixels (default: what the model was trained at)", minimum=1)
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "precision of the U-Net and the text encoders", choices=PRECISIONS)
     vae_precision: str = option("fp32", "precision of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
     low_memory: bool = option(False, "text encoders on the CPU while sampling, images decoded in tiles")
-    out: str = option("generated.png", "the image, a .png file")
+    out: str = option("generated.png", "PNG file to write")
 
 
 def generate(config: GenerateConfig) -> None:

@@ -1,4 +1,6 @@
-"""Sensitivity of every block of a U-Net, and removal lists chosen from it: python -m minidistill.sensitivity
+"""Sensitivity of every block of a U-Net, and removal lists chosen from it.
+
+    python -m minidistill.sensitivity --teacher DIR --data DIR --budget 0.5
 
 Each block is removed alone, without retraining, and scored by the MSE between the predictions of the remaining network
 and of the teacher (`distill/sensitivity.py`). For each recipe that fits the teacher, a list is chosen that saves as
@@ -42,7 +44,7 @@ class Config:
     data: str = option("scenes", "scenes (held-out ones), a folder of images with captions, or its latent cache")
     split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
     caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
-    resolution: int | None = option(None, "image size in pixels; none: that of the teacher", minimum=8)
+    resolution: int | None = option(None, "image size in pixels (default: the teacher's)", minimum=8)
     samples: int = option(64, "noisy latents to measure on, one timestep each; rounded up to full batches", minimum=1)
     batch_size: int = option(16, "samples per batch", minimum=1)
     budget: float | None = option(

@@ -66,10 +66,10 @@ STUDIES = {  # "inner" has the defaults of train_kd: copied weights, all three l
 
 @dataclass(frozen=True)
 class Config:
-    only: str | None = option(None, "run one study; none: all", choices=STUDIES)
+    only: str | None = option(None, "run one study (default: all)", choices=STUDIES)
     seeds: int = option(3, "runs with each setting", minimum=1)
     steps: int | None = option(
-        None, f"steps per run; none: {', '.join(f'{name} {s.steps}' for name, s in STUDIES.items())}", minimum=1
+        None, f"steps per run (default: {', '.join(f'{name} {s.steps}' for name, s in STUDIES.items())})", minimum=1
     )
     judged: int = option(200, "held-out captions judged for each model", minimum=1, maximum=len(Scenes("test")))
     precision: str = option("bf16", "precision of the forward passes", choices=PRECISIONS)

@@ -70,7 +70,7 @@ class Config:
     )
     feature_norm: bool = option(False, "divide each feature's loss by the teacher's mean square, as in LAPTOP-Diff")
     copy_weights: bool = option(True, "initialise the student with the teacher's weights, not at random")
-    data: str = option("scenes", "scenes, a folder of images with captions, or a cache of one (minidistill.cache)")
+    data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
     split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
     caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     images: int = option(4096, "number of scenes to train on", minimum=1)

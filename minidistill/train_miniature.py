@@ -1,4 +1,4 @@
-"""Train the embedded miniature Stable Diffusion from scratch: python -m minidistill.train_miniature
+"""Train the embedded miniature Stable Diffusion from scratch.
 
 Three networks in this order, each resumable, all on scenes that are rendered on the fly:
 

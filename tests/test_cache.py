@@ -233,7 +233,7 @@ def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data
     write_rows(data, rows[:-1])
     assert "holds 10 examples, then 11" in refusal(lambda: LatentCache(out))
     write_rows(data, [rows[1], rows[0], *rows[2:]])
-    assert "00.png has gone or moved, 01.png is in its place" in refusal(lambda: LatentCache(out))
+    assert "00.png was removed or moved, 01.png is in its place" in refusal(lambda: LatentCache(out))
     write_rows(data, rows)
     assert len(LatentCache(out)) == 11
     data.rename(data.parent / "elsewhere")

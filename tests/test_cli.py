@@ -146,6 +146,12 @@ def test_the_help_of_every_command_is_plain(name):
     assert not re.search("none (takes|leaves|keeps|goes|trains)|nobody|averages nothing", text)
 
 
+def test_presets_are_listed_by_their_flags_and_words_are_not_torn():
+    presets = {"p": {"comment": "long " * 12, "learning_rate": 1e-4, "recipe": "bk-small", "flip": True}}
+    text = help_of(lambda: parsed("--help", presets=presets))
+    assert "learning-rate 0.0001, recipe bk-small, flip on" in text
+
+
 def test_sections_and_other_tools_names_are_of_flags_that_there_are():
     names = set()
     for name in commands():

@@ -10,13 +10,16 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import minidistill
+from minidistill import evaluate
 from minidistill.diffusion.noise import initial_noise
+from minidistill.errors import InputError
 from minidistill.metrics.clip_score import retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.train_miniature import UNET
 from minidistill.weights import folders
+from minidistill.weights.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +90,23 @@ def test_loading_does_not_import_the_compiler():
     code = "import sys, minidistill; minidistill.load_pipeline('miniature'); assert 'torch._dynamo' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_evaluate_prints_shares_and_parts_and_writes_numbers_and_grid(tmp_path, capsys):
+    evaluate.main(evaluate.Config(samples=2, steps=1, out=str(tmp_path / "e.json"), grid=str(tmp_path / "e.png")))
+    assert "2 held-out captions in" in capsys.readouterr().out
+    assert read_json(tmp_path / "e.json")["samples"] == 2 and (tmp_path / "e.png").exists()
+    results = {"clip_similarity": 0.71191, "vae": {"psnr": 39.4556, "all_correct": 1.0}}
+    results["clip_retrieval_top1_of_100"] = 0.823
+    assert evaluate.describe_parts(results).splitlines() == [
+        "CLIP: similarity of image and caption 0.712",
+        "CLIP: the right one of 100 captions in 82.3% of cases",
+        "VAE: 39.5 dB; 100.0% of reconstructions all correct",
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"out": "."}, {"grid": "grid.jpg"}])
+def test_evaluate_refuses_a_file_name_that_cannot_be_before_it_starts(settings, capsys):
+    with pytest.raises(InputError, match="the name of a"):
+        evaluate.main(evaluate.Config(**settings))
+    assert not capsys.readouterr().out

@@ -89,6 +89,14 @@ def test_a_students_card_has_its_teacher_recipe_settings_results_and_grid(tmp_pa
     assert (tmp_path / "student/images.png").read_bytes() == grid.read_bytes()
 
 
+@pytest.mark.parametrize("recipe", ["bk-base", "inner"])
+def test_a_card_offers_stable_diffusion_cpp_for_no_student_that_it_cannot_open(tmp_path, grid, recipe):
+    write_card(tmp_path, "student", student_settings(remove=RECIPES[recipe].remove), RESULTS, grid)
+    text = card_of(tmp_path).text
+    assert "comfyui.safetensors\n```\n\nIt is for ComfyUI. DeepCache" in text and "stable-diffusion.cpp" not in text
+    assert "dry_run" not in text
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "relation", "words"),
     [

@@ -25,6 +25,7 @@ from minidistill.models.taesd import AutoencoderTiny
 from minidistill.models.unet import UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.weights.files import read_metadata
+from minidistill.weights.folders import find_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS = {"latents": noise(), "steps": 2}
@@ -312,6 +313,8 @@ def test_of_a_folder_that_is_no_model_what_is_in_it_is_named(sources, tmp_path, 
     run = tmp_path / "runs/kd"
     shutil.copytree(sources["sd1"], run / "student")
     (run / "checkpoints").mkdir()
+    (run / "config.json").write_text('{"teacher": "miniature", "steps": 6}')
+    assert f"give {run / 'student'}" in refused(find_model, run)
     assert f"give {run / 'student'}" in refused(load_pipeline, run)
     assert "give runs/kd/student" in refused(load_pipeline, "runs/kd")
     (tmp_path / "owner/name").mkdir(parents=True)

@@ -52,6 +52,9 @@ def test_a_folder_in_use_is_refused_without_resume(tmp_path):
     (tmp_path / "model" / "model_index.json").write_text("{}")
     with pytest.raises(InputError, match=r"model_index\.json exists"):
         open_run(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match="is the folder of --data"):
+        RunFolder.find(tmp_path / "images", {"data": str(tmp_path / "images")})
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         open_run(tmp_path / "file")

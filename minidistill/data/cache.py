@@ -139,7 +139,7 @@ class LatentCache:
     def _difference(self, folder: ImageFolder, i: int) -> str:
         name = self.names[i]
         if folder.name(i) != name:
-            return f"{name} has gone or moved, {folder.name(i)} is in its place"
+            return f"{name} was removed or moved, {folder.name(i)} is in its place"
         shard, row = self._place(i)
         shown = int(shard["shown"][row])
         if shown < len(folder) and folder.captions(shown) != self.captions(i):

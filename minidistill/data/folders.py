@@ -100,7 +100,7 @@ class ImageFolder:
         return self.report.read(self.report.examples[i].place)
 
     def stat(self, i: int) -> tuple[int, int]:
-        """(bytes, time of the last change in ns) of example i's file; the time is that of its tar. -1: gone."""
+        """(bytes, time of the last change in ns) of example i's file; the time is that of its tar. -1: removed."""
         place = self.report.examples[i].place
         try:
             status = os.stat(os.path.join(self.report.path, place.file))

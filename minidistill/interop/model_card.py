@@ -33,7 +33,7 @@ LICENSES = {  # as the Hub spells them; of a folder with a card, that card's
     "stabilityai/stable-diffusion-xl-base-1.0": RAIL_PLUS,
 }
 
-# What results.json measures, in words; a measure that is not here goes by its name.
+# What results.json measures, in words; one that is not here is called by its name.
 MEASURES = {
     "parameters": "U-Net parameters",
     "trained_parameters": "parameters trained",
@@ -46,7 +46,7 @@ MEASURES = {
 
 # Settings that say nothing about the model, or are told elsewhere.
 NOT_TOLD = ("out", "resume", "device", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
-NOT_TOLD += ("judged", "push_to_hub", "private", "examples", "weights")
+NOT_TOLD += ("judged", "push_to_hub", "private", "examples", "weights", "dry_run")
 PATHS = ("teacher", "model", "data")
 
 
@@ -142,12 +142,15 @@ With other programs, in a single file:
 
 ```
 python -m minidistill.convert {here} comfyui.safetensors
-python -m minidistill.convert {here} cpp.safetensors --layout stable-diffusion.cpp
-```
+{cpp}```
 
-The first is for ComfyUI, the second for stable-diffusion.cpp, which of the students of SD 1.x knows bk-tiny alone, and
-by other block numbers. DeepCache needs a mid block, which {mid}.
+{which} is for ComfyUI{for_cpp}. DeepCache needs a mid block, which {mid}.
 """
+CPP = "python -m minidistill.convert {here} cpp.safetensors --layout stable-diffusion.cpp\n"
+FOR_CPP = (
+    ", the second for stable-diffusion.cpp, which of the students of SD 1.x knows bk-tiny alone, and\n"
+    "by other block numbers"
+)
 
 
 def write_card(
@@ -165,7 +168,7 @@ def write_card(
         config: all settings of the run, resolved: its config.json.
         results: what was measured, model by model: its results.json.
         grid: the image to show.
-        repo: owner/name on the Hub if it goes there, for the lines on how to use it.
+        repo: owner/name on the Hub if it is uploaded, for the lines on how to use it.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -192,7 +195,6 @@ def write_card(
     load, model = [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{here}")'], f"--model {here}"
     if kind == "lora":
         load, model = _with_lora(source, here)
-    mid = "bk-base has and this student has not" if "mid" in config.get("remove", ()) else "this student has"
     text = TEMPLATE.format(
         front=front.to_yaml(),
         title=about.title.format(**words),
@@ -202,7 +204,7 @@ def write_card(
         results=_table(results),
         diffusers="\n".join(load),
         model=model,
-        others=OTHERS.format(here=here, mid=mid) if kind == "student" else "",
+        others=_for_other_programs(here, config) if kind == "student" else "",
         settings="\n".join(f"{name:{width}}  {text}" for name, text in lines.items()),
         license=f"That of {base}" + (": name it here." if license == "other" else f": {license}."),
     )
@@ -210,6 +212,14 @@ def write_card(
         shutil.copyfile(grid, temporary)
     with atomic_path(folder / CARD) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _for_other_programs(here: str, config: Mapping[str, Any]) -> str:
+    """How to convert a student for ComfyUI and, if it can be for that, for stable-diffusion.cpp."""
+    mid = "bk-base has and this student has not" if "mid" in config.get("remove", ()) else "this student has"
+    is_tiny = {"down.0.1", "mid", "stage.3"} <= set(config.get("remove", ()))  # of the recipes bk-tiny alone
+    which, cpp, for_cpp = ("The first", CPP.format(here=here), FOR_CPP) if is_tiny else ("It", "", "")
+    return OTHERS.format(here=here, mid=mid, which=which, cpp=cpp, for_cpp=for_cpp)
 
 
 def public_name(source: str) -> str:

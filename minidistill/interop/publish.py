@@ -1,4 +1,4 @@
-"""Uploading a model: a folder goes to the Hugging Face Hub. `model_card` writes the card in it.
+"""Uploading a model: a folder is sent to the Hugging Face Hub. `model_card` writes the card in it.
 
     open_repo("me/bk-tiny")                  before training: what would stop the upload is better known now
     push(folder, "me/bk-tiny")               after it

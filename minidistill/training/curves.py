@@ -52,11 +52,11 @@ def _mean_by_bin(entries: Sequence[Mapping[str, float | None]]) -> Points:
 def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, Points]) -> None:
     """Title, legend, and the series as lines over five labelled grid lines each way."""
     left, top, right, bottom = box[0] + 66, box[1] + 66, box[2] - 22, box[3] - 44
-    _text(draw, (left, box[1] + 14), f"{title} (nothing logged yet)" if not any(series.values()) else title, "la", 16)
+    _text(draw, (left, box[1] + 14), f"{title}: nothing yet" if not any(series.values()) else title, "la", 16)
     points = [point for some in series.values() for point in some] or [(0.0, 0.0)]
     (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points, strict=True))
     is_log = y0 > 0
-    x1 = x1 if x1 > x0 else x0 + 1
+    x1 = max(x1, x0 + 4)  # the labels are whole numbers
     y1 = max(y1, 1.1 * y0) if is_log else max(y1, y0 + 1e-12)
 
     def pixel(x: float, y: float) -> tuple[float, float]:
@@ -80,7 +80,9 @@ def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, 
 
 def _line(draw: ImageDraw.ImageDraw, points: Points, color: str, width: int) -> None:
     pixels = [(x * SCALE, y * SCALE) for x, y in points]
-    draw.line(pixels + pixels[-1:], color, width * SCALE)  # the last one twice: a single point is a dot
+    draw.line(pixels, color, width * SCALE)
+    if len(pixels) == 1:
+        draw.circle(pixels[0], 2 * width * SCALE, color)
 
 
 def _text(

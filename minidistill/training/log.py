@@ -39,7 +39,7 @@ def bin_by_timestep(
 ) -> dict[str, float]:
     """Mean loss in equal bins of the timestep: {"0-99": 0.8, "100-199": 0.4, ...}; empty bins are absent.
 
-    The mean over all timesteps hides the one that goes wrong: high t is structure, low t is texture.
+    The mean over all timesteps hides the one whose loss is high: high t is structure, low t is texture.
 
     Args:
         per_sample_loss: (B,)

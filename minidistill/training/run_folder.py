@@ -98,6 +98,9 @@ class RunFolder:
         run = cls(out)
         if run.path.exists() and not run.path.is_dir():
             raise InputError(f"{out} is a file, --out takes a folder")
+        data = config.get("data") or "scenes"
+        if data != "scenes" and Path(data).expanduser().resolve() == run.path.resolve():
+            raise InputError(f"--out {out} is the folder of --data: take another --out")
         if resume:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
@@ -147,7 +150,7 @@ class RunFolder:
         to_disk(self.checkpoints)
         paths = self._checkpoint_paths()
         kept = [path for path in paths if _step_of(path) <= step][-max(1, keep) :]
-        for path in paths:  # those after `step` are damaged: the run has gone back to before them
+        for path in paths:  # those after `step` are damaged: the run was resumed before them
             if path not in kept:  # renamed first: half a checkpoint must not have the name of a complete one
                 path.rename(self.checkpoints / f".old-{path.name}")
         self._remove_leftovers()

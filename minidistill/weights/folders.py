@@ -84,12 +84,15 @@ def _model_in(folder: Path) -> Path:
     match = PLACE.fullmatch(str(folder))
     on_hub = f"; rename or remove it if the model {folder} on the Hub is meant" if match and not match["file"] else ""
     inside = {path.name: path for path in folder.iterdir()}
+    models = [path for path in inside.values() if (path / "model_index.json").is_file()]
+    if models and "model_index.json" not in inside:  # the folder of a run, say, with a config.json of its own
+        inside.pop("config.json", None)
     if on_hub and {"model_index.json", "config.json"} & inside.keys() and (lacking := missing_files(folder)):
         raise InputError(f"{folder} is not complete, it lacks {some(lacking)}{on_hub}")
     if {"model_index.json", "config.json", *NETWORKS, *TOKENIZERS} & inside.keys():
         return folder
     files = [path for name, path in inside.items() if name.endswith(SINGLE_FILES)]
-    others = [path for path in inside.values() if (path / "model_index.json").is_file()] or files
+    others = models or files
     if len(files) == 1 and others == files:
         return files[0]
     hint = f"give {some(map(str, others))}" if others else f"it has no model_index.json{on_hub}"
