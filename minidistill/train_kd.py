@@ -111,7 +111,7 @@ class Config:
 
 
 PRESETS = {
-    "quick": {"comment": "the defaults: under 3 minutes on 2 CPU cores; 65 % all attributes correct, teacher 96 %"},
+    "quick": {"comment": "the defaults: under 3 minutes on 2 cores; 58 to 65 % all attributes correct, teacher 96 %"},
     "best": {
         "comment": "the same, longer: 82 to 84 % all attributes correct of 200 captions, teacher 89 %",
         "steps": 2000,
