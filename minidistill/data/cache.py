@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.data.listing import fingerprint
-from minidistill.data.text_cache import TextCache, text_digest
+from minidistill.data.text_cache import TextCache, hash_weights, text_digest
 from minidistill.errors import InputError
 from minidistill.pipeline import Origin, Pipeline
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
@@ -232,10 +232,7 @@ def vae_digest(vae: nn.Module) -> str:
     """SHA-256 of a VAE's configuration and of all weights that latents depend on."""
     weights = {n: w for n, w in vae.state_dict().items() if not n.startswith(("decoder.", "post_quant_conv."))}
     digest = hashlib.sha256(repr(vae.config).encode())
-    for name in sorted(weights):
-        weight = weights[name].detach().cpu().contiguous()
-        digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
-        digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    hash_weights(digest, weights)
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +70,13 @@ def text_digest(pipe: Pipeline) -> str:
         digest.update(repr(known).encode())
     for encoder in pipe.text_encoders:
         digest.update(repr(encoder.config).encode())
-        for name, weight in encoder.state_dict().items():
-            digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        hash_weights(digest, encoder.state_dict())
     return digest.hexdigest()
+
+
+def hash_weights(digest: hashlib._Hash, weights: Mapping[str, Tensor]) -> None:
+    """Add the name, dtype, shape and every byte of all weights to a digest, in the order of their names."""
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
