@@ -60,8 +60,10 @@ class Kind:
     grid: str  # what the image shows
     tags: tuple[str, ...]
     relation: str | None = None  # to the base model, in the Hub's words
+    call: str = ""  # arguments of the pipeline in diffusers, after the prompt
 
 
+FEW = ", num_inference_steps={student}, guidance_scale=0"  # of a few-step student
 KINDS = {
     "student": Kind(
         "teacher",
@@ -90,6 +92,28 @@ KINDS = {
         ("lora",),
         "adapter",
     ),
+    "lightning": Kind(
+        "teacher",
+        "{base} in {student} steps",
+        "{base}, distilled for {student} sampling steps as in "
+        "[SDXL-Lightning](https://arxiv.org/abs/2402.13929). Sample it in these, by Euler with trailing timesteps, "
+        "guidance off.",
+        "teacher above students",
+        ("sdxl-lightning",),
+        "finetune",
+        FEW,
+    ),
+    "lightning-lora": Kind(
+        "teacher",
+        "{base} in {student} steps, as a LoRA",
+        "A LoRA with which {base} samples in {student} steps, distilled as in "
+        "[SDXL-Lightning](https://arxiv.org/abs/2402.13929). Sample it in these, by Euler with trailing timesteps, "
+        "guidance off.",
+        "teacher above students",
+        ("sdxl-lightning", "lora"),
+        "adapter",
+        FEW,
+    ),
 }
 
 TEMPLATE = """\
@@ -115,7 +139,7 @@ With [diffusers](https://github.com/huggingface/diffusers):
 import diffusers
 
 {diffusers}
-pipe("what it shows").images[0].save("image.png")
+pipe("what it shows"{call}).images[0].save("image.png")
 ```
 
 With minidistill, which made it:
@@ -164,7 +188,7 @@ def write_card(
     """Write README.md and images.png into the folder of a model.
 
     Args:
-        kind: "student", "finetuned" or "lora".
+        kind: one of KINDS.
         config: all settings of the run, resolved: its config.json.
         results: what was measured, model by model: its results.json.
         grid: the image to show.
@@ -193,8 +217,11 @@ def write_card(
         tags=["text-to-image", "stable-diffusion", "minidistill", *about.tags],
     )
     load, model = [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{here}")'], f"--model {here}"
-    if kind == "lora":
+    if about.relation == "adapter":
         load, model = _with_lora(source, here)
+    if kind == "lightning-lora":
+        scheduler = 'diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")'
+        load.append(f"pipe.scheduler = {scheduler}")
     text = TEMPLATE.format(
         front=front.to_yaml(),
         title=about.title.format(**words),
@@ -203,6 +230,7 @@ def write_card(
         grid_file=GRID,
         results=_table(results),
         diffusers="\n".join(load),
+        call=about.call.format(**words),
         model=model,
         others=_for_other_programs(here, config) if kind == "student" else "",
         settings="\n".join(f"{name:{width}}  {text}" for name, text in lines.items()),

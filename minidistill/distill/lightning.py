@@ -1,0 +1,194 @@
+"""The procedure of SDXL-Lightning as data (arXiv 2402.13929, sections 3.1 to 3.7): stages, and the phases of each.
+
+A stage distils a model of more sampling steps into a student of fewer. Its phases train the student with a LoRA or all
+its weights, against the conditional discriminator D or the unconditional D'. Numbers that the paper does not give, such
+as the optimizer steps of a phase, are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from minidistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What trains the student for a number of optimizer steps."""
+
+    steps: int
+    learning_rate: float  # of the student and, in the paper, of the discriminator
+    lora: bool = False  # train a LoRA, which is merged before the next phase that trains all weights
+    # weights of the losses
+    mse: float = 0.0  # (16)
+    adversarial: float = 0.0  # (21)
+    matching: float = 0.0  # distribution matching (DMD2, arXiv 2405.14867), on jumps that end at the clean latent
+    convert: float = 0.0  # (29), from the student of the stage before
+    # what is seen
+    teacher: int | None = None  # sampling steps of a skip-level teacher; None: the stage's
+    timesteps: int | None = None  # number of timesteps that the student is trained at; None: those of its own steps
+    rollout: bool = False  # x_t from the student's own steps (DMD2's backward simulation), not from noised data
+    # the discriminator
+    conditional: bool = True  # D (22) or D' (23)
+    noise_levels: tuple[int, ...] = ()  # t* - 1 of (25) and (26); empty: D reads clean latents
+    noise_weights: tuple[float, ...] = ()  # how often each is drawn; empty: equally
+    taps: tuple[str, ...] = ("mid",)
+    relativistic: bool = False
+    r1: float = 0.0  # weight of the approximated R1
+    backbone_rate: float = 1.0  # its learning rate, relative to the student's; 0: frozen
+    head_rate: float = 1.0
+    head_start: int = 0  # steps at first in which the discriminator trains alone
+    fake_rate: float = 1.0  # of distribution matching's network of the student's samples
+    # the rest of the optimizer
+    schedule: str = "constant"
+    warmup: int = 0
+    ema_decay: float = 0.0  # the phase ends with averaged weights; 0: with the last
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Adam's: the paper's for the adversarial objective, and the usual ones."""
+        return (0.0, 0.99) if self.adversarial else (0.9, 0.999)
+
+    @property
+    def label(self) -> str:
+        """Such as "D, LoRA"."""
+        names = {"convert": "x0", "mse": "MSE", "adversarial": "D" if self.conditional else "D'", "matching": "DM"}
+        return " + ".join(text for name, text in names.items() if getattr(self, name)) + ", LoRA" * self.lora
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From a model of `teacher` sampling steps to one of `student` steps."""
+
+    student: int
+    teacher: int
+    phases: tuple[Phase, ...]
+    predicts_x0: bool = False  # the student predicts x0, not what the teacher predicts (section 3.7)
+
+    @property
+    def name(self) -> str:
+        """Of the student's folder."""
+        return f"{self.student}-step{'-x0' * self.predicts_x0}"
+
+
+class Leg(NamedTuple):
+    """A phase in its place."""
+
+    index: int  # of the stage
+    stage: Stage
+    phase: Phase
+    number: int  # of the phase, counted over all stages
+    first: int  # optimizer steps before it, over all phases
+    last: int  # and after it
+
+
+def legs(stages: Sequence[Stage]) -> Iterator[Leg]:
+    """All phases in their order."""
+    number = done = 0
+    for index, stage in enumerate(stages):
+        for phase in stage.phases:
+            yield Leg(index, stage, phase, number, done, done + phase.steps)
+            number, done = number + 1, done + phase.steps
+
+
+def only_lora(stages: Sequence[Stage]) -> bool:
+    """Whether one LoRA is trained throughout, so that the students are LoRAs for the first teacher."""
+    return all(phase.lora for stage in stages for phase in stage.phases)
+
+
+def choose(plan: Sequence[Stage], students: Sequence[int] | None, length: float = 1.0) -> tuple[Stage, ...]:
+    """The stages with these students, each phase `length` times as long. InputError: no such ladder."""
+    known = [stage.student for stage in plan]
+    if missing := sorted(set(students or ()) - set(known)):
+        raise InputError(f"--stages {missing[0]}: this plan has students of {', '.join(map(str, known))} steps")
+    stages = [stage for stage in plan if students is None or stage.student in students]
+    if not stages:
+        raise InputError("--stages names no stage: give students' steps such as 8,4,2")
+    chosen: list[Stage] = []
+    for stage in stages:
+        earlier = [before.student for before in chosen]
+        for phase in stage.phases:
+            wanted = phase.teacher or stage.teacher
+            if chosen and wanted not in earlier:
+                raise InputError(f"--stages: the student of {stage.student} steps needs that of {wanted} before it")
+            if phase.convert and not chosen:
+                raise InputError(f"--stages: {stage.name} is converted from a student, and needs one before it")
+        shorter = (replace(phase, steps=max(1, round(length * phase.steps))) for phase in stage.phases)
+        chosen.append(replace(stage, phases=tuple(shorter)))
+    return tuple(chosen)
+
+
+def stage_rows(stages: Sequence[Stage], guidance: float) -> list[tuple[str, ...]]:
+    """The table of a procedure, the heading first."""
+    rows = [("stage", "objective", "teacher", "timesteps", "t*", "learning rate", "steps")]
+    for leg in legs(stages):
+        stage, phase = leg.stage, leg.phase
+        guided = f", guidance {guidance:g}" if leg.index == 0 else ""
+        levels = ":".join(f"{weight:g}" for weight in phase.noise_weights or (1,) * len(phase.noise_levels))
+        stars = " ".join(str(level + 1) for level in phase.noise_levels)
+        rows.append(
+            (
+                f"{stage.teacher} -> {stage.student}{' (x0)' * stage.predicts_x0}",
+                phase.label,
+                f"{phase.teacher or stage.teacher} steps{guided}",
+                str(phase.timesteps or stage.student),
+                f"{stars} at {levels}" if stars else "-",
+                f"{phase.learning_rate:g}",
+                str(phase.steps),
+            )
+        )
+    return rows
+
+
+# The procedure of the paper. Steps are ours: it says none.
+LEVELS = (9, 249, 499, 749)  # t* = 10, 250, 500, 750
+LORA = Phase(4000, 1e-6, lora=True, adversarial=1)
+FULL = Phase(4000, 5e-7, adversarial=1, conditional=False)
+
+
+def adversarial_phases(lora: Phase = LORA, full: Phase | None = FULL, skip: int | None = None) -> tuple[Phase, ...]:
+    """LoRA with D, LoRA with D', all weights with D'. skip: sampling steps of the teacher where D' judges."""
+    free = replace(lora, conditional=False, teacher=skip)
+    return (lora, free) if full is None else (lora, free, replace(full, teacher=skip))
+
+
+def one_step(lora: Phase, full: Phase | None, skip: int) -> tuple[Phase, ...]:
+    """`adversarial_phases` with noise levels: all alike at first, then mostly t* = 10 (section 3.7)."""
+    phases = adversarial_phases(replace(lora, timesteps=4, noise_levels=LEVELS), full, skip)
+    last = replace(phases[-1], timesteps=4, noise_levels=LEVELS, noise_weights=(5, 1, 1, 1))
+    return (*phases[:-1], last)
+
+
+PAPER = (
+    Stage(32, 128, (Phase(10_000, 1e-5, mse=1),)),
+    Stage(8, 32, adversarial_phases()),
+    Stage(4, 8, adversarial_phases()),
+    Stage(2, 4, adversarial_phases(replace(LORA, timesteps=4), replace(FULL, timesteps=4), 8)),
+    Stage(1, 2, (Phase(2000, 1e-5, convert=1, timesteps=4), *one_step(LORA, FULL, 4)), predicts_x0=True),
+)
+
+# One LoRA throughout, heads on a frozen backbone, which shares the teacher's weights: one U-Net in memory.
+SMALL = replace(LORA, taps=("down.1", "mid"), relativistic=True, backbone_rate=0, head_rate=5, learning_rate=2e-5)
+ONE_GPU = (
+    Stage(8, 32, (Phase(2000, 1e-4, lora=True, mse=1),)),
+    Stage(4, 8, adversarial_phases(replace(SMALL, steps=1000, head_start=100), None)),
+    Stage(2, 4, adversarial_phases(replace(SMALL, steps=1000, head_start=100, timesteps=4), None, 8)),
+)
+
+# The miniature, in minutes.
+MSE = Phase(150, 3e-4, mse=1, schedule="cosine", warmup=10)
+TAPS = ("down.0", "down.1")
+GAN = Phase(
+    100, 3e-5, adversarial=1, mse=0.5, conditional=False, taps=TAPS, relativistic=True, backbone_rate=30, head_rate=150
+)
+MATCH = Phase(100, 5e-5, matching=1, mse=0.5, rollout=True, fake_rate=10)
+DEMO = (
+    Stage(8, 16, (MSE,)),
+    Stage(4, 8, (replace(MSE, steps=60, learning_rate=1e-4),)),
+    Stage(2, 4, (MSE, replace(GAN, head_start=40), MATCH)),
+    Stage(1, 2, (MSE, replace(MATCH, learning_rate=1e-4))),
+)
+
+PLANS: dict[str, tuple[Stage, ...]] = {"paper": PAPER, "one-gpu": ONE_GPU, "demo": DEMO}

@@ -1,0 +1,346 @@
+"""The networks of one phase of SDXL-Lightning: the student, the teacher, the discriminator, and how each is used.
+
+Everything is built from the first teacher, from the students of earlier stages, which are read from the run folder, and
+from the state of the phase. So a run can be resumed in any phase.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidistill.diffusion.noise import generator_for
+from minidistill.diffusion.samplers import Model, guide
+from minidistill.diffusion.schedule import add_noise, move, to_x0, training_target
+from minidistill.distill import adversarial
+from minidistill.distill.kd import mean_square
+from minidistill.distill.lightning import Leg, Stage, only_lora
+from minidistill.distill.progressive import jump_table, rollout, solve_conv, teacher_path
+from minidistill.interop.lora_files import read_lora
+from minidistill.models import lora
+from minidistill.models.discriminator import Discriminator
+from minidistill.models.unet import UNet
+from minidistill.pipeline import Pipeline, TextStates
+from minidistill.training import optim
+from minidistill.training.batches import Batch, Batches
+from minidistill.training.ema import EMA
+from minidistill.training.run_folder import RunFolder
+from minidistill.training.state import Part
+from minidistill.weights.folders import load_unet
+
+LORA_FILE = "lora.safetensors"
+SOLVED = 768  # samples of the least squares that start conv_out for x0-prediction
+NUDGE = 0.01  # standard deviation of the noise of the approximated R1
+
+
+class Settings(Protocol):
+    """What a phase reads of a command's settings."""
+
+    seed: int
+    guidance: float
+    pure_noise: bool
+    accumulate: int
+    lora_rank: int
+    lora_alpha: float
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What all phases share."""
+
+    config: Settings
+    settings: dict[str, Any]  # config.json: the config, the phases, and fingerprints of the model and of the data
+    stages: tuple[Stage, ...]
+    folder: RunFolder
+    pipe: Pipeline  # the first teacher; its U-Net is frozen
+    batches: Batches
+    absent: TextStates  # of no prompt, (1, L, D)
+    alpha_bar: Tensor
+    autocast: AbstractContextManager
+    scaler: torch.amp.GradScaler  # idle: fp16 is not offered
+
+    def prediction(self, stage: Stage) -> str:
+        """What the student of a stage predicts."""
+        return "sample" if stage.predicts_x0 else self.pipe.schedule.prediction_type
+
+
+class Player(NamedTuple):
+    """A network that is trained."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    rate: float  # peak learning rate
+
+
+class Teacher(NamedTuple):
+    """A frozen network, and how it is sampled."""
+
+    unet: UNet
+    prediction: str
+    guidance: float
+
+
+class Players(NamedTuple):
+    """The networks of a phase."""
+
+    leg: Leg
+    student: UNet
+    prediction: str  # the student's
+    times: Tensor  # `jump_table`
+    teacher: Teacher | None  # None where the phase needs no endpoints of a teacher
+    frozen: Teacher | None  # the student before its conversion to x0, eq. (27)
+    discriminator: Discriminator | None
+    fake: UNet | None  # of distribution matching: trained on the student's samples
+    trained: dict[str, Player]
+    ema: EMA
+    parts: dict[str, Part]  # of a checkpoint
+
+
+class Jump(NamedTuple):
+    """One jump of the student, and the teacher's steps over the same time. Latents (B, C, h, w), timesteps (B,)."""
+
+    x_t: Tensor
+    t: Tensor
+    t_next: Tensor  # -1: clean
+    x_real: Tensor | None  # the teacher's x_{t-ns}
+    x_fake: Tensor  # the student's
+    out: Tensor  # the student's prediction, float32
+    frozen_out: Tensor | None  # that of the student before its conversion
+
+
+def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) -> Players:
+    """The networks at the start of a phase.
+
+    Args:
+        unet: the student as the phase before has left it; None at the start, and of a resumed run.
+        fresh: False if a checkpoint will replace all that is trained.
+    """
+    config, phase, base = ladder.config, leg.phase, ladder.pipe.unet
+    student = prepare_student(ladder, leg, unet or _copy(base, shared=only_lora(ladder.stages)))
+    times = jump_table(leg.stage.student, phase.teacher or leg.stage.teacher, phase.timesteps, len(ladder.alpha_bar))
+    before = ladder.stages[leg.index - 1]
+    frozen = Teacher(load_student(ladder, leg.index - 1), ladder.prediction(before), 1.0) if phase.convert else None
+    networks: dict[str, tuple[nn.Module, float]] = {"student": (student, 1.0)}
+    discriminator = fake = None
+    if phase.adversarial:
+        torch.manual_seed(generator_for(config.seed, "discriminator", leg.number).initial_seed())
+        side = min(ladder.batches.size) // ladder.pipe.vae.config.downscale
+        discriminator = Discriminator(base, side, phase.conditional, phase.taps, phase.backbone_rate > 0)
+        discriminator = discriminator.to(ladder.pipe.device)
+        discriminator.backbone.gradient_checkpointing = config.gradient_checkpointing
+        networks["heads"] = discriminator.heads, phase.head_rate
+        if phase.backbone_rate > 0:
+            networks["backbone"] = discriminator.backbone, phase.backbone_rate
+    if phase.matching:
+        fake = _copy(base).requires_grad_(True)
+        fake.gradient_checkpointing = config.gradient_checkpointing
+        networks["fake"] = fake, phase.fake_rate
+    trained, parts = {}, {}
+    for name, (network, rate) in networks.items():
+        betas = (0.9, 0.999) if name == "fake" else phase.betas
+        optimizer = optim.adamw(network.parameters(), rate * phase.learning_rate, betas, weight_decay=0.0)
+        trained[name] = Player(network, optimizer, rate * phase.learning_rate)
+        parts |= {name: network, f"{name} optimizer": optimizer}
+    if only_lora(ladder.stages):  # the rest of the student is the teacher's
+        parts["student"] = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    ema = EMA(student, phase.ema_decay)
+    teacher = find_teacher(ladder, leg) if phase.mse or phase.adversarial else None
+    players = Players(
+        leg, student, ladder.prediction(leg.stage), times.to(ladder.pipe.device), teacher, frozen,
+        discriminator, fake, trained, ema, {**parts, "ema": ema},
+    )  # fmt: skip
+    if fresh and phase.convert:
+        solve_output(ladder, players)
+    return players
+
+
+def prepare_student(ladder: Ladder, leg: Leg, unet: UNet) -> UNet:
+    """The student with what the phase trains: a LoRA, a new one or the one that it has, or all weights."""
+    config = ladder.config
+    if not leg.phase.lora:
+        lora.merge_lora(unet)
+        unet.requires_grad_(True)
+    elif not lora.lora_layers(unet):
+        generator = generator_for(config.seed, "lora", leg.number)
+        lora.add_lora(unet, lora.ALL, config.lora_rank, config.lora_alpha, generator=generator)
+    unet.gradient_checkpointing = config.gradient_checkpointing
+    return unet
+
+
+def find_teacher(ladder: Ladder, leg: Leg) -> Teacher:
+    """The teacher of a phase: an earlier student, or the first teacher with guidance."""
+    wanted = leg.phase.teacher or leg.stage.teacher
+    for index in reversed(range(leg.index)):
+        if ladder.stages[index].student == wanted:
+            return Teacher(load_student(ladder, index), ladder.prediction(ladder.stages[index]), 1.0)
+    return Teacher(ladder.pipe.unet, ladder.pipe.schedule.prediction_type, ladder.config.guidance)
+
+
+def load_student(ladder: Ladder, index: int) -> UNet:
+    """The student of an earlier stage, frozen, from the run folder. InputError: it is not there any more."""
+    base, folder = ladder.pipe.unet, ladder.folder.path / ladder.stages[index].name
+    if only_lora(ladder.stages):
+        unet = _copy(base, shared=True)
+        lora.attach_lora(unet, read_lora(folder / LORA_FILE, ladder.pipe.networks)["unet"], dtype=torch.float32)
+    else:
+        unet = load_unet(folder, device=ladder.pipe.device)
+    return unet.eval().requires_grad_(False)
+
+
+def endpoints(ladder: Ladder, players: Players, batch: Batch, trains: bool) -> Jump:
+    """Both ways from x_t to x_{t-ns}: (6) to (15). trains: with gradients to the student."""
+    phase, alpha_bar = players.leg.phase, ladder.alpha_bar
+    times = players.times[batch.t * len(players.times) // len(alpha_bar)]  # (B, n + 1), each row as likely
+    t, t_next = times[:, 0], times[:, -1]
+    with ladder.autocast:
+        if phase.rollout:
+            model, grid = model_of(ladder, players.student, batch), players.times[:, 0]
+            x_t = rollout(model, batch.eps, t, grid, alpha_bar, players.prediction)
+        else:
+            x_t = add_noise(batch.x0, batch.eps, t, alpha_bar, ladder.config.pure_noise)  # (6), (24)
+        x_real = frozen_out = None
+        if players.teacher is not None:
+            unet, prediction, guidance = players.teacher
+            model = model_of(ladder, unet, batch, guidance)
+            x_real = teacher_path(model, x_t, times, alpha_bar, prediction)  # (7) to (13)
+        if players.frozen is not None:
+            with torch.no_grad():
+                frozen_out = model_of(ladder, players.frozen.unet, batch)(x_t, t).float()  # (27)
+        with torch.set_grad_enabled(trains):
+            out = players.student(x_t, t, batch.context, batch.added_cond).float()  # (14)
+    x_fake = move(x_t, out, t, t_next, alpha_bar, players.prediction)  # (15)
+    return Jump(x_t, t, t_next, x_real, x_fake, out, frozen_out)
+
+
+def model_of(ladder: Ladder, unet: UNet, batch: Batch, guidance: float = 1.0) -> Model:
+    """model(x, t) of a U-Net with the text of a batch in it, and with guidance above 1."""
+    context, added = batch.context, batch.added_cond
+    if guidance <= 1:
+        return guide(unet, context, None, 1.0, added_cond=added)
+    uncond = ladder.absent.map(lambda part: part.to(context).expand(len(context), *part.shape[1:]))
+    other = None if added is None else {**added, "text_embeds": uncond.pooled}
+    return guide(unet, context, uncond.context, guidance, added_cond=added, uncond_added_cond=other)
+
+
+def logits(
+    ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int, *latents: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """D's logits (B,) of endpoints (B, C, h, w) of micro-batch k (18), (19), and the timesteps (B,) that it read."""
+    phase, judge, text = players.leg.phase, players.discriminator, (batch.context, batch.added_cond)
+    uniform, eps = fresh(ladder, k, "t*", jump.x_t)
+    level = adversarial.draw_levels(uniform, phase.noise_levels, phase.noise_weights) if phase.noise_levels else None
+    found = []
+    with ladder.autocast:
+        condition = judge.features(jump.x_t, jump.t, *text) if phase.conditional else None  # once for all
+        for endpoint in latents:
+            x, at = adversarial.to_noise_level(endpoint, jump.t_next, eps, level, ladder.alpha_bar)
+            found.append(judge(x, at, *text, condition))
+    return found, at
+
+
+def contest(
+    ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int, trains: bool
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Both players' losses on micro-batch k, from one forward pass of the student and one of D for each latent.
+
+    Adds the gradient of L_D to D's parameters, and computes that of L_G in x_fake, but not further. Both are of the
+    weights before the step. Returns L_G (B,), its gradient (B, C, h, w), and measures to log.
+    """
+    phase, judge = players.leg.phase, players.discriminator
+    x_fake = jump.x_fake.detach().requires_grad_()
+    nudged = [jump.x_real + NUDGE * fresh(ladder, k, "r1", x_fake)[1]] if phase.r1 else []
+    (real, fake, *nudged), at = logits(ladder, players, batch, jump, k, jump.x_real, x_fake, *nudged)
+    loss_g = adversarial.generator_loss(real, fake, phase.relativistic)
+    loss_d = adversarial.discriminator_loss(real, fake, phase.relativistic)
+    if phase.r1:
+        loss_d = loss_d + phase.r1 * adversarial.approximate_r1(real, *nudged)
+    pull = torch.zeros_like(x_fake)
+    if trains:
+        (pull,) = torch.autograd.grad(loss_g.sum(), x_fake, retain_graph=True)
+    learned = [weight for weight in judge.parameters() if weight.requires_grad]
+    (loss_d.mean() / ladder.config.accumulate).backward(inputs=learned)
+    measures = {
+        "d": loss_d.mean(), "real": real.mean(), "fake": fake.mean(), "pull": pull.flatten(1).norm(dim=1).mean(),
+        "rank": ((real > fake).double() + 0.5 * (real == fake).double()).mean(),
+    }  # fmt: skip
+    for level in phase.noise_levels:
+        if bool((at == level).any()):
+            measures[f"d t*={level + 1}"] = loss_d[at == level].mean()
+    return loss_g.detach(), pull, measures
+
+
+def match(ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Distribution matching of the jumps that end clean: its loss (B,), 0 for the others, and measures to log.
+
+    Adds the gradient of the fake network's loss, the usual one on the student's samples, to its parameters.
+    """
+    clean, T, prediction = jump.t_next < 0, len(ladder.alpha_bar), ladder.pipe.schedule.prediction_type
+    none = (0 * jump.x_fake).flatten(1).sum(1)
+    if not bool(clean.any()):
+        return none, {}
+    added = batch.added_cond and {name: value[clean] for name, value in batch.added_cond.items()}
+    some = batch._replace(context=batch.context[clean], added_cond=added)
+    x0, (uniform, eps) = jump.x_fake[clean], (part[clean] for part in fresh(ladder, k, "matching", jump.x_fake))
+    t = (T * (0.02 + 0.96 * uniform)).long()
+    x_t = add_noise(x0.detach(), eps, t, ladder.alpha_bar)
+    with ladder.autocast:
+        with torch.no_grad():
+            real = model_of(ladder, ladder.pipe.unet, some, ladder.config.guidance)(x_t, t).float()
+        fake = players.fake(x_t, t, some.context, some.added_cond).float()
+    target = training_target(x0.detach(), eps, t, ladder.alpha_bar, prediction)
+    loss_fake = mean_square(fake, target).mean()
+    (loss_fake / ladder.config.accumulate).backward()
+    found = (to_x0(out.detach(), x_t, t, ladder.alpha_bar, prediction) for out in (real, fake))
+    return none.masked_scatter(clean, adversarial.matching_loss(x0, *found)), {"fake net": loss_fake}
+
+
+@torch.no_grad()
+def ranking(ladder: Ladder, players: Players, pairs: int) -> tuple[float, int]:
+    """D's ranking accuracy on pairs of noise and timesteps that no step takes, and how many they are."""
+    found: list[list[Tensor]] = []
+    for k in range(-math.ceil(pairs / ladder.batches.batch_size), 0):
+        batch = ladder.batches[k]
+        jump = endpoints(ladder, players, batch, trains=False)
+        found.append(logits(ladder, players, batch, jump, k, jump.x_real, jump.x_fake)[0])
+    real, fake = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return adversarial.ranking_accuracy(real, fake), len(real)
+
+
+@torch.no_grad()
+def solve_output(ladder: Ladder, players: Players) -> None:
+    """Give the student the conv_out that best predicts x0 from its last features, by least squares."""
+    unet, stages = players.student, len(players.student.up_blocks)
+
+    def pairs():
+        for k in range(-math.ceil(SOLVED / ladder.batches.batch_size), 0):
+            batch = ladder.batches[k]
+            jump = endpoints(ladder, players, batch, trains=False)
+            _, features = unet(jump.x_t, jump.t, batch.context, batch.added_cond, return_features=True)
+            x0 = to_x0(jump.frozen_out, jump.x_t, jump.t, ladder.alpha_bar, players.frozen.prediction)
+            yield F.silu(unet.conv_norm_out(features[f"up.{stages - 1}"])), x0
+
+    weight, bias = solve_conv(pairs())
+    unet.conv_out.weight.copy_(weight)
+    unet.conv_out.bias.copy_(bias)
+
+
+def fresh(ladder: Ladder, k: int, what: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform numbers (B,) and standard-normal noise (B, C, h, w) of the samples of micro-batch k, for one purpose."""
+    numbers = range(k * ladder.batches.batch_size, (k + 1) * ladder.batches.batch_size)
+    generators = [generator_for(ladder.config.seed, what, n) for n in numbers]
+    uniform = torch.stack([torch.rand((), generator=g) for g in generators])
+    noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
+    return uniform.to(like.device), noise.to(like.device)
+
+
+def _copy(unet: UNet, shared: bool = False) -> UNet:
+    """A copy of a U-Net. shared: only of its modules; the weights are the same tensors, and must stay frozen."""
+    return copy.deepcopy(unet, {id(weight): weight for weight in unet.parameters()} if shared else None)

@@ -1,0 +1,331 @@
+"""Distil a Stable Diffusion into students of fewer and fewer sampling steps (SDXL-Lightning, arXiv 2402.13929).
+
+    python -m minidistill.train_lightning                the miniature on a CPU, offline, in about ten minutes
+    python -m minidistill.train_lightning --preset sdxl-one-gpu --teacher DIR --data DIR
+
+Each stage makes a student of a model with more steps: first by mean squared error from the teacher with guidance, then
+against a discriminator that is made of the teacher's encoder. The students are written to OUT/8-step and so on. The
+procedure is a table, in `distill/lightning.py`; the equations are in `distill/progressive.py` and `adversarial.py`, the
+networks of a phase in `distill/players.py`; `train_phase` is the training loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidistill.cli import option, run_command
+from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
+from minidistill.diffusion.sampling import Sampling, sampling_metadata
+from minidistill.diffusion.schedule import make_alpha_bar
+from minidistill.distill.adversarial import verdict
+from minidistill.distill.kd import mean_square
+from minidistill.distill.lightning import PLANS, Stage, choose, legs, only_lora, stage_rows
+from minidistill.distill.players import (
+    LORA_FILE,
+    Ladder,
+    Players,
+    assemble,
+    contest,
+    endpoints,
+    load_student,
+    match,
+    ranking,
+)
+from minidistill.distill.progressive import convert_loss
+from minidistill.errors import InputError
+from minidistill.interop.lora_files import write_lora
+from minidistill.interop.model_card import CARD, GRID, public_name, write_card
+from minidistill.interop.publish import open_repo
+from minidistill.metrics.cost import on_device
+from minidistill.miniature.scenes import Scenes
+from minidistill.models import lora
+from minidistill.models.unet import UNet
+from minidistill.pipeline import Pipeline, load_pipeline
+from minidistill.report import SEED, Report, draw, save_image_grid
+from minidistill.training import optim
+from minidistill.training.batches import Batches
+from minidistill.training.device import best_precision, get_device, get_precision
+from minidistill.training.inputs import check_weights, content_of, open_data, resolution_for, smallest_map
+from minidistill.training.log import MetricsLog, format_table
+from minidistill.training.run_folder import RunFolder
+from minidistill.training.state import unpack
+
+REFERENCE = 32  # sampling steps of the teacher in image grids and in the table
+PAIRS = 128  # at least, on which the discriminator's ranking is measured
+COMPARED = 16  # samples whose latents are compared with the teacher's
+SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature, take the plan for minutes
+
+
+@dataclass(frozen=True)
+class Config:
+    teacher: str = option("miniature", "teacher: a model folder, a Hub id, a single file, or miniature")
+    plan: str | None = option(None, "stages and phases (default: one-gpu, for small teachers demo)", choices=PLANS)
+    stages: tuple[int, ...] | None = option(None, "sampling steps of the students (default: all of the plan)")
+    length: float = option(1.0, "multiply the optimizer steps of every phase", minimum=0)
+    guidance: float = option(4.0, "guidance of the teacher in the first stage; the students need none", minimum=1)
+    pure_noise: bool = option(True, "train on pure noise at the last timestep (eq. 24), as in sampling")
+    data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
+    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
+    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
+    images: int = option(4096, "number of scenes to train on", minimum=1)
+    resolution: int | None = option(None, "training resolution in pixels (default: the teacher's)", minimum=8)
+    lora_rank: int = option(64, "rank of the LoRA in phases that train one", minimum=1)
+    lora_alpha: float = option(8.0, "scale the LoRA by alpha / rank", minimum=0)
+    out: str = option("runs/lightning", "run folder; the students are written to OUT/8-step, OUT/4-step, ...")
+    batch_size: int = option(16, "samples per micro-batch", minimum=1)
+    accumulate: int = option(1, "micro-batches per optimizer step (gradient accumulation)", minimum=1)
+    max_grad_norm: float | None = option(1.0, "clip gradients to this norm; none: no clipping", minimum=0)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    seed: int = option(0, "random seed")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
+    precision: str | None = option(
+        None, "precision (default: bf16 if the device computes it, else fp32)", choices=("fp32", "bf16")
+    )
+    judged: int = option(
+        48, "held-out scenes to evaluate the students on; 0: none", minimum=0, maximum=len(Scenes("test"))
+    )
+    log_every: int = option(10, "steps between log lines", minimum=1)
+    sample_every: int = option(100, "steps between image grids", minimum=1)
+    checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = option(1, "number of checkpoints to keep", minimum=1)
+    push_to_hub: str | None = option(None, "upload the last student to this Hub repository (owner/name)")
+    private: bool = option(False, "make the repository of --push-to-hub private")
+    resume: bool = option(False, "resume the run in OUT from its last checkpoint")
+
+
+SDXL = {  # 1024 pixels, guidance 6, bf16
+    "teacher": "stabilityai/stable-diffusion-xl-base-1.0",
+    "resolution": 1024,
+    "guidance": 6.0,
+    "gradient_checkpointing": True,
+    "device": "cuda",
+    "precision": "bf16",
+    "log_every": 50,
+    "sample_every": 500,
+    "checkpoint_every": 500,
+}
+PRESETS = {
+    "quick": {"comment": "the defaults: students of 8, 4, 2 and 1 steps of the miniature"},
+    "sdxl-lightning": {
+        "comment": "the paper's settings, batch 512; its optimizer steps are ours; give --data; not yet run here",
+        **SDXL,
+        "plan": "paper",
+        "batch_size": 8,
+        "accumulate": 64,
+    },
+    "sdxl-one-gpu": {
+        "comment": "a LoRA of 8, 4 and 2 steps on one GPU, heads on a frozen backbone; give --data; not yet run here",
+        **SDXL,
+        "plan": "one-gpu",
+        "batch_size": 4,
+        "accumulate": 8,
+    },
+}
+
+
+def main(config: Config) -> None:
+    """Distil the teacher stage by stage (arXiv 2402.13929, section 3)."""
+    ladder, report = set_up(config)
+    folder, total = ladder.folder, ladder.settings["steps"]
+    folder.begin(ladder.settings)
+    checkpoint = folder.latest_checkpoint()  # of step S: of the phase that does step S + 1
+    start = checkpoint.step if checkpoint else 0
+    unet: UNet | None = None
+    with MetricsLog(folder.metrics, total, config.log_every, start, len(ladder.alpha_bar)) as log:
+        for leg in legs(ladder.stages):
+            if leg.last <= start and leg.last < total:
+                continue
+            players = assemble(ladder, leg, unet, fresh=checkpoint is None)
+            if checkpoint is not None:
+                unpack(checkpoint.tensors, checkpoint.meta, players.parts)
+                print(f"resuming at step {start}", flush=True)
+                checkpoint = None
+            elif leg.first > 0:
+                folder.save(leg.first, players.parts, config.keep_checkpoints)
+            print(f"{leg.stage.name}, {leg.phase.label}: steps {leg.first + 1} to {leg.last}", flush=True)
+            train_phase(ladder, players, report, log, max(start, leg.first))
+            unet = players.student
+            if leg.phase is leg.stage.phases[-1]:
+                with log.untimed():
+                    save_student(ladder, leg.stage, unet)
+                    report.measure(leg.stage.name, student_pipeline(ladder, leg.stage, unet), leg.last)
+    finish(ladder, report)
+
+
+def train_phase(ladder: Ladder, players: Players, report: Report, log: MetricsLog, start: int) -> None:
+    """The optimizer steps of one phase, from `start` on. All players learn at once, from the weights of before."""
+    config, leg, phase = ladder.config, players.leg, players.leg.phase
+    for step in range(start, leg.last):
+        done, trains = step + 1, step - leg.first >= phase.head_start  # before that, only the discriminator trains
+        for k in range(step * config.accumulate, done * config.accumulate):
+            batch = ladder.batches[k]
+            jump = endpoints(ladder, players, batch, trains)  # (6) to (15)
+            losses, measures = {}, {}
+            if jump.x_real is not None:
+                losses["mse"] = mean_square(jump.x_fake, jump.x_real)  # (16)
+            if players.frozen is not None:
+                frozen = jump.frozen_out, jump.x_t, jump.t, ladder.alpha_bar, players.frozen.prediction
+                losses["convert"] = convert_loss(jump.out, *frozen)  # (29)
+            if phase.matching:
+                losses["matching"], measures = match(ladder, players, batch, jump, k)
+            loss = target = sum(getattr(phase, name) * value for name, value in losses.items())  # (B,)
+            if phase.adversarial:
+                losses["adversarial"], pull, more = contest(ladder, players, batch, jump, k, trains)  # (18) to (21)
+                loss = loss + phase.adversarial * losses["adversarial"]
+                target = target + phase.adversarial * (jump.x_fake * pull).flatten(1).sum(1)  # with L_G's gradient
+                measures |= more
+            optim.check_finite(loss, done, jump.t)
+            if trains:
+                (target.mean() / config.accumulate).backward()
+            means = {name: value.mean() for name, value in losses.items()}
+            log.add({"loss": loss.mean(), **means, **measures}, loss, jump.t)
+
+        now = optim.lr_at(step - leg.first, 1.0, phase.warmup, phase.steps, phase.schedule)
+        norms = {
+            name: optim.optimizer_step(
+                player.network, player.optimizer, ladder.scaler, now * player.rate, config.max_grad_norm, done, jump.t
+            )
+            for name, player in players.trained.items()
+            if name != "student" or trains
+        }
+        if trains:
+            players.ema.update()
+        log.end_step(done, lr=now * phase.learning_rate, grad_norm=norms.get("student", 0.0))
+        if done == leg.last:
+            keep_average(players)
+        with log.untimed():
+            if done % config.sample_every == 0 or done == leg.last:
+                look(ladder, players, report, done)
+            if (done % config.checkpoint_every == 0 and done < leg.last) or done == ladder.settings["steps"]:
+                ladder.folder.save(done, players.parts, config.keep_checkpoints)
+
+
+@torch.no_grad()
+def keep_average(players: Players) -> None:
+    """Give the student the averaged weights, if the phase averages."""
+    for name, weight in players.student.named_parameters():
+        if name in players.ema.shadow:
+            weight.copy_(players.ema.shadow[name])
+
+
+def look(ladder: Ladder, players: Players, report: Report, step: int) -> None:
+    """An image grid, and how well the discriminator ranks held-out pairs; a warning if it teaches nothing."""
+    with players.ema.swap():
+        report.look(student_pipeline(ladder, players.leg.stage, players.student), step)
+    if players.discriminator is not None:
+        accuracy, count = ranking(ladder, players, PAIRS)
+        print(f"the discriminator ranks {accuracy:.0%} of {count} held-out pairs correctly", flush=True)
+        if problem := verdict(accuracy, count):
+            warnings.warn(f"step {step}: the discriminator {problem} ({accuracy:.0%} of {count} pairs)", stacklevel=2)
+
+
+def set_up(config: Config) -> tuple[Ladder, Report]:
+    """Check all settings, load the teacher and the data, measure the teacher. No file is written."""
+    device = get_device(config.device, config.deterministic)
+    if config.length <= 0 or config.lora_alpha == 0 or config.max_grad_norm == 0:
+        raise InputError("--length, --lora-alpha and --max-grad-norm must be above 0, or nothing trains")
+    pipe = load_pipeline(config.teacher, device)
+    check_weights(pipe, config.teacher)
+    resolution = resolution_for(pipe, config.resolution, config.teacher)
+    smallest = smallest_map(pipe.unet.config, resolution // pipe.vae.config.downscale)
+    size = sum(weight.numel() for weight in pipe.unet.parameters())
+    config = dataclasses.replace(
+        config,
+        plan=config.plan or ("demo" if size < SMALL else "one-gpu"),
+        resolution=resolution,
+        precision=config.precision or best_precision(device, smallest),
+    )
+    stages = choose(PLANS[config.plan], config.stages, config.length)
+    print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
+    scenes = Scenes("train", length=config.images)
+    data = open_data(config.data, resolution, scenes, config.split, config.caption_column)
+    precision = get_precision(config.precision, device, smallest)
+    about = {"steps": list(legs(stages))[-1].last, "phases": [dataclasses.asdict(stage) for stage in stages]}
+    settings = {**dataclasses.asdict(config), **content_of(pipe, data), **about}
+    folder = RunFolder.find(config.out, settings, config.resume)
+    if config.push_to_hub:
+        open_repo(config.push_to_hub, config.private)
+
+    for network in (pipe.vae, *pipe.networks.values()):
+        network.eval().requires_grad_(False)
+    batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed)
+    absent, alpha_bar = pipe.encode_prompts([None]), make_alpha_bar(pipe.schedule).to(device)
+    ladder = Ladder(
+        config, settings, stages, folder, pipe, batches, absent, alpha_bar, precision.autocast, precision.scaler
+    )
+    return ladder, open_report(ladder)
+
+
+def open_report(ladder: Ladder) -> Report:
+    """The report, in which the teacher is sampled in 32 steps with guidance."""
+    config, batches, autocast = ladder.config, ladder.batches, ladder.autocast
+    teacher = copy.copy(ladder.pipe)
+    teacher.set_sampling(Sampling(REFERENCE, guidance=config.guidance, prediction=teacher.schedule.prediction_type))
+    captions, (width, height) = batches.captions(COMPARED), batches.size
+
+    def latents(model: Pipeline) -> Tensor:
+        with on_device(batches.idle, model.device), autocast:
+            return model(captions, seed=SEED, height=height, width=width, output="latents")
+
+    reference = cache(lambda: latents(teacher))
+
+    def numbers(model: Pipeline) -> dict[str, Any]:
+        return {"distance_to_teacher": mean_square(latents(model), reference()).mean().item()}
+
+    name, judged = f"teacher, {REFERENCE} steps", config.judged if config.data == "scenes" else 0
+    return Report(
+        ladder.folder, batches, numbers, (name, teacher), trained="student", judged=judged, idle=batches.idle,
+        autocast=autocast,
+    )  # fmt: skip
+
+
+def student_pipeline(ladder: Ladder, stage: Stage, unet: UNet) -> Pipeline:
+    """A pipeline that samples the student of a stage as it is trained to be."""
+    student = copy.copy(ladder.pipe)
+    student.unet = unet
+    student.set_sampling(Sampling(stage.student, prediction=ladder.prediction(stage)))
+    return student
+
+
+def save_student(ladder: Ladder, stage: Stage, unet: UNet) -> None:
+    """Write OUT/N-step: a model folder, or a LoRA for the teacher if that is all that was trained."""
+    student, folder = student_pipeline(ladder, stage, unet), ladder.folder.path / stage.name
+    if only_lora(ladder.stages):
+        about = sampling_metadata(student.sampling) | {"ss_sd_model_name": public_name(ladder.config.teacher)}
+        write_lora(folder / LORA_FILE, {**student.networks, "unet": unet}, metadata=about)
+        return
+    if lora.lora_layers(unet):
+        student.unet = copy.deepcopy(unet)
+        lora.merge_lora(student.unet)
+    student.save(folder)
+
+
+def finish(ladder: Ladder, report: Report) -> None:
+    """One image grid of the teacher and all students, the table, and a model card for each student."""
+    last, rows, labels = ladder.stages[-1], [report.upper_row], [report.reference]
+    for index, stage in enumerate(ladder.stages):
+        student = student_pipeline(ladder, stage, load_student(ladder, index))
+        with on_device(ladder.batches.idle, student.device):
+            rows.append(draw(student, report.captions, report.size, SEED, autocast=ladder.autocast))
+        labels.append(f"student, {stage.name}")
+    grid = ladder.folder.image_grid(ladder.settings["steps"])
+    save_image_grid(grid, rows, report.captions, labels)
+    kind, files = ("lightning-lora", [LORA_FILE, CARD, GRID]) if only_lora(ladder.stages) else ("lightning", None)
+    settings = {name: value for name, value in ladder.settings.items() if name != "phases"}
+    for stage in ladder.stages:
+        about = {**settings, "student": stage.student}
+        write_card(ladder.folder.path / stage.name, kind, about, report.results, grid, settings["push_to_hub"])
+    report.finish(ladder.folder.path / last.name, kind, files, {**settings, "student": last.student})
+
+
+if __name__ == "__main__":
+    run_command(main, Config, PRESETS, prog="python -m minidistill.train_lightning", description=__doc__)
