@@ -1,0 +1,286 @@
+"""The command train_lightning: whole ladders of tiny models, resuming in every kind of phase, students in diffusers.
+
+A v-prediction model and an SDXL-shaped one go through every phase of the paper in a few optimizer steps, and through
+those of our own; a LoRA is trained throughout on an eps-prediction model. A run that is interrupted in every phase must
+end in the very bits of the run that was left alone.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS
+from runs import UNET, assert_same_files, exit_code, metrics, one_line, read, results
+from safetensors.torch import load_file
+
+from minidistill import report, train_lightning
+from minidistill.distill import lightning, players
+from minidistill.distill.lightning import LEVELS, PLANS, Phase, Stage, choose, legs, stage_rows
+from minidistill.errors import InputError
+from minidistill.interop.replace import merge_loras
+from minidistill.models.lora import ALL, find_targets
+from minidistill.pipeline import load_pipeline
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLAGS = "--batch-size 2 --precision fp32 --lora-rank 2 --log-every 1 --sample-every 100 --checkpoint-every 1"
+LORA = Phase(2, 1e-3, lora=True, adversarial=1, head_start=1)
+FULL = Phase(2, 1e-3, adversarial=1, mse=1, conditional=False, relativistic=True, r1=1.0, ema_decay=0.5)
+TINY = {
+    "every": (
+        Stage(8, 16, (Phase(2, 1e-3, mse=1),)),
+        Stage(4, 8, lightning.adversarial_phases(LORA, replace(FULL, taps=("down.0", "mid")))),
+        Stage(2, 4, (replace(FULL, timesteps=4, backbone_rate=0, teacher=8), Phase(2, 1e-3, matching=1, rollout=True))),
+        Stage(1, 2, (Phase(2, 1e-3, convert=1, timesteps=4), *lightning.one_step(LORA, FULL, 4)), predicts_x0=True),
+    ),
+    "loras": (
+        Stage(4, 8, (Phase(2, 1e-2, lora=True, mse=1),)),
+        Stage(2, 4, lightning.adversarial_phases(replace(LORA, backbone_rate=0, head_rate=5.0, timesteps=4), None)),
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(one_thread):
+    """Fewer images and pairs, and the tiny plans."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PAIRS": 4, "COMPARED": 1, "REFERENCE": 2}.items():
+            patch.setattr(train_lightning, name, value)
+        patch.setattr(players, "SOLVED", 8)
+        patch.setattr(report, "SHOWN", 2)
+        for name, plan in TINY.items():
+            patch.setitem(PLANS, name, plan)
+        yield
+
+
+@pytest.fixture(scope="module")
+def train(sources, images):
+    """train(run folder, kind of model, plan, *words) -> exit code."""
+
+    def run(folder: Path, kind: str, plan: str, *words: object) -> int:
+        given = ("--teacher", sources[kind], "--data", images, "--plan", plan, "--out", folder, *FLAGS.split(), *words)
+        return exit_code(train_lightning, *given)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ladder(train, tmp_path_factory):
+    """The run folder of the v-prediction model; not to be changed."""
+    folder = tmp_path_factory.mktemp("ladder") / "run"
+    assert train(folder, "sd2", "every") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loras(train, tmp_path_factory):
+    """The run folder of the eps-prediction model with a LoRA; not to be changed."""
+    folder = tmp_path_factory.mktemp("loras") / "run"
+    assert train(folder, "sd1", "loras") == 0
+    return folder
+
+
+# the table
+
+
+def test_the_papers_procedure():
+    (first, *others), every = PLANS["paper"], list(legs(PLANS["paper"]))
+    assert [(stage.teacher, stage.student) for stage in (first, *others)] == [
+        (128, 32),
+        (32, 8),
+        (8, 4),
+        (4, 2),
+        (2, 1),
+    ]
+    assert first.phases[0].mse and first.phases[0].betas == (0.9, 0.999) and first.phases[0].learning_rate == 1e-5
+    for stage in others:
+        *rest, a, b, c = stage.phases  # LoRA with D, LoRA with D', merged with D'
+        assert [(x.lora, x.conditional, x.learning_rate) for x in (a, b, c)] == [
+            (True, True, 1e-6), (True, False, 1e-6), (False, False, 5e-7),
+        ]  # fmt: skip
+        assert all(x.betas == (0.0, 0.99) and x.taps == ("mid",) and x.backbone_rate == 1 for x in (a, b, c))
+        assert (b.teacher, c.teacher) == {2: (8, 8), 1: (4, 4)}.get(stage.student, (None, None))
+        assert [x.timesteps for x in (a, b, c)] == [4 if stage.student <= 2 else None] * 3
+        assert [x.convert for x in rest] == ([1] if stage.predicts_x0 else [])
+        assert bool(a.noise_levels) == (stage.student == 1)
+    assert c.noise_levels == LEVELS and a.noise_weights == () and c.noise_weights == (5, 1, 1, 1)
+    assert [leg.first for leg in every[1:]] == [leg.last for leg in every[:-1]] and every[0].first == 0
+
+
+def test_the_table_prints_it():
+    rows = stage_rows(PLANS["paper"], guidance=6)
+    assert rows[1] == ("128 -> 32", "MSE", "128 steps, guidance 6", "32", "-", "1e-05", "10000")
+    assert rows[2][:3] == ("32 -> 8", "D, LoRA", "32 steps") and rows[3][1] == "D', LoRA"
+    assert rows[-1][:5] == ("2 -> 1 (x0)", "D'", "4 steps", "4", "10 250 500 750 at 5:1:1:1")
+    assert all(len(row) == len(rows[0]) for row in rows)
+
+
+def test_stages_are_chosen_by_their_students():
+    assert [stage.student for stage in choose(PLANS["paper"], (8, 32))] == [32, 8]
+    (stage,) = choose(PLANS["paper"], (8,), length=0.5)
+    assert [phase.steps for phase in stage.phases] == [2000, 2000, 2000]
+    for wrong, words in (((3,), "32, 8, 4, 2, 1"), ((32, 4), "needs that of 8"), ((1,), "converted"), ((), "no stage")):
+        with pytest.raises(InputError, match=words):
+            choose(PLANS["paper"], wrong)
+    for plan in PLANS.values():
+        assert choose(plan, None) == plan
+
+
+# a run, and what it leaves behind
+
+
+def test_the_run_folder_holds_what_it_should(ladder):
+    names = "1-step-x0 2-step 4-step 8-step checkpoints config.json curves.png metrics.jsonl results.json samples"
+    assert sorted(path.name for path in ladder.iterdir()) == names.split()
+    config = read(ladder / "config.json")
+    assert config["steps"] == 20 and config["resolution"] == 32 and len(config["phases"]) == 4
+    assert list(results(ladder)) == ["teacher, 2 steps", "8-step", "4-step", "2-step", "1-step-x0"]
+    grids = {path.stem: diffusers.utils.load_image(str(path)).size for path in (ladder / "samples").iterdir()}
+    assert set(grids) == {f"step-{step:06d}" for step in range(2, 21, 2)}
+    assert grids["step-000020"][1] - grids["step-000002"][1] == 3 * (report.CELL + report.GAP), "teacher, 8, 4, 2, 1"
+    card = (ladder / "4-step" / "README.md").read_text()
+    assert 'pipe("what it shows", num_inference_steps=4, guidance_scale=0)' in card and "2402.13929" in card
+
+
+def test_metrics_of_each_phase(ladder):
+    lines = metrics(ladder)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert set(lines[0]) == {"step", "loss", "mse", "lr", "grad_norm", "loss_by_timestep"}
+    head_start, both = lines[2:4]  # LoRA with D
+    assert head_start["grad_norm"] == 0 == head_start["pull"] and head_start["d"] == pytest.approx(2 * np.log(2))
+    assert head_start["adversarial"] == pytest.approx(np.log(2))
+    assert both["grad_norm"] > 0 < both["pull"] and 0 <= both["rank"] <= 1 and {"real", "fake"} <= set(both)
+    matching, convert = lines[10], lines[12]
+    assert matching["matching"] > 0 and convert["convert"] > 0 and "mse" not in convert
+    assert any(name.startswith("d t*=") for line in lines[14:] for name in line)
+
+
+def test_each_student_starts_from_the_one_before(ladder):
+    weights = [load_file(ladder / name / UNET) for name in ("8-step", "4-step", "2-step", "1-step-x0")]
+    for before, after in zip(weights[:-1], weights[1:], strict=True):
+        assert before.keys() == after.keys()
+        moved = [(before[name] - after[name]).abs().max().item() for name in before]
+        assert 0 < max(moved[:-2]) < 0.1  # but for conv_out, which the last one had solved anew
+
+
+# resuming
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted_at(steps):
+    """A `MetricsLog.end_step` that raises Killed after these optimizer steps, once each."""
+    original, waiting = train_lightning.MetricsLog.end_step, set(steps)
+
+    def end_step(self, step, **figures):
+        original(self, step, **figures)
+        if step in waiting:
+            waiting.remove(step)
+            raise Killed
+
+    return end_step
+
+
+@pytest.mark.parametrize(("fixture", "kind", "plan"), [("ladder", "sd2", "every"), ("loras", "sd1", "loras")])
+def test_a_run_killed_in_every_phase_ends_in_the_same_bits(request, train, tmp_path, monkeypatch, fixture, kind, plan):
+    whole, run = request.getfixturevalue(fixture), tmp_path / "run"
+    every = list(legs(TINY[plan]))
+    seconds = [leg.first + 2 for leg in every]  # in the middle of each phase: its first step is in a checkpoint
+    monkeypatch.setattr(train_lightning.MetricsLog, "end_step", interrupted_at([*seconds[:-1], every[-1].first + 1]))
+    words: list[str] = []
+    for _ in every:
+        with pytest.raises(Killed):
+            train(run, kind, plan, *words)
+        words = ["--resume"]
+    assert train(run, kind, plan, *words) == 0
+    assert metrics(run) == metrics(whole) and results(run) == results(whole)
+    for leg in every:
+        file = UNET if plan == "every" else "lora.safetensors"
+        assert_same_files(run / leg.stage.name, whole / leg.stage.name, [file])
+    last = f"checkpoints/step-{every[-1].last:06d}/state.safetensors"
+    assert_same_files(run, whole, [last, f"samples/step-{every[-1].last:06d}.png"])
+
+
+# students, here and in diffusers
+
+
+def images_of(pipe, steps, **settings):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    return [np.asarray(image, dtype=int) for image in pipe(CAPTIONS[:2], latents=noise, **settings)]
+
+
+def oracle_images(oracle, steps):
+    oracle.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    found = oracle(CAPTIONS[:2], latents=noise, num_inference_steps=steps, guidance_scale=0, height=32, width=32)
+    return [np.asarray(image, dtype=int) for image in found.images]
+
+
+def assert_same_images(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a - b).max() <= 2 and b.std() > 1
+
+
+@pytest.mark.parametrize(("name", "steps", "prediction"), [("4-step", 4, "v_prediction"), ("1-step-x0", 1, "sample")])
+def test_students_sample_the_same_images_in_diffusers(ladder, name, steps, prediction):
+    oracle = diffusers.DiffusionPipeline.from_pretrained(ladder / name)
+    assert isinstance(oracle.scheduler, diffusers.EulerDiscreteScheduler)
+    assert (oracle.scheduler.config.timestep_spacing, oracle.scheduler.config.prediction_type) == (
+        "trailing",
+        prediction,
+    )
+    ours = load_pipeline(ladder / name)
+    assert (ours.sampling.steps, ours.sampling.guidance) == (steps, 1)
+    assert_same_images(images_of(ours, steps), oracle_images(oracle, steps))
+
+
+def test_loras_sample_the_same_images_in_diffusers(loras, sources):
+    ours = load_pipeline(sources["sd1"])
+    before = images_of(ours, 2, steps=2, sampler="euler", spacing="trailing", guidance=0)
+    merge_loras(ours, [(loras / "2-step" / "lora.safetensors", 1.0)])
+    assert len(load_file(loras / "2-step" / "lora.safetensors")) == 3 * len(find_targets(ours.unet, ALL))
+    oracle = diffusers.DiffusionPipeline.from_pretrained(sources["sd1"])
+    oracle.load_lora_weights(loras / "2-step", weight_name="lora.safetensors")
+    oracle.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        oracle.scheduler.config, timestep_spacing="trailing"
+    )
+    found = images_of(ours, 2)
+    assert_same_images(found, oracle_images(oracle, 2))
+    assert any((a != b).any() for a, b in zip(found, before, strict=True)), "the LoRA does something"
+
+
+def test_an_sdxl_goes_through_the_whole_ladder(train, tmp_path):
+    assert train(tmp_path / "run", "sdxl", "every", "--judged", 0, "--length", 0.5) == 0
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 10 and all(np.isfinite(line["loss"]) for line in lines)
+    assert load_pipeline(tmp_path / "run" / "2-step").is_sdxl
+
+
+# what is said, and what is refused
+
+
+def test_a_blind_discriminator_is_warned_of(train, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setitem(PLANS, "blind", (Stage(2, 4, (replace(FULL, steps=1, learning_rate=1e-12),)),))
+    monkeypatch.setattr(train_lightning, "ranking", lambda *_: (0.5, 128))
+    assert train(tmp_path / "run", "sd1", "blind") == 0
+    assert any("the discriminator is blind" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--stages 3", "students of 8, 4, 2, 1 steps"),
+        ("--stages 8,2", "needs that of 4"),
+        ("--length 0", "above 0"),
+        ("--plan papier", "did you mean paper?"),
+        ("--resume", "nothing to resume"),
+    ],
+)
+def test_bad_input_is_refused_with_one_line_and_nothing_is_written(train, tmp_path, capsys, words, said):
+    assert train(tmp_path / "run", "sd1", "every", *words.split()) == 2
+    assert said in one_line(capsys) and not (tmp_path / "run").exists()
