@@ -245,7 +245,6 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
         precision=config.precision or best_precision(device, smallest),
     )
     stages = choose(PLANS[config.plan], config.stages, config.length)
-    print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
     scenes = Scenes("train", length=config.images)
     data = open_data(config.data, resolution, scenes, config.split, config.caption_column)
     precision = get_precision(config.precision, device, smallest)
@@ -254,6 +253,7 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
     folder = RunFolder.find(config.out, settings, config.resume)
     if config.push_to_hub:
         open_repo(config.push_to_hub, config.private)
+    print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
 
     for network in (pipe.vae, *pipe.networks.values()):
         network.eval().requires_grad_(False)
