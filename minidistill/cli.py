@@ -45,6 +45,7 @@ GATHERED = ("lora", "lora_scale")  # `--lora a --lora b` is `--lora a,b`; of any
 GROUPS = {
     "model": "source dest teacher model part start unet vae lora lora_scale ema layout dtype",
     "pruning": "recipe remove copy_weights only budget by",
+    "stages": "plan stages length pure_noise",
     "losses": "pairing loss_weights feature_norm",
     "LoRA": "lora_rank lora_alpha lora_targets train_text_encoder",
     "data": "data split caption_column images resolution flip caption_dropout random_conditioning image_free "

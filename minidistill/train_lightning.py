@@ -154,7 +154,8 @@ def main(config: Config) -> None:
             print(f"{leg.stage.name}, {leg.phase.label}: steps {leg.first + 1} to {leg.last}", flush=True)
             train_phase(ladder, players, report, log, max(start, leg.first))
             unet = players.student
-            if leg.phase is leg.stage.phases[-1]:
+            del players  # the other networks make room for those of the next phase
+            if leg.ends_stage:
                 with log.untimed():
                     save_student(ladder, leg.stage, unet)
                     report.measure(leg.stage.name, student_pipeline(ladder, leg.stage, unet), leg.last)
@@ -219,8 +220,9 @@ def keep_average(players: Players) -> None:
 
 def look(ladder: Ladder, players: Players, report: Report, step: int) -> None:
     """An image grid, and how well the discriminator ranks held-out pairs; a warning if it teaches nothing."""
-    with players.ema.swap():
-        report.look(student_pipeline(ladder, players.leg.stage, players.student), step)
+    if step < players.leg.last or not players.leg.ends_stage:  # there the student is measured, and drawn
+        with players.ema.swap():
+            report.look(student_pipeline(ladder, players.leg.stage, players.student), step)
     if players.discriminator is not None:
         accuracy, count = ranking(ladder, players, PAIRS)
         print(f"the discriminator ranks {accuracy:.0%} of {count} held-out pairs correctly", flush=True)

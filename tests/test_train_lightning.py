@@ -258,6 +258,16 @@ def test_an_sdxl_goes_through_the_whole_ladder(train, tmp_path):
     assert load_pipeline(tmp_path / "run" / "2-step").is_sdxl
 
 
+def test_half_precision_loses_no_gradient(train, tmp_path, monkeypatch):
+    """Autocast keeps weights that it has cast: those of the rollout have no gradient, the student's must have one."""
+    monkeypatch.setitem(PLANS, "matching", (Stage(2, 4, (Phase(1, 1e-3, matching=1, mse=1, rollout=True),)),))
+    norms = []
+    for precision in ("fp32", "bf16"):
+        assert train(tmp_path / precision, "sd1", "matching", "--precision", precision, "--batch-size", 4) == 0
+        norms.append(metrics(tmp_path / precision)[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
+
+
 # what is said, and what is refused
 
 

@@ -46,6 +46,12 @@ class Phase:
     warmup: int = 0
     ema_decay: float = 0.0  # the phase ends with averaged weights; 0: with the last
 
+    def __post_init__(self) -> None:
+        if self.rollout and self.timesteps:
+            raise ValueError("a rollout takes the student's own steps: leave out timesteps")
+        if self.lora and self.ema_decay:
+            raise ValueError("the average of a LoRA's two factors is no average of LoRAs: leave out ema_decay")
+
     @property
     def betas(self) -> tuple[float, float]:
         """Adam's: the paper's for the adversarial objective, and the usual ones."""
@@ -82,14 +88,15 @@ class Leg(NamedTuple):
     number: int  # of the phase, counted over all stages
     first: int  # optimizer steps before it, over all phases
     last: int  # and after it
+    ends_stage: bool
 
 
 def legs(stages: Sequence[Stage]) -> Iterator[Leg]:
     """All phases in their order."""
     number = done = 0
     for index, stage in enumerate(stages):
-        for phase in stage.phases:
-            yield Leg(index, stage, phase, number, done, done + phase.steps)
+        for place, phase in enumerate(stage.phases, start=1):
+            yield Leg(index, stage, phase, number, done, done + phase.steps, place == len(stage.phases))
             number, done = number + 1, done + phase.steps
 
 

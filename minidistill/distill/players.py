@@ -200,13 +200,14 @@ def endpoints(ladder: Ladder, players: Players, batch: Batch, trains: bool) -> J
     phase, alpha_bar = players.leg.phase, ladder.alpha_bar
     times = players.times[batch.t * len(players.times) // len(alpha_bar)]  # (B, n + 1), each row as likely
     t, t_next = times[:, 0], times[:, -1]
-    with ladder.autocast:
-        if phase.rollout:
-            model, grid = model_of(ladder, players.student, batch), players.times[:, 0]
+    x_real = frozen_out = None
+    if phase.rollout:
+        model, grid = model_of(ladder, players.student, batch), players.times[:, 0]
+        with ladder.autocast:  # its own: weights that it casts without gradients must not serve the pass with them
             x_t = rollout(model, batch.eps, t, grid, alpha_bar, players.prediction)
-        else:
-            x_t = add_noise(batch.x0, batch.eps, t, alpha_bar, ladder.config.pure_noise)  # (6), (24)
-        x_real = frozen_out = None
+    else:
+        x_t = add_noise(batch.x0, batch.eps, t, alpha_bar, ladder.config.pure_noise)  # (6), (24)
+    with ladder.autocast:
         if players.teacher is not None:
             unet, prediction, guidance = players.teacher
             model = model_of(ladder, unet, batch, guidance)
