@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minidistill.cli import option, run_command
@@ -198,11 +197,7 @@ def train_phase(ladder: Ladder, players: Players, report: Report, log: MetricsLo
             for name, player in players.trained.items()
             if name != "student" or trains
         }
-        if trains:
-            players.ema.update()
         log.end_step(done, lr=now * phase.learning_rate, grad_norm=norms.get("student", 0.0))
-        if done == leg.last:
-            keep_average(players)
         with log.untimed():
             if done % config.sample_every == 0 or done == leg.last:
                 look(ladder, players, report, done)
@@ -210,19 +205,10 @@ def train_phase(ladder: Ladder, players: Players, report: Report, log: MetricsLo
                 ladder.folder.save(done, players.parts, config.keep_checkpoints)
 
 
-@torch.no_grad()
-def keep_average(players: Players) -> None:
-    """Give the student the averaged weights, if the phase averages."""
-    for name, weight in players.student.named_parameters():
-        if name in players.ema.shadow:
-            weight.copy_(players.ema.shadow[name])
-
-
 def look(ladder: Ladder, players: Players, report: Report, step: int) -> None:
     """An image grid, and how well the discriminator ranks held-out pairs; a warning if it teaches nothing."""
     if step < players.leg.last or not players.leg.ends_stage:  # there the student is measured, and drawn
-        with players.ema.swap():
-            report.look(student_pipeline(ladder, players.leg.stage, players.student), step)
+        report.look(student_pipeline(ladder, players.leg.stage, players.student), step)
     if players.discriminator is not None:
         accuracy, count = ranking(ladder, players, PAIRS)
         print(f"the discriminator ranks {accuracy:.0%} of {count} held-out pairs correctly", flush=True)

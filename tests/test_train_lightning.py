@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = "--batch-size 2 --precision fp32 --lora-rank 2 --log-every 1 --sample-every 100 --checkpoint-every 1"
 LORA = Phase(2, 1e-3, lora=True, adversarial=1, head_start=1)
-FULL = Phase(2, 1e-3, adversarial=1, mse=1, conditional=False, relativistic=True, r1=1.0, ema_decay=0.5)
+FULL = Phase(2, 1e-3, adversarial=1, mse=1, conditional=False, relativistic=True, r1=1.0)
 TINY = {
     "every": (
         Stage(8, 16, (Phase(2, 1e-3, mse=1),)),

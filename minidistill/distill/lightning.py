@@ -44,13 +44,10 @@ class Phase:
     # the rest of the optimizer
     schedule: str = "constant"
     warmup: int = 0
-    ema_decay: float = 0.0  # the phase ends with averaged weights; 0: with the last
 
     def __post_init__(self) -> None:
         if self.rollout and self.timesteps:
             raise ValueError("a rollout takes the student's own steps: leave out timesteps")
-        if self.lora and self.ema_decay:
-            raise ValueError("the average of a LoRA's two factors is no average of LoRAs: leave out ema_decay")
 
     @property
     def betas(self) -> tuple[float, float]:

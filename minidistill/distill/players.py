@@ -30,7 +30,6 @@ from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, TextStates
 from minidistill.training import optim
 from minidistill.training.batches import Batch, Batches
-from minidistill.training.ema import EMA
 from minidistill.training.run_folder import RunFolder
 from minidistill.training.state import Part
 from minidistill.weights.folders import load_unet
@@ -100,7 +99,6 @@ class Players(NamedTuple):
     discriminator: Discriminator | None
     fake: UNet | None  # of distribution matching: trained on the student's samples
     trained: dict[str, Player]
-    ema: EMA
     parts: dict[str, Part]  # of a checkpoint
 
 
@@ -151,11 +149,10 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
         parts |= {name: network, f"{name} optimizer": optimizer}
     if only_lora(ladder.stages):  # the rest of the student is the teacher's
         parts["student"] = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
-    ema = EMA(student, phase.ema_decay)
     teacher = find_teacher(ladder, leg) if phase.mse or phase.adversarial else None
     players = Players(
         leg, student, ladder.prediction(leg.stage), times.to(ladder.pipe.device), teacher, frozen,
-        discriminator, fake, trained, ema, {**parts, "ema": ema},
+        discriminator, fake, trained, parts,
     )  # fmt: skip
     if fresh and phase.convert:
         solve_output(ladder, players)
