@@ -21,7 +21,7 @@ from torch import Tensor
 from minidistill.cli import REQUIRED, option, run_command
 from minidistill.data import cache
 from minidistill.data.cache import CacheKey, LatentCache
-from minidistill.data.folders import ImageFolder, read_ahead, scan
+from minidistill.data.folders import ImageFolder, read_ahead
 from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.data.text_cache import text_digest, write_text_shard
 from minidistill.errors import InputError
@@ -57,13 +57,16 @@ class CacheConfig:
     shard: int = option(1024, "images in each file of the cache", minimum=1)
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "precision of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
-    scan_only: bool = option(False, "encode nothing: decode every image once, and list the broken ones in DATA")
+    scan_only: bool = option(False, "encode nothing: decode every image once, and name the broken ones")
 
 
 def main(config: CacheConfig) -> None:
     """Scan, or make or finish a cache."""
     if config.scan_only:
-        print(scan(config.data, config.resolution, config.split, config.caption_column).summary())
+        folder = ImageFolder(config.data, 1, config.split, config.caption_column)
+        for _ in tqdm(read_ahead(folder.sample, range(len(folder)), 256), "scan", len(folder), disable=None):
+            pass  # broken images are named as they are met
+        print(folder.summary())
         return
     if not config.out:
         raise InputError("--out is required: folder of the cache")

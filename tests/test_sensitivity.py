@@ -8,7 +8,6 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from tiny import TINY, TINY_SDXL
 
 from minidistill import cache
@@ -212,9 +211,6 @@ def test_the_command_scores_sorts_and_chooses(tiny_sd1, images, tmp_path, monkey
             assert entry["parameters"] >= goal["parameters"]
     titles = [line.split()[:3] for line in printed.splitlines() if "MSE to teacher" in line]
     assert titles == [["removed", "MSE", "to"], ["student", "MSE", "to"]]
-    with Image.open(out / "sensitivity.png") as image:
-        assert image.size == (900, 24 * 19)
-        assert len(image.convert("RGB").getcolors(10**6)) > 10
 
 
 def test_the_command_takes_sdxl_and_counts_macs(sources, images, tmp_path):

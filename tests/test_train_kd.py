@@ -21,8 +21,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, TOKENS, counting_pipe, save_images
-from PIL import Image
+from conftest import CAPTIONS, TOKENS, counting_pipe
+from PIL import Image, ImageFont
 from runs import (
     UNET,
     assert_same_files,
@@ -159,19 +159,15 @@ def test_results_measure_the_teacher_and_the_student_before_and_after(finished):
 
 def test_image_grids_show_the_same_teacher_above_a_student_that_changes(finished):
     grids = [np.asarray(Image.open(path)) for path in sorted((finished[0] / "samples").iterdir())]
-    left, width, height = 92, report.SHOWN * 134, 6 + 128  # see report.py: the label, the columns, a row
+    left, width, height = report.LABEL, report.SHOWN * 134, 6 + 128  # see report.py: the columns, a row
     assert all(grid.shape[1] == left + width for grid in grids)
     teachers, students = (
         [grid[rows, left:] for grid in grids] for rows in (slice(6, height), slice(height + 6, 2 * height))
     )
     assert (teachers[0] == teachers[1]).all() and (teachers[0] == teachers[2]).all()
     assert (students[0] != students[1]).any() and (students[1] != students[2]).any()
-
-
-def test_captions_from_another_kind_of_file_train_the_same_student(train, finished, tmp_path):
-    save_images(tmp_path / "images", "txt")
-    assert train(tmp_path / "run", WEIGHTS, "--data", tmp_path / "images") == 0
-    assert largest_difference(checkpoint(tmp_path / "run"), checkpoint(finished[0])) < 1e-6
+    label = grids[2][height + 6 : 2 * height, :left].min(axis=(1, 2)) < 200  # rows with ink: "student, step 4"
+    assert 5 < label.sum() < 15 and ImageFont.load_default(12).getlength("student, step 1000000") < report.LABEL
 
 
 def test_scenes_are_judged(train, tmp_path):
@@ -183,22 +179,15 @@ def test_scenes_are_judged(train, tmp_path):
 # settings that must not change the result, or must
 
 
-def test_two_micro_batches_of_four_are_one_batch_of_eight(train, tmp_path, plain):
+def test_two_micro_batches_are_one_larger_batch_and_checkpointing_changes_nothing(train, tmp_path, plain):
     assert train(tmp_path / "whole", "--batch-size 8") == 0
-    assert train(tmp_path / "split", "--batch-size 4 --accumulate 2") == 0
+    assert train(tmp_path / "split", "--batch-size 4 --accumulate 2 --gradient-checkpointing") == 0
     whole, split = (checkpoint(tmp_path / name, part="student") for name in ("whole", "split"))
     assert largest_difference(whole, split) < 1e-5
     assert largest_difference(whole, checkpoint(plain, part="student")) > 1e-3, "a larger batch does change the result"
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "split"), strict=True):
         assert a.pop("loss_by_timestep") == pytest.approx(b.pop("loss_by_timestep"), rel=1e-4)
         assert a == pytest.approx(b, rel=1e-3)
-
-
-def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path):
-    flags = "--precision bf16 --recipe bk-tiny --steps 1"
-    assert train(tmp_path / "kept", flags) == 0
-    assert train(tmp_path / "recomputed", f"{flags} --gradient-checkpointing") == 0
-    assert largest_difference(checkpoint(tmp_path / "kept", 1), checkpoint(tmp_path / "recomputed", 1)) < 1e-6
 
 
 def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(train, tmp_path, plain):
@@ -313,7 +302,8 @@ def test_a_run_is_not_resumed_under_other_settings_nor_written_over(train, plain
         ("", "is in use (config.json exists)"),
     ):
         assert train(plain, flags) == 2
-        assert reason in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert reason in err and out.removeprefix("device: cpu\n") == "", "refused before anything is printed"
     assert contents(plain) == before
 
 
@@ -391,7 +381,6 @@ def test_a_teacher_that_cannot_be_drawn_is_refused_before_a_file_is_written(trai
 
 REFUSED = {  # flags: words of the message
     "--teacher none": ["no such file or folder", "none"],
-    "--recipe bk-smal": ["--recipe takes", "did you mean bk-small?"],
     "--remove down.1.7": ["--remove down.1.7 does not fit", "'down.1.7'"],
     "--remove down.1.0": ["--remove down.1.0", "up.2 mirrors down.1"],
     "--remove ,": ["--remove names no block"],
@@ -399,7 +388,6 @@ REFUSED = {  # flags: words of the message
     "--data scenes": ["scenes are 64x64", "32x32", "--resolution 64"],
     "--resolution 30": ["--resolution", "multiple of 4"],
     "--loss-weights 1,1": ["--loss-weights takes three numbers"],
-    "--loss-weights 1,1,1,1": ["--loss-weights takes three numbers"],
     "--loss-weights 0,0,0": ["--loss-weights", "not all of them zero"],
     "--loss-weights 1,-1,1": ["--loss-weights must be at least 0"],
     "--ema-decay 1": ["--ema-decay must be below 1"],
@@ -409,7 +397,7 @@ REFUSED = {  # flags: words of the message
     "--flip --image-free 4": ["--flip needs images"],
     "--judged 100001": ["--judged must be at most 100000"],
     "--precision fp16 --device cpu": ["--precision fp16", "bf16"],
-    "--device tpu": ["--device takes"],
+    "--push-to-hub name": ["'name' cannot be a repository", "owner/name"],
     "--resume": ["nothing to resume in", "check --out"],
 }
 
@@ -417,7 +405,8 @@ REFUSED = {  # flags: words of the message
 @pytest.mark.parametrize("flags", REFUSED)
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(train, tmp_path, capsys, flags):
     assert train(tmp_path / "new/run", flags) == 2
-    error = one_line(capsys)
+    out, error = capsys.readouterr()
+    assert error.startswith("error: ") and error.count("\n") == 1 and out.removeprefix("device: cpu\n") == ""
     assert all(reason in error for reason in REFUSED[flags]), error
     assert not (tmp_path / "new").exists()
 

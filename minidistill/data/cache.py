@@ -16,7 +16,6 @@ whole, and an interrupted run resumes after the last one. Shards are memory-mapp
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.data.listing import fingerprint
-from minidistill.data.text_cache import TextCache, hash_weights, text_digest
+from minidistill.data.text_cache import TextCache, from_json, hash_weights, text_digest, to_json
 from minidistill.errors import InputError
 from minidistill.pipeline import Origin, Pipeline
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
@@ -58,18 +57,16 @@ class LatentCache:
     damaged shard, or data that have changed: if the folder it was made from is still there, it is compared.
     """
 
-    def __init__(self, path: str | Path, resolution: int | None = None, *, unfinished: bool = False) -> None:
-        """resolution: that training asks for. unfinished: take the shards there are, and look at no data folder."""
+    def __init__(self, path: str | Path, *, unfinished: bool = False, **asked: object) -> None:
+        """unfinished: take the shards there are, and look at no data folder. asked: settings of the key, None: any."""
         self.path = Path(path)
         self.index = read_index(self.path)
         self.key: CacheKey = self.index["key"]
         if not unfinished and not self.index["complete"]:
             raise InputError(f"{self.path}: this cache is not finished: give the command that makes it once more")
-        if resolution not in (None, self.key.resolution):
-            raise InputError(
-                f"{self.path} holds latents of {self.key.resolution}-pixel images and the training asks for "
-                f"{resolution}: give --resolution {self.key.resolution}, or {AGAIN}"
-            )
+        for name, value in asked.items():
+            if value not in (None, made := getattr(self.key, name)):
+                raise InputError(f"{self.path} was made with {name} {made or 'not set'}, not {value}: {AGAIN}")
         self.text: TextCache | None = None
         self._shards: list[dict[str, Tensor]] = []
         self.names: list[str] = []
@@ -79,7 +76,7 @@ class LatentCache:
             if unfinished and not file.exists():
                 break
             self._shards.append(read_safetensors(file))
-            text = json.loads(self._shards[-1]["text"].numpy().tobytes())
+            text = from_json(self._shards[-1]["text"])
             self.names += text["names"]
             self._captions += text["captions"]
         if unfinished:
@@ -163,19 +160,10 @@ class LatentCache:
         return f"{self.path}: latents of {made_of}{also}."
 
 
-def open_data(
-    path: str | Path, resolution: int, split: str | None = None, caption_column: str | None = None
-) -> ImageFolder | LatentCache:
-    """A data folder, or a cache made from one. InputError: a cache made of another split or column than asked for."""
+def is_cache(path: str | Path) -> bool:
+    """Whether a folder is a cache, of any version, and not one of images."""
     file = Path(path) / INDEX_NAME
-    is_cache = file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
-    if not is_cache:
-        return ImageFolder(path, resolution, split, caption_column)
-    latents = LatentCache(path, resolution)
-    for name, asked in (("split", split), ("caption_column", caption_column)):
-        if asked not in (None, made := getattr(latents.key, name)):
-            raise InputError(f"{path} was made with {name} {made or 'not set'}, not {asked}: {AGAIN}")
-    return latents
+    return file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
 
 
 def shard_path(path: Path, number: int) -> Path:
@@ -206,21 +194,17 @@ def write_shard(
 ) -> None:
     """Write shard `number`, from its samples and their posteriors (n, 1 or 2, C, h, w), float32."""
     numbers = range(number * key.shard, number * key.shard + len(samples))
-    dtype = DTYPES[key.store]
     stat = [folder.stat(i) for i in numbers]  # before the content is read: what changes later, looks changed
-    digests = [list(_digest(folder, i)) for i in numbers]
     text = {"names": [folder.name(i) for i in numbers], "captions": [list(sample.captions) for sample in samples]}
-    content = bytearray(json.dumps(text, ensure_ascii=False).encode())
     tensors = {
-        "mean": mean.to(dtype),
-        "std": std.to(dtype),
+        "mean": mean.to(DTYPES[key.store]),
+        "std": std.to(DTYPES[key.store]),
         "original": torch.tensor([sample.original for sample in samples], dtype=torch.int32),
         "crop": torch.tensor([sample.crop for sample in samples], dtype=torch.int32),
         "shown": torch.tensor([sample.number for sample in samples]),
         "stat": torch.tensor(stat, dtype=torch.int64),
-        "digest": torch.tensor(digests, dtype=torch.uint8),
-        # A tensor: safetensors writes its own metadata in a random order, and the same data should be the same bytes.
-        "text": torch.frombuffer(content, dtype=torch.uint8),
+        "digest": torch.tensor([list(_digest(folder, i)) for i in numbers], dtype=torch.uint8),
+        "text": to_json(text),
     }
     if not tensors["mean"].isfinite().all():
         worst = samples[int(mean.flatten(1).abs().amax(1).argmax())].name

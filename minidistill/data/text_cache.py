@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class TextCache:
         self._places: dict[str | None, tuple[int, int]] = {}  # caption -> shard and row
         for number in range(-(-count // shard)):
             tensors = read_safetensors(text_path(path, number))
-            for row, caption in enumerate(json.loads(tensors["text"].numpy().tobytes())["captions"]):
+            for row, caption in enumerate(from_json(tensors["text"])["captions"]):
                 self._places[caption] = (number, row)
             self._shards.append(tensors)
 
@@ -58,8 +59,17 @@ def write_text_shard(
     for name, part in parts.items():
         if not part.isfinite().all():
             raise InputError(f"the text states ({name}) of shard {number} are not finite in {dtype}: use --store fp32")
-    text = bytearray(json.dumps({"captions": list(captions)}, ensure_ascii=False).encode())
-    write_safetensors(text_path(path, number), {**parts, "text": torch.frombuffer(text, dtype=torch.uint8)})
+    write_safetensors(text_path(path, number), {**parts, "text": to_json({"captions": list(captions)})})
+
+
+def to_json(content: object) -> Tensor:
+    """JSON in UTF-8 as a tensor: safetensors has metadata for text, but writes them in a random order."""
+    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
+
+
+def from_json(text: Tensor) -> Any:
+    """What `to_json` made a tensor of."""
+    return json.loads(text.numpy().tobytes())
 
 
 def text_digest(pipe: Pipeline) -> str:

@@ -7,7 +7,7 @@ the same after a resume, for any batch size that covers the same numbers, and ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
-from minidistill.data.text_cache import TextCache
 from minidistill.diffusion.noise import generator_for
 from minidistill.errors import InputError
 from minidistill.miniature.scenes import Scenes
@@ -28,6 +27,7 @@ from minidistill.pipeline import VAE, Origin, Pipeline, TextStates, to_pixels
 
 SMALL, TOGETHER = 64, 8  # images of up to 64 pixels go through the VAE 8 at once, larger ones alone (6 GiB else)
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
+EncodeText = Callable[[Sequence[str | None]], TextStates]
 
 
 class Captioned(Protocol):
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Latents:
-    """A whole data set, encoded, in memory; a LatentCache is the same on the disk."""
+    """A whole data set, encoded, in memory, with the methods of a LatentCache, which is the same on the disk."""
 
     mean: Tensor  # (N, 1 or 2, C, h, w), unscaled float32 on the CPU; the second is the mirror image's
     std: Tensor
@@ -83,19 +83,6 @@ class Latents:
     def origin(self, i: int) -> Origin:
         """Original size and crop of entry i."""
         return self.origins[i]
-
-
-@dataclass(frozen=True)
-class KnownText:
-    """The text states of all captions of a data set, and of no caption, in memory, on the CPU."""
-
-    rows: dict[str | None, int]
-    states: TextStates  # context (N, L, D), pooled (N, D') or None
-
-    def text_states(self, captions: Sequence[str | None]) -> TextStates:
-        """The states of these captions."""
-        rows = [self.rows[caption] for caption in captions]
-        return self.states.map(lambda part: part[rows])
 
 
 class Batches:
@@ -123,7 +110,7 @@ class Batches:
         self.caption_dropout, self.flip, self.device = caption_dropout, flip, pipe.device
         self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
         self._cache: Latents | LatentCache | None = None
-        self._text: KnownText | TextCache | None = None
+        self._text: EncodeText | None = None
         if isinstance(data, LatentCache):
             data.check(pipe, flip)
         if isinstance(data, LatentCache | Latents):
@@ -135,7 +122,7 @@ class Batches:
             if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
                 self._cache = encode_all(data, pipe.vae, flip)
         if isinstance(data, LatentCache) and data.text:
-            self._text = data.text
+            self._text = data.text.text_states
         elif self._cache is not None and keep_text:
             self._text = encode_captions(self._cache, pipe)
 
@@ -152,8 +139,7 @@ class Batches:
         x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
         x0, eps, t = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
         captions = self._shown(kept, numbers, t)
-        text = (self.pipe.encode_prompts if self._text is None else self._text.text_states)(captions)
-        text = text.map(lambda part: part.to(self.device).float())
+        text = (self._text or self.pipe.encode_prompts)(captions).map(lambda part: part.to(self.device).float())
         width, height = self.size
         return Batch(x0, text.context, eps, t, captions, self.pipe.added_cond(text.pooled, height, width, origins))
 
@@ -221,8 +207,11 @@ def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
     return Latents(mean, std, captions, origins, chosen[0].image.size)
 
 
-def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> KnownText | None:
-    """Encode all captions of a data set, and None, into memory; None if that would take more than CACHE_LIMIT."""
+def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> EncodeText | None:
+    """Encode all captions of a data set, and None, into memory -> a function that looks them up.
+
+    None: they would take more than CACHE_LIMIT.
+    """
     captions = list(dict.fromkeys([None, *(caption for i in range(len(data)) for caption in data.captions(i))]))
     size = sum(part.nbytes for part in pipe.encode_prompts(captions[:1]) if part is not None)
     if size * len(captions) > CACHE_LIMIT:
@@ -233,7 +222,8 @@ def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int
             some = captions[first : first + batch_size]
             done.append(pipe.encode_prompts(some).map(Tensor.cpu))
             bar.update(len(some))
-    return KnownText({caption: row for row, caption in enumerate(captions)}, TextStates.join(done))
+    row, states = {caption: i for i, caption in enumerate(captions)}, TextStates.join(done)
+    return lambda asked: states.map(lambda part: part[[row[caption] for caption in asked]])
 
 
 def encode_samples(

@@ -41,19 +41,8 @@ if sys.platform != "win32":  # where folders cannot be locked
 # are (`weights` and `examples` say which they are). Anything else changes the result. (With a cosine schedule, new
 # `steps` bend the learning rate from there on; every change is printed.)
 MAY_CHANGE = (
-    "steps",
-    "log_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "device",
-    "teacher",
-    "model",
-    "data",
-    "split",
-    "caption_column",
-    "push_to_hub",
-    "private",
+    *("steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "device"),
+    *("teacher", "model", "data", "split", "caption_column", "push_to_hub", "private"),
 )
 SOURCES = ("teacher", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
@@ -71,10 +60,10 @@ class Checkpoint(NamedTuple):
 class RunFolder:
     """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`.
 
-    A process has one run at a time. Its folder is locked from `find` on, until the process ends or finds another run.
+    The folder is locked from `find` on, until the process ends.
     """
 
-    _locked: ClassVar[tuple[Path, int] | None] = None  # by this process: the folder, its file descriptor
+    _locks: ClassVar[dict[Path, int]] = {}  # of this process: folder -> file descriptor
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -178,17 +167,14 @@ class RunFolder:
 
         InputError: another process has it.
         """
-        if sys.platform == "win32" or (RunFolder._locked and RunFolder._locked[0] == self.path.resolve()):
+        path = self.path.resolve()
+        if sys.platform == "win32" or path in RunFolder._locks:
             return
-        if RunFolder._locked:
-            os.close(RunFolder._locked[1])
-        descriptor = os.open(self.path, os.O_RDONLY)
-        RunFolder._locked = self.path.resolve(), descriptor
+        RunFolder._locks[path] = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(RunFolder._locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            RunFolder._locked = None
-            os.close(descriptor)
+            os.close(RunFolder._locks.pop(path))
             raise InputError(f"another process is writing {self.path}: wait for it, or take another --out") from error
         except OSError as error:  # NFS, say
             warnings.warn(f"{self.path} cannot be locked ({error}): let no other process write into it", stacklevel=2)
