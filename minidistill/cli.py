@@ -186,14 +186,13 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hin
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
     convert = _converter(flag, hint, info)
+    settings = {"type": convert, "help": text}
+    settings["metavar"] = "|".join(info["choices"] or [METAVARS[kind] + (",..." if is_tuple else "")])
     if info["positional"]:
-        group.add_argument(flag, type=convert, nargs=None if is_required else "?", metavar=flag.upper(), help=text)
-        return
-    metavar = "|".join(info["choices"] or [METAVARS[kind] + (",..." if is_tuple else "")])
+        settings |= {"metavar": flag.upper(), "nargs": None if is_required else "?"}
     if field.name in GATHERED:
-        group.add_argument(flag, type=lambda text: convert(text) or (), metavar=metavar, help=text, action="extend")
-    else:
-        group.add_argument(flag, type=convert, metavar=metavar, help=text)
+        settings |= {"action": "extend", "type": lambda text: convert(text) or ()}
+    group.add_argument(flag, **settings)
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:

@@ -24,7 +24,6 @@ from minidistill.distill.kd import mean_square
 from minidistill.errors import InputError
 from minidistill.interop.lora_files import write_lora
 from minidistill.interop.model_card import CARD, GRID, public_name
-from minidistill.interop.publish import open_repo
 from minidistill.miniature.scenes import Scenes
 from minidistill.models import lora
 from minidistill.pipeline import Pipeline, load_pipeline
@@ -157,10 +156,7 @@ def set_up(config: Config) -> Run:
     data = inputs.open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
     smallest = inputs.smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
     precision = get_precision(config.precision, device, smallest)
-    settings = {**asdict(config), **inputs.content_of(pipe, data)}
-    folder = RunFolder.find(config.out, settings, config.resume)
-    if config.push_to_hub:
-        open_repo(config.push_to_hub, config.private)
+    settings, folder = inputs.find_run(asdict(config), pipe, data)
     inputs.print_summary(data)
 
     choice = {"seed": config.seed, "caption_dropout": config.caption_dropout, "flip": config.flip}

@@ -63,10 +63,7 @@ def draw(
 
 
 def save_image_grid(
-    path: str | Path,
-    rows: Sequence[Sequence[Image.Image]],
-    captions: Sequence[str],
-    labels: Sequence[str] = (),
+    path: str | Path, rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], labels: Sequence[str] = ()
 ) -> None:
     """Write a PNG: one row of images for each model (`labels` at its left), a caption under each column."""
     font = ImageFont.load_default(12)
@@ -136,7 +133,7 @@ class Report:
             numbers: what to measure of a model besides its images.
             reference: name and model.
             trained: what it is called that trains: student, model, LoRA.
-            judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes.
+            judged: how many held-out scenes to evaluate on; 0 if the data are not the scenes.
             idle: networks that only images need. They wait on the CPU.
             guidance, autocast: as in `draw`.
         """
@@ -172,11 +169,8 @@ class Report:
     def finish(self, folder: Path, kind: str, files: Sequence[str] | None, settings: Mapping[str, Any]) -> None:
         """Draw the curves, write the model card, print the table and where everything is; upload, if asked to.
 
-        Args:
-            folder: of the trained model.
-            kind: of model card.
-            files: those of the folder to upload; None: all.
-            settings: all settings of the run.
+        folder: of the trained model. kind: of model card. files: those of the folder to upload, None: all. settings: of
+        the run.
         """
         draw_curves(self.run.metrics, self.run.curves)
         grid, repo = self.run.last_image_grid(settings["steps"]), settings["push_to_hub"]

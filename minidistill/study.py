@@ -189,9 +189,8 @@ def table_rows(
 
 def spread(values: Sequence[float], form: str) -> str:
     """0.5 (0.4 to 0.7): mean, minimum, maximum."""
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    extremes = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{extremes}"
 
 
 def to_markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -28,7 +28,6 @@ from minidistill.distill.probes import make_probes
 from minidistill.distill.published import PUBLISHED
 from minidistill.distill.random_conditioning import RandomCaptions, sample_latents
 from minidistill.errors import InputError
-from minidistill.interop.publish import open_repo
 from minidistill.miniature.scenes import Scenes
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report, unet_numbers
@@ -171,10 +170,7 @@ def set_up(config: Config) -> Run:
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
     precision = get_precision(config.precision, device, smallest)
     pairs = block_removal.feature_pairs(removal, config.pairing)
-    settings = {**dataclasses.asdict(config), **inputs.content_of(pipe, data)}
-    folder = RunFolder.find(config.out, settings, config.resume)
-    if config.push_to_hub:
-        open_repo(config.push_to_hub, config.private)
+    settings, folder = inputs.find_run(dataclasses.asdict(config), pipe, data)
     describe(config, pipe, removal, data)
 
     teacher = pipe.unet.eval().requires_grad_(False)

@@ -171,17 +171,6 @@ def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, 
     assert_same(from_disk(out, pipe), in_memory(ImageFolder(data, SIDE), pipe))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are always Unicode")
-def test_names_and_captions_that_are_not_unicode_are_cached_and_known_again(model, data):
-    name = os.fsdecode(b"caf\xe9.png")
-    (data / "10.png").rename(data / name)
-    (data / name).with_suffix(".txt").write_text("a café", encoding="utf-8")
-    (data / "metadata.jsonl").write_text(r'{"file_name": "00.png", "text": "cat \ud83d"}')
-    latents = LatentCache(make(model, data))
-    assert latents.names == ["00.png", r"caf\udce9.png"]
-    assert [latents.captions(i) for i in range(2)] == [("cat ?",), ("a café",)]
-
-
 def test_a_fingerprint_tells_images_captions_and_settings(model, data):
     out = make(model, data)
     before = LatentCache(out).fingerprint()

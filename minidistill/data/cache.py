@@ -7,7 +7,9 @@
         shown                    (n,): which example the image is of, another one where a file could not be read
         stat, digest             (n, 2) bytes and time of the last change, (n, 16) BLAKE2b of the file's content
         text                     JSON in UTF-8: names, captions
-    text-00000.safetensors       text states of the captions, if they are cached too (text_cache.py)
+    text-00000.safetensors       text states of the captions, of "" and of None (no prompt), if they are cached too:
+        context, pooled          (n, L, D), and for SDXL (n, D')
+        text                     JSON in UTF-8: captions
 
 The draw from the posterior is left to training. A shard is written under another name and renamed, so what is there is
 whole, and an interrupted run resumes after the last one. Shards are memory-mapped: an example costs its own bytes.
@@ -16,18 +18,19 @@ whole, and an interrupted run resumes after the last one. Shards are memory-mapp
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.data.listing import fingerprint
-from minidistill.data.text_cache import TextCache, from_json, hash_weights, text_digest, to_json
 from minidistill.errors import InputError
-from minidistill.pipeline import Origin, Pipeline
+from minidistill.pipeline import Origin, Pipeline, TextStates
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
 
 FORMAT = "minidistill latents, version 2"
@@ -160,6 +163,30 @@ class LatentCache:
         return f"{self.path}: latents of {made_of}{also}."
 
 
+class TextCache:
+    """The text states of all captions of a cache."""
+
+    def __init__(self, path: Path, count: int, shard: int) -> None:
+        """path: folder of the cache. count: of captions, `shard` in a file. InputError: a shard cannot be read."""
+        self._shards: list[dict[str, Tensor]] = []
+        self._places: dict[str | None, tuple[int, int]] = {}  # caption -> shard and row
+        for number in range(-(-count // shard)):
+            tensors = read_safetensors(text_path(path, number))
+            for row, caption in enumerate(from_json(tensors["text"])["captions"]):
+                self._places[caption] = (number, row)
+            self._shards.append(tensors)
+
+    def text_states(self, captions: Sequence[str | None]) -> TextStates:
+        """Text states of captions of this cache, "" and None; float32 on the CPU."""
+        found = [(self._shards[shard], row) for shard, row in (self._places[caption] for caption in captions)]
+        parts = {
+            name: torch.stack([shard[name][row] for shard, row in found]).float()
+            for name in TextStates._fields
+            if name in self._shards[0]
+        }
+        return TextStates(parts["context"], parts.get("pooled"))
+
+
 def is_cache(path: str | Path) -> bool:
     """Whether a folder is a cache, of any version, and not one of images."""
     file = Path(path) / INDEX_NAME
@@ -169,6 +196,11 @@ def is_cache(path: str | Path) -> bool:
 def shard_path(path: Path, number: int) -> Path:
     """The file of one shard of latents."""
     return path / f"latents-{number:05d}.safetensors"
+
+
+def text_path(path: Path, number: int) -> Path:
+    """The file of one shard."""
+    return path / f"text-{number:05d}.safetensors"
 
 
 def read_index(path: Path) -> dict:
@@ -212,12 +244,53 @@ def write_shard(
     write_safetensors(shard_path(path, number), tensors)
 
 
+def write_text_shard(
+    path: Path, number: int, captions: Sequence[str | None], states: TextStates, dtype: torch.dtype
+) -> None:
+    """Write one shard. InputError: a value is not finite in `dtype`."""
+    parts = {name: part.to(dtype) for name, part in states._asdict().items() if part is not None}
+    for name, part in parts.items():
+        if not part.isfinite().all():
+            raise InputError(f"the text states ({name}) of shard {number} are not finite in {dtype}: use --store fp32")
+    write_safetensors(text_path(path, number), {**parts, "text": to_json({"captions": list(captions)})})
+
+
+def to_json(content: object) -> Tensor:
+    """JSON in UTF-8 as a tensor: safetensors has metadata for text, but writes them in a random order."""
+    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
+
+
+def from_json(text: Tensor) -> Any:
+    """What `to_json` made a tensor of."""
+    return json.loads(text.numpy().tobytes())
+
+
 def vae_digest(vae: nn.Module) -> str:
     """SHA-256 of a VAE's configuration and of all weights that latents depend on."""
     weights = {n: w for n, w in vae.state_dict().items() if not n.startswith(("decoder.", "post_quant_conv."))}
     digest = hashlib.sha256(repr(vae.config).encode())
     hash_weights(digest, weights)
     return digest.hexdigest()
+
+
+def text_digest(pipe: Pipeline) -> str:
+    """SHA-256 of the tokenizers and text encoders, with all that decides what they make of a caption."""
+    digest = hashlib.sha256(repr((pipe.is_sdxl, pipe.zero_unconditional)).encode())
+    for tokenizer in pipe.tokenizers:
+        known = (sorted(tokenizer.vocab.items()), tokenizer.merges, tokenizer.max_length, tokenizer.pad_token)
+        digest.update(repr(known).encode())
+    for encoder in pipe.text_encoders:
+        digest.update(repr(encoder.config).encode())
+        hash_weights(digest, encoder.state_dict())
+    return digest.hexdigest()
+
+
+def hash_weights(digest: hashlib._Hash, weights: Mapping[str, Tensor]) -> None:
+    """Add the name, dtype, shape and every byte of all weights to a digest, in the order of their names."""
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
 
 
 def _digest(folder: ImageFolder, i: int) -> bytes:

@@ -176,7 +176,7 @@ class Batches:
         else:
             samples = [_sample(self._images, i) for i in indices]
             mean, std = _encode(self.pipe.vae, samples, flipped)
-            found, origins = _facts(samples)
+            found, origins = [sample.captions for sample in samples], _origins(samples)
         captions = [
             several[_draw(len(several), self.seed, "caption", n)] if len(several) > 1 else several[0]
             for n, several in zip(numbers, found, strict=True)
@@ -193,15 +193,12 @@ def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, .
 
 def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
-    encoded: list[tuple[Tensor, Tensor]] = []
-    captions: list[tuple[str, ...]] = []
-    origins: list[Origin] = []
+    encoded, captions, origins = [], [], []
     with tqdm(total=len(data), desc="encoding images", unit="", disable=None, leave=False) as bar:
         for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
             encoded.append((mean, std))
-            facts = _facts(chosen)
-            captions += facts[0]
-            origins += facts[1]
+            captions += [sample.captions for sample in chosen]
+            origins += _origins(chosen)
             bar.update(len(chosen))
     mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     return Latents(mean, std, captions, origins, chosen[0].image.size)
@@ -256,9 +253,8 @@ def _sample(data: Captioned, i: int) -> Sample:
     return Sample(image, (caption,), f"image {i}", original=(image.height, image.width))
 
 
-def _facts(samples: Sequence[Sample]) -> tuple[list[tuple[str, ...]], list[Origin]]:
-    """Captions and origins."""
-    return [sample.captions for sample in samples], [(*sample.original, *sample.crop) for sample in samples]
+def _origins(samples: Sequence[Sample]) -> list[Origin]:
+    return [(*sample.original, *sample.crop) for sample in samples]
 
 
 @torch.no_grad()
@@ -274,7 +270,6 @@ def _encode(
     mean, std = mean.float().cpu(), posterior_std(logvar).float().cpu()
     for sample, finite in zip(samples, (mean + std).flatten(1).isfinite().all(1).tolist(), strict=True):
         if not finite:
-            raise InputError(
-                f"the VAE's latents of {sample.name} are not finite in {weight.dtype}: use the VAE in float32"
-            )
+            what = f"the VAE's latents of {sample.name} are not finite in {weight.dtype}"
+            raise InputError(f"{what}: use the VAE in float32")
     return mean, std

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
 from minidistill.data.cache import LatentCache, is_cache
 from minidistill.data.folders import ImageFolder
 from minidistill.errors import InputError
+from minidistill.interop.publish import open_repo
 from minidistill.miniature.scenes import SIDE, Scenes
 from minidistill.models.unet import UNetConfig
 from minidistill.pipeline import Pipeline
+from minidistill.training.run_folder import RunFolder
 
 Data = Scenes | ImageFolder | LatentCache
 
@@ -57,9 +60,19 @@ def check_weights(pipe: Pipeline, source: str) -> None:
                 raise InputError(f"{source}: {part}/ {name} is not finite; download or save this model again")
 
 
-def content_of(pipe: Pipeline, data: Data) -> dict[str, str]:
-    """What --resume compares in place of paths: the weights that a run starts from, and its examples."""
-    return {"weights": weights_fingerprint(pipe), "examples": data.fingerprint()}
+def find_run(config: Mapping[str, Any], pipe: Pipeline, data: Data) -> tuple[dict[str, Any], RunFolder]:
+    """The settings of a run, for its config.json, and the folder they may be written to; nothing is written there yet.
+
+    The settings are those of `config`, and in place of paths, which --resume does not compare, fingerprints of the
+    model's weights and of the examples. The repository of --push-to-hub is made now, if there is one.
+
+    InputError: as in `RunFolder.find` and `open_repo`.
+    """
+    settings = {**config, "weights": weights_fingerprint(pipe), "examples": data.fingerprint()}
+    folder = RunFolder.find(settings["out"], settings, settings["resume"])
+    if settings["push_to_hub"]:
+        open_repo(settings["push_to_hub"], settings["private"])
+    return settings, folder
 
 
 def weights_fingerprint(pipe: Pipeline) -> str:
