@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import json
 import os
 import re
 import subprocess
@@ -210,32 +209,29 @@ def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
         open_as_told()
 
 
-def outcome(command, *words, capsys):
+def outcome(error, *words, capsys):
+    """Exit code and stderr of a command that ends with this error, or none."""
+
+    def command(config):
+        if error:
+            raise error
+
     with pytest.raises(SystemExit) as exit_info:
         run_command(command, Config, PRESETS, prog=PROG, argv=words)
     return exit_info.value.code, capsys.readouterr().err
 
 
-def raising(error):
-    def fail(config):
-        raise error
-
-    return fail
-
-
 def test_exit_codes(capsys, tmp_path):
-    assert outcome(lambda config: None, capsys=capsys) == (0, "")
-    assert outcome(raising(InputError("no such teacher")), capsys=capsys) == (2, "error: no such teacher\n")
-    assert outcome(raising(NonFiniteLoss("nan")), capsys=capsys) == (3, "error: nan\n")
-    code, err = outcome(lambda config: None, "--stepz", "3", capsys=capsys)
+    assert outcome(None, capsys=capsys) == (0, "")
+    assert outcome(InputError("no such teacher"), capsys=capsys) == (2, "error: no such teacher\n")
+    assert outcome(NonFiniteLoss("nan"), capsys=capsys) == (3, "error: nan\n")
+    code, err = outcome(None, "--stepz", "3", capsys=capsys)
     assert (code, err.count("\n"), err.startswith("error: unknown flag --stepz")) == (2, 1, True)
-
     out = str(tmp_path / "a run")
-    code, err = outcome(raising(KeyboardInterrupt), "--out", out, capsys=capsys)
+    code, err = outcome(KeyboardInterrupt(), "--out", out, capsys=capsys)
     assert code == 130 and "to start again if nothing was kept: run the same command again" in err
-    (tmp_path / "a run").mkdir()
-    (tmp_path / "a run" / "config.json").write_text(json.dumps({}))
-    code, err = outcome(raising(KeyboardInterrupt), "--out", out, capsys=capsys)
+    fill(tmp_path, {"a run/config.json": {}})
+    code, err = outcome(KeyboardInterrupt(), "--out", out, capsys=capsys)
     assert code == 130 and f"{PROG} --out '{out}' --resume" in err
     with pytest.raises(RuntimeError, match="bug"):  # which keeps its traceback
-        outcome(raising(RuntimeError("bug")), capsys=capsys)
+        outcome(RuntimeError("bug"), capsys=capsys)

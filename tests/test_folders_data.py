@@ -77,12 +77,6 @@ def test_links_are_followed_but_not_in_circles_and_hidden_files_are_not_seen(tmp
     assert found(report) == {"link/a.png": "a"} and not report.remarks
 
 
-def test_half_a_surrogate_pair_in_a_caption_becomes_a_question_mark(tmp_path):
-    line = r'{"file_name": "a.png", "text": ["cat \ud83d", "\ud83d\ude00"]}'
-    fill(tmp_path, {"a.png": encoded(), "metadata.jsonl": line})
-    assert ImageFolder(tmp_path, 8).captions(0) == ("cat ?", "\N{GRINNING FACE}")
-
-
 # what is left out, and said
 
 
@@ -206,19 +200,6 @@ def test_metadata_that_cannot_be_opened_and_two_in_one_folder_are_refused(tmp_pa
 # pixels
 
 
-def test_items_are_rgb_squares_and_always_the_same(tmp_path):
-    twenty(tmp_path)
-    fill(tmp_path, {"wide.png": encoded(5, (90, 31)), "wide.txt": "wide"})
-    folder, again = ImageFolder(tmp_path, 20), ImageFolder(tmp_path, 20)
-    for i in (20, 0, 20):
-        shown, _ = folder[i]
-        assert shown.mode == "RGB" and shown.size == (20, 20)
-        assert np.array_equal(shown, again[i][0])
-    assert np.array_equal(folder[-1][0], folder[20][0])
-    with pytest.raises(IndexError):
-        folder[21]
-
-
 @pytest.mark.parametrize(("here", "path"), [("", "."), ("train", ".."), ("", "train/..")])
 def test_a_relative_path_names_the_same_files(tmp_path, monkeypatch, here, path):
     fill(tmp_path, {"train/a.png": encoded(), "b.png": encoded(), "b.txt": "b"})
@@ -254,6 +235,10 @@ def test_original_size_and_crop_are_known(tmp_path):
     folder = ImageFolder(tmp_path, 20)
     assert folder.sample(0).original == (60, 120) and folder.sample(0).crop == (0, 10)  # resized to 40 x 20
     assert folder.sample(1).original == (80, 50) and folder.sample(1).crop == (6, 0)  # resized to 20 x 32
+    assert folder[0][0].mode == "RGB" and folder[0][0].size == folder[1][0].size == (20, 20)
+    assert np.array_equal(folder[-1][0], ImageFolder(tmp_path, 20)[1][0])
+    with pytest.raises(IndexError):
+        folder[2]
 
 
 def test_to_square_is_resize_then_centre_crop():

@@ -132,13 +132,6 @@ def test_low_memory_tiles_and_gives_the_same_images(run, monkeypatch):
     assert np.abs(found - usual).max() <= 1
 
 
-def test_latents_go_with_another_unet_and_decide_how_many(run, sources, tmp_path):
-    save_file({"latents": noise(3)}, tmp_path / "noise.safetensors")
-    other = altered(sources["sd1"], tmp_path / "other")
-    found, _ = run("--latents", tmp_path / "noise.safetensors", "--unet", other)
-    assert (found == row(load_pipeline(other)([PROMPT] * 3, latents=noise(3), steps=2))).all()
-
-
 @pytest.mark.parametrize(
     ("words", "steps", "total"), [(("--count", "9"), 2, 4), (("--image", "photo.png", "--strength", "0.5"), 4, 2)]
 )

@@ -403,10 +403,6 @@ BROKEN = {  # name: (writes a teacher, words of the message)
         lambda folder: save_tiny_sd1(folder, stages=3),
         ["--recipe bk-small does not fit", "teacher", "'down.3.1'", "stage.0, stage.1, stage.2, down.0.0", "--remove"],
     ),
-    "a student as teacher": (
-        lambda folder: save_tiny_sd1(folder, layers=1),
-        ["--recipe bk-small does not fit", "'down.0.1'", "down.0.0, down.1.0, down.2.0, down.3.0, up.0.0"],
-    ),
 }
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
 
 from minidistill.data.cache import LatentCache
@@ -27,17 +27,8 @@ from minidistill.pipeline import VAE, Origin, Pipeline, TextStates, to_pixels
 
 SMALL, TOGETHER = 64, 8  # images of up to 64 pixels go through the VAE 8 at once, larger ones alone (6 GiB else)
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
+Images = Scenes | ImageFolder  # or any sequence of (image, caption) with a fingerprint()
 EncodeText = Callable[[Sequence[str | None]], TextStates]
-
-
-class Captioned(Protocol):
-    """Any data set of images with captions: `miniature.scenes.Scenes`, `data.folders.ImageFolder`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, str]: ...
-
-    def fingerprint(self) -> str: ...
 
 
 class Batch(NamedTuple):
@@ -90,7 +81,7 @@ class Batches:
 
     def __init__(
         self,
-        data: Captioned | LatentCache | Latents,
+        data: Images | LatentCache | Latents,
         pipe: Pipeline,
         *,
         batch_size: int,
@@ -184,14 +175,14 @@ class Batches:
         return mean, std, captions, origins
 
 
-def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, ...]:
+def captions_of(data: Images | LatentCache | Latents, i: int) -> tuple[str, ...]:
     """All captions of entry i, without reading its image if that can be helped."""
     if isinstance(data, ImageFolder | LatentCache | Latents):
         return data.captions(i)
     return (data.caption(i),) if isinstance(data, Scenes) else (data[i][1],)
 
 
-def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
+def encode_all(data: Images, vae: VAE, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
     encoded, captions, origins = [], [], []
     with tqdm(total=len(data), desc="encoding images", unit="", disable=None, leave=False) as bar:
@@ -246,7 +237,7 @@ def _draw(count: int, seed: int, what: str, n: int) -> int:
     return int(torch.randint(count, (), generator=generator_for(seed, what, n)))
 
 
-def _sample(data: Captioned, i: int) -> Sample:
+def _sample(data: Images, i: int) -> Sample:
     if isinstance(data, ImageFolder):
         return data.sample(i)
     image, caption = data[i]
