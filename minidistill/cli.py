@@ -115,9 +115,9 @@ def parse(
         file = Path(values.get("out", fields["out"].default)) / "config.json"
         stored = read_json(file) if file.is_file() else {}
         values = {name: v for name, v in stored.items() if name in fields and name not in NOT_COMPARED} | values
-    for name, field in fields.items():
+    for name, field in fields.items():  # not by argparse, which would ask for it before it named a mistyped flag
         if name not in values and field.default is REQUIRED:
-            raise InputError(f"{_flag(field)} is required: {field.metadata['help']}")
+            raise InputError(f"--{name.replace('_', '-')} is required: {field.metadata['help']}")
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -176,27 +176,22 @@ def _build_parser(config_class: type, presets: Presets, prog: str, description: 
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag, info, is_required = _flag(field), field.metadata, field.default is REQUIRED
-    kind, is_tuple = _item_type(hint)
-    text = info["help"]
-    if "default: " not in text:
-        text += " (required)" if is_required else f" (default: {_show(field.default)})"
-    text = text.replace("%", "%%")
+    info, is_required, (kind, is_tuple) = field.metadata, field.default is REQUIRED, _item_type(hint)
+    flag = field.name if info["positional"] else "--" + field.name.replace("_", "-")
+    default = "" if "default: " in info["help"] else f" (default: {_show(field.default)})"
+    text = (info["help"] + (" (required)" if is_required else default)).replace("%", "%%")
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
     convert = _converter(flag, hint, info)
-    settings = {"type": convert, "help": text}
-    settings["metavar"] = "|".join(info["choices"] or [METAVARS[kind] + (",..." if is_tuple else "")])
+    settings: dict[str, Any] = {"type": convert, "help": text}
     if info["positional"]:
         settings |= {"metavar": flag.upper(), "nargs": None if is_required else "?"}
+    else:
+        settings["metavar"] = "|".join(info["choices"] or [METAVARS[kind] + (",..." if is_tuple else "")])
     if field.name in GATHERED:
         settings |= {"action": "extend", "type": lambda text: convert(text) or ()}
     group.add_argument(flag, **settings)
-
-
-def _flag(field: dataclasses.Field[Any]) -> str:
-    return field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
 
 
 def _item_type(hint: Any) -> tuple[type, bool]:

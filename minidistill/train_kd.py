@@ -225,10 +225,8 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
     size, samples = sum(p.numel() for p in pipe.unet.parameters()), config.steps * config.accumulate * config.batch_size
     usual, rate = ("inner", 4e-3) if size < SMALL else ("bk-tiny", 5e-5)
     if size >= SMALL and samples < FEW:
-        what = (
-            f"{samples:,} samples (steps x batch size) are far too few for a teacher of {size / 1e6:.0f} M parameters"
-        )
-        warnings.warn(f"{what}: published runs took 6 to 16 million (--preset nota-sd15)", stacklevel=2)
+        few = f"{samples:,} samples (steps x batch size) are far too few for a teacher of {size / 1e6:.0f} M parameters"
+        warnings.warn(f"{few}: published runs took 6 to 16 million (--preset nota-sd15)", stacklevel=2)
     recipe = RECIPES[config.recipe or usual]
     return dataclasses.replace(
         config,

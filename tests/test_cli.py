@@ -114,6 +114,7 @@ def test_a_required_setting_and_positional_words():
     config = parsed("here", "--prompt", "a red circle", config_class=Convert, presets=None)
     assert config == Convert(source="here", dest="converted", prompt="a red circle")
     assert "--prompt is required: the text" in refusal("here", "there", config_class=Convert, presets=None)
+    assert "did you mean --prompt?" in refusal("here", "--promt", "x", config_class=Convert, presets=None)
     assert "SOURCE" in refusal("--prompt", "x", config_class=Convert, presets=None)
 
 

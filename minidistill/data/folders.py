@@ -183,7 +183,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_square(image: Image.Image, resolution: int) -> Image.Image:
     """The largest square in the middle, resized with Lanczos.
 
-    The same as resizing the short side and then cropping, without the huge image that a image grid would become.
+    The same as resizing the short side and then cropping, without the huge image that a panorama would become.
     """
     side = min(image.size)
     left, top = ((length - side) / 2 for length in image.size)
