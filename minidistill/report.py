@@ -75,7 +75,7 @@ def save_image_grid(
     for r, row in enumerate(rows):
         y = GAP + r * (CELL + GAP)
         if labels:
-            pen.multiline_text((GAP, y + CELL / 2), labels[r], INK, font, anchor="lm")
+            pen.multiline_text((GAP, y + CELL / 2), "\n".join(textwrap.wrap(labels[r], 21)), INK, font, anchor="lm")
         for c, image in enumerate(row):
             # Small images keep their pixels; large ones are shrunk.
             kind = Image.Resampling.NEAREST if image.width <= CELL else Image.Resampling.LANCZOS

@@ -60,13 +60,25 @@ class LatentCache:
     damaged shard, or data that have changed: if the folder it was made from is still there, it is compared.
     """
 
-    def __init__(self, path: str | Path, *, unfinished: bool = False, **asked: object) -> None:
-        """unfinished: take the shards there are, and look at no data folder. asked: settings of the key, None: any."""
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int | None = None,
+        split: str | None = None,
+        caption_column: str | None = None,
+        *,
+        unfinished: bool = False,
+    ) -> None:
+        """resolution, split, caption_column: that training asks for; None: any.
+
+        unfinished: take the shards there are, and look at no data folder.
+        """
         self.path = Path(path)
         self.index = read_index(self.path)
         self.key: CacheKey = self.index["key"]
         if not unfinished and not self.index["complete"]:
             raise InputError(f"{self.path}: this cache is not finished: give the command that makes it once more")
+        asked = {"resolution": resolution, "split": split, "caption_column": caption_column}
         for name, value in asked.items():
             if value not in (None, made := getattr(self.key, name)):
                 raise InputError(f"{self.path} was made with {name} {made or 'not set'}, not {value}: {AGAIN}")

@@ -115,10 +115,8 @@ def open_data(
 
     scenes: those that the word `scenes` means here. split, caption_column: of a folder, as in `find_examples`.
     """
-    if data != "scenes" and is_cache(data):
-        return LatentCache(data, resolution=resolution, split=split, caption_column=caption_column)
     if data != "scenes":
-        return ImageFolder(data, resolution, split, caption_column)
+        return (LatentCache if is_cache(data) else ImageFolder)(data, resolution, split, caption_column)
     if split or caption_column:
         raise InputError("--split and --caption-column are of folders: give --data a folder of images")
     if resolution != SIDE:

@@ -28,6 +28,12 @@ def lr_at(step: int, base: float, warmup: int, total: int, schedule: str = "cons
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the learning rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def adamw(
     parameters: Iterable[nn.Parameter],
     lr: float,
@@ -48,6 +54,14 @@ def adamw(
     return torch.optim.AdamW(trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their joint L2 norm is at most `max_norm` (None: leave them).
+
+    Returns the norm before clipping, a 0-d tensor so that a GPU need not wait. With fp16, unscale first.
+    """
+    return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm).detach()
+
+
 def optimizer_step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -57,18 +71,14 @@ def optimizer_step(
     step: int = 0,
     t: Tensor | None = None,
 ) -> Tensor:
-    """After backward: unscale, clip, step with `lr`, clear the gradients.
-
-    Returns the joint L2 norm of the gradients before it is clipped to `max_grad_norm` (None: not), a 0-d tensor, so
-    that a GPU need not wait.
+    """After backward: unscale, clip, step with `lr`, clear the gradients. Returns the norm before clipping (0-d).
 
     NonFiniteLoss, before any weight is changed, if a gradient is not finite: `step` and its timesteps `t` (B,) are for
     the message. With fp16, whose gradients overflow now and then, `scaler` skips such a step instead.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_lr(optimizer, lr)
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(module.parameters(), math.inf if max_grad_norm is None else max_grad_norm).detach()
+    norm = clip_grad_norm(module.parameters(), max_grad_norm)
     if not scaler.is_enabled():
         check_finite(norm, step, t, "gradient norm")
     scaler.step(optimizer)
