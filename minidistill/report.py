@@ -173,7 +173,7 @@ class Report:
         the run.
         """
         draw_curves(self.run.metrics, self.run.curves)
-        grid, repo = self.run.last_image_grid(settings["steps"]), settings["push_to_hub"]
+        grid, repo = self.run.image_grid(settings["steps"]), settings["push_to_hub"]  # which `measure` has written
         write_card(folder, kind, settings, self.results, grid, repo)
         result = folder / files[0] if files else folder
         print(f"\n{self.table()}\n\n{self.trained:9} {result}\nimages    {grid}\ncurves    {self.run.curves}")

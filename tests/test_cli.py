@@ -80,7 +80,6 @@ def test_a_preset_gives_values_and_flags_win_in_any_order():
     [
         ("--lerning-rate 1", "unknown flag --lerning-rate (did you mean --learning-rate?)"),
         ("--step 5", "unknown flag --step (did you mean --steps?)"),  # no abbreviations
-        ("--zzz", "unknown flag --zzz; --help lists every flag"),
         ("word", "unexpected word 'word'"),
         ("--steps many", "--steps takes a whole number, not 'many'"),
         ("--steps 0", "--steps must be at least 1, not 0"),
@@ -94,7 +93,6 @@ def test_a_preset_gives_values_and_flags_win_in_any_order():
         ("--preset tiny", "--preset takes toy, long, not 'tiny'"),
         ("--learning_rate 1", "--learning_rate is --learning-rate here"),
         ("--max_train_steps 5", "--max_train_steps is --steps here"),
-        ("--num_inference_steps=5", "--num_inference_steps is --steps here"),
         ("--resume_from_checkpoint latest", "--resume_from_checkpoint is --resume here"),
         ("--output-dir x", "--output-dir is --out here"),
         ("--hub_model_id x", "unknown flag --hub_model_id;"),  # which is no flag of this command

@@ -119,10 +119,6 @@ class RunFolder:
         """Where the image grid of a step is, or will be."""
         return self.samples / f"step-{step:06d}.png"
 
-    def last_image_grid(self, step: int) -> Path:
-        """The newest image grid up to a step; a run that went back and ended earlier may have left later ones."""
-        return max((path for path in self.samples.glob("step-*.png") if _step_of(path) <= step), key=_step_of)
-
     def save(self, step: int, parts: Mapping[str, Part], keep: int = 2) -> None:
         """Write checkpoints/step-NNNNNN, the parts of a run (state.pack), then delete all but the last `keep`."""
         tensors, meta = pack(parts)
