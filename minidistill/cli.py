@@ -35,7 +35,7 @@ REQUIRED: Any = dataclasses.MISSING  # option(REQUIRED, "...") has no default: t
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 NOUNS = {int: "a whole number", float: "a finite number", str: "text"}
 GATHERED = ("lora", "lora_scale")  # `--lora a --lora b` is `--lora a,b`; of any other flag the last one counts
-# The sections of --help by field name, the same in every command; what is not named here is in "run".
+# The sections of --help and the order of the flags, the same in every command; what is not named here ends "run".
 GROUPS = {
     "model": "source dest teacher model part start unet vae lora lora_scale ema layout dtype",
     "pruning": "recipe remove copy_weights only budget by",
@@ -47,7 +47,7 @@ GROUPS = {
     "ema_decay gradient_checkpointing",
     "images": "prompt negative_prompt guidance sampler spacing count latents image strength height width",
     "evaluation": "samples judged parts grid",
-    "run": "",
+    "run": "steps out seed device precision deterministic log_every sample_every checkpoint_every keep_checkpoints",
     "hub": "push_to_hub private",
 }
 # Field -> what diffusers' training scripts and pipelines call it.
@@ -169,9 +169,10 @@ def _build_parser(config_class: type, presets: Presets, prog: str, description: 
         parser.add_argument("--preset", type=convert, metavar="NAME", help="settings to start from, listed below")
     hints = typing.get_type_hints(config_class)
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    for field in dataclasses.fields(config_class):
-        title = next((title for title, names in GROUPS.items() if field.name in names.split()), "run")
-        _add_flag(groups[title], field, hints[field.name])
+    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
+    order = list(titles)
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: [*order, field.name].index(field.name)):
+        _add_flag(groups[titles.get(field.name, "run")], field, hints[field.name])
     return parser
 
 
