@@ -39,10 +39,9 @@ if sys.platform != "win32":  # where folders cannot be locked
 # What may differ when a run is resumed: how long, how often it reports, where it runs, where its model and its images
 # are (`weights` and `examples` say which they are). Anything else changes the result. (With a cosine schedule, new
 # `steps` bend the learning rate from there on; every change is printed.)
-MAY_CHANGE = (
-    *("steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "device"),
-    *("teacher", "model", "data", "split", "caption_column", "push_to_hub", "private"),
-)
+REPORTING = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+PLACES = ("device", "teacher", "model", "data", "split", "caption_column", "push_to_hub", "private")
+MAY_CHANGE = ("steps", *REPORTING, *PLACES)
 SOURCES = ("teacher", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
@@ -59,7 +58,7 @@ class Checkpoint(NamedTuple):
 class RunFolder:
     """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`.
 
-    The folder is locked from `find` on, until the process ends.
+    The folder is locked from `find` on, until the process ends or finds another run.
     """
 
     _locks: ClassVar[dict[Path, int]] = {}  # of this process: folder -> file descriptor
@@ -165,6 +164,8 @@ class RunFolder:
         path = self.path.resolve()
         if sys.platform == "win32" or path in RunFolder._locks:
             return
+        while RunFolder._locks:
+            os.close(RunFolder._locks.popitem()[1])
         RunFolder._locks[path] = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(RunFolder._locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
