@@ -1,9 +1,10 @@
-"""The sampling settings of a distilled model, which gives good images with these only.
+"""How a checkpoint is sampled: the settings a step-distilled model needs, and those of other models.
 
     sdxl_lightning_4step_unet.safetensors      4 Euler steps, trailing timesteps, guidance off
     sdxl_lightning_1step_x0.safetensors        1 step, and the network predicts x0, not eps
 
-Files written by minidistill store them in the metadata of the weights; for SDXL-Lightning they follow from the name.
+A distilled model gives good images with its own settings only. Files written by minidistill store them in the metadata
+of the weights; for SDXL-Lightning they follow from the file name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -84,6 +86,24 @@ def as_distilled(schedule: ScheduleConfig, sampling: Sampling | None) -> Schedul
     if sampling is None:
         return schedule
     return replace(schedule, prediction_type=sampling.prediction, timestep_spacing=sampling.spacing)
+
+
+def choose_settings(
+    schedule: ScheduleConfig, distilled: Sampling | None, asked: Mapping[str, object], steps: int, guidance: float
+) -> Sampling:
+    """The settings asked for; for None those the model was distilled for, or else the defaults.
+
+    asked: steps, guidance, sampler and spacing. steps, guidance: defaults for a model that is not distilled. Warns of
+    settings that a distilled model was not trained for and of settings of the scheduler that are ignored.
+    """
+    if ignored := ", ".join(schedule.ignored):
+        warnings.warn(f"settings of scheduler_config.json not supported in sampling: {ignored}", stacklevel=4)
+    given = {name: value for name, value in asked.items() if value is not None}
+    own = distilled or Sampling(steps, *default_solver(schedule, asked["sampler"], asked["spacing"]), guidance)
+    settings = replace(own, **given)
+    if distilled and str(settings) != str(own):  # by their text: all values of guidance that are off are equal
+        warnings.warn(f"this model is made for {own}; you ask for {settings}: expect poor images", stacklevel=4)
+    return settings
 
 
 def solver(
