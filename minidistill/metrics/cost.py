@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from minidistill.models.layers import Attention
 from minidistill.models.unet import UNet, UNetConfig, random_inputs
 
 GIB = 2**30
@@ -33,31 +34,39 @@ def count_macs(unet_or_config: UNet | UNetConfig, height: int, width: int, token
     `thop`), and the two matrix products of attention.
     """
     config = unet_or_config.config if isinstance(unet_or_config, UNet) else unet_or_config
-    return _macs(config, height, width, tokens)["Global"]
+    linear, attention = _macs(config, height, width, tokens)
+    return {"conv_linear": linear[""], "attention": attention[""]}
 
 
 def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
     """MACs of convolutions and linear layers in each module, by its name; "" is the whole network."""
-    counts = _macs(config, height, width, tokens)
-    return {
-        name.removeprefix("UNet").removeprefix("."): count["conv_linear"]
-        for name, count in counts.items()
-        if name != "Global"
-    }
+    return dict(_macs(config, height, width, tokens)[0])
 
 
 @lru_cache
-def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
-    """{"Global" | "UNet" | "UNet.<module>": counts}, computed on the meta device."""
-    config = replace(config, upcast_attention=False)  # no effect on MACs; the meta device has no autocast
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        UNet(config)(*random_inputs(config, 1, height, width, tokens))
-    result = {}
-    for module, counts in counter.get_flop_counts().items():
-        flops = {str(op): n for op, n in counts.items()}
-        linear = sum(flops.get(op, 0) for op in ("aten.convolution", "aten.mm", "aten.addmm"))
-        result[module] = {"conv_linear": linear // 2, "attention": (sum(flops.values()) - linear) // 2}
-    return result
+def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> tuple[Counter[str], Counter[str]]:
+    """MACs by module of convolutions and linear layers, and of attention, counted on the meta device."""
+    linear, attention = Counter(), Counter()
+
+    def count(counter: Counter[str], name: str, macs: int) -> None:
+        while name:  # the module and all modules that contain it
+            counter[name] += macs
+            name = name.rpartition(".")[0]
+        counter[""] += macs
+
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet(replace(config, upcast_attention=False))  # no effect on MACs; the meta device has no autocast
+        for name, module in unet.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(
+                    lambda module, _, out, name=name: count(linear, name, out.numel() * module.weight[0].numel())
+                )
+            elif isinstance(module, Attention):  # q k^T and the product with v: L x M x C each
+                module.register_forward_hook(
+                    lambda module, args, out, name=name: count(attention, name, 2 * out.numel() * args[-1].shape[1])
+                )
+        unet(*random_inputs(config, 1, height, width, tokens))
+    return linear, attention
 
 
 @torch.no_grad()
