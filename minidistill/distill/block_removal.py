@@ -1,19 +1,19 @@
-"""Block removal: the architecture edit of BK-SDM (arXiv 2305.15798, section 3), as data.
+"""Block removal: the compact architectures of BK-SDM (arXiv 2305.15798, section 3) as lists of blocks to remove.
 
-Stage i of a Stable Diffusion U-Net's down path has layers down.i.0 and down.i.1, stage i of its up path layers up.i.0,
-up.i.1 and up.i.2: a resnet each, and a transformer where the stage reads the text. A recipe lists the blocks to remove:
+Stage i of a Stable Diffusion U-Net's encoder has layers down.i.0 and down.i.1, stage i of its decoder layers up.i.0,
+up.i.1 and up.i.2. A layer is a resnet, followed by a transformer where the stage attends to the text. Blocks:
 
     down.1.1   up.2.1     one layer           mid   the mid block
-    stage.3               a resolution level: its down stage, its up stage, and the downsampler that leads to it
+    stage.3               a resolution level: its down stage, its up stage, and the downsampler before it
     down.2.0@6   mid@6    all but the first 6 blocks of one transformer; those of SDXL have up to 10
     mid@0                 the transformer and the second resnet of the mid block, as in SSD-1B
 
-From this list follow the student's config, the teacher weight that initialises each student weight, the features
-compared in distillation, and a table of what was removed. No live network is modified.
+Such a list determines the student's config, the teacher weight that initialises each student weight, the features
+compared in distillation, and a table of what is removed. The teacher itself is not modified.
 
-Of the three layers of an up stage the middle one is removed. The student's two layers read two skip connections: that
-of the down layer kept, and that of the previous stage. In the teacher, layer 0 reads one of the first kind and layer 2
-one of the second, so their channel counts match; layer 1 would not fit.
+Of the three layers of an up stage the middle one is removed. The two layers kept read two skip connections: that of the
+down layer kept, and that of the previous stage. In the teacher, layer 0 reads one of the first kind and layer 2 one of
+the second, so their channel counts match; those of layer 1 would not.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
+import numpy as np
 import torch
 
 from minidistill.errors import InputError
-from minidistill.metrics.cost import macs_by_module
+from minidistill.metrics.cost import format_count, macs_by_module
 from minidistill.models.unet import UNet, UNetConfig
 
 PAIRINGS = ("nota", "segmind")
@@ -105,7 +106,9 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
         else:
             raise InputError(f"this teacher has no {entry!r} to remove; it has {', '.join(chain(*groups))}")
     kept, lost = len(levels), len(down) - len(levels)
-    kept_down, kept_up = _layer_numbers(down[:kept]), _layer_numbers(up[lost:])
+    kept_down, kept_up = (
+        tuple(tuple(int(layer.split(".")[2]) for layer in stage) for stage in side) for side in (down[:kept], up[lost:])
+    )
     _check_stages(levels, kept_down, kept_up, len(down))
     mid_type = "UNetMidBlock2D" if depths.get("mid") == 0 else teacher.mid_block_type
     down_depths, _, up_depths = teacher.transformer_depths()
@@ -150,10 +153,6 @@ def _shorten(depths: dict[str, int], entry: str, teacher: UNetConfig) -> None:
         allowed = f"give {least} to {depths[layer] - 1}" if depths[layer] > least else "it cannot be shortened"
         raise InputError(f"{entry!r}: the transformer of {layer} has depth {depths[layer]}, {allowed}")
     depths[layer] = int(depth)
-
-
-def _layer_numbers(stages: list[list[str]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(name.split(".")[2]) for name in stage) for stage in stages)
 
 
 def _depth_fields(down: list[list[int]], up: list[list[int]]) -> dict:
@@ -273,28 +272,26 @@ def removal_rows(removal: Removal, height: int, width: int, tokens: int = 77) ->
     student exactly: what an entry shares with those above it is counted once.
     """
     removed = removal_costs(removal, height, width, tokens)
-    teacher = _total(_module_costs(removal.teacher, height, width, tokens).values())
-    student = tuple(a - b for a, b in zip(teacher, _total(removed.values()), strict=True))
+    teacher = sum(_module_costs(removal.teacher, height, width, tokens).values())
+    student = teacher - sum(removed.values())
     costs = {**removed, "teacher": teacher, "student": student}
     rows = [(name, *map(format_count, cost)) for name, cost in costs.items()]
-    change = [f"{100 * (after / before - 1):+.1f} %" for before, after in zip(teacher, student, strict=True)]
+    change = [f"{percent:+.1f} %" for percent in 100 * (student / teacher - 1)]
     return [("removed", "parameters", "MACs"), *rows, ("change", *change)]
 
 
-def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -> dict[str, tuple[int, int]]:
-    """{entry: (parameters, MACs of one call) that it removes beyond the entries before it}; stages come last."""
-    removed = _module_costs(removal.teacher, height, width, tokens)
-    sources = weight_map(removal, weight_shapes(removal.student)).values()
-    kept = {name: removed.pop(name) for name in {source.rpartition(".")[0] for source in sources}}
-    costs = {}
+def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -> dict[str, np.ndarray]:
+    """{entry: [parameters, MACs of one call] that it removes beyond the entries before it}; stages come last."""
+    before, after = (_module_costs(c, height, width, tokens) for c in (removal.teacher, removal.student))
+    kept = {source.rpartition(".")[0] for source in weight_map(removal, weight_shapes(removal.student)).values()}
+    removed, costs = {name: cost for name, cost in before.items() if name not in kept}, {}
     for entry in sorted(removal.removed, key=lambda entry: entry.startswith("stage")):
         scope = _scope(entry, len(removal.teacher.block_out_channels))
-        costs[entry] = _total([removed.pop(name) for name in list(removed) if f"{name}.".startswith(scope)])
-    if removal.stages_removed and removal.student.mid_block_type:
-        _, before = _total(cost for name, cost in kept.items() if name.startswith("mid_block."))
-        after = macs_by_module(removal.student, height, width, tokens)["mid_block"]
-        costs["(mid on more pixels)"] = (0, before - after)
-    return costs
+        names = [name for name in removed if f"{name}.".startswith(scope)]
+        costs[entry] = sum((removed.pop(name) for name in names), np.zeros(2, np.int64))
+    rest = sum(before.values()) - sum(after.values()) - sum(costs.values())
+    # Where stages are removed but not the mid block, that now works on larger feature maps.
+    return {**costs, "(mid on more pixels)": rest} if rest.any() else costs
 
 
 def _scope(entry: str, stages: int) -> tuple[str, ...]:
@@ -308,22 +305,10 @@ def _scope(entry: str, stages: int) -> tuple[str, ...]:
     return tuple(f"{kind}_blocks.{i}.{part}.{numbers[1]}." for part in ("resnets", "attentions"))
 
 
-def _module_costs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, tuple[int, int]]:
-    """{name: (parameters, MACs of one call)} of every module that has weights of its own."""
+def _module_costs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, np.ndarray]:
+    """{name: [parameters, MACs of one call]} of every module that has weights of its own."""
     parameters: Counter[str] = Counter()
     for name, shape in weight_shapes(config).items():
         parameters[name.rpartition(".")[0]] += shape.numel()
     macs = macs_by_module(config, height, width, tokens)
-    return {name: (count, macs.get(name, 0)) for name, count in parameters.items()}
-
-
-def _total(costs: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    return tuple(map(sum, zip((0, 0), *costs, strict=True)))
-
-
-def format_count(n: float) -> str:
-    """859.5 M, 338.6 G, 12.3 k: three to four digits."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.1f} {unit}" if n < 1e13 else f"{n / size:.0f} {unit}"
-    return f"{n:.0f}"
+    return {name: np.array([count, macs.get(name, 0)]) for name, count in parameters.items()}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import statistics
-import sys
 import time
 import weakref
 from collections import Counter
@@ -24,7 +22,6 @@ from minidistill.models.layers import Attention
 from minidistill.models.unet import UNet, UNetConfig, random_inputs
 
 GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def count_macs(unet_or_config: UNet | UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
@@ -142,18 +139,14 @@ def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[N
         network.to("cpu")
 
 
-def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for reuse, on Linux with glibc; no effect elsewhere.
-
-    By default it returns freed blocks to the system and faults them in again page by page: 11,000 page faults per
-    training step of the miniature, 5 % of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # 32 MiB, the maximum in glibc
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
 def format_bytes(count: int) -> str:
     """12.3 GiB; MiB below one."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def format_count(n: float) -> str:
+    """859.5 M, 338.6 G, 12.3 k: three to four digits."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.1f} {unit}" if n < 1e13 else f"{n / size:.0f} {unit}"
+    return f"{n:.0f}"
