@@ -109,10 +109,10 @@ def choose_settings(
 def solver(
     schedule: ScheduleConfig, settings: Sampling, callback: Callback | None = None, strength: float | None = None
 ) -> Callable[[Model, Tensor, Tensor | None], Tensor]:
-    """solver(model, noise, started) -> x0 latents, all (B, C, h, w), with everything else decided.
+    """The sampler of these settings: solve(model, noise, init) -> x0 latents, all (B, C, h, w).
 
-    With a `strength`, `started` are clean latents, and only the last steps of the grid are done (arXiv 2108.01073).
-    ValueError, now or when it is called: settings that the schedule, the sampler or the network cannot do.
+    With a `strength`, only that fraction of the steps is done, the last ones, starting from the clean latents `init`
+    with noise added (SDEdit, arXiv 2108.01073). ValueError, here or in the call: settings that are not supported.
     """
     steps, is_euler = settings.steps, settings.sampler == "euler"
     total, offset = schedule.num_train_timesteps, schedule.steps_offset
@@ -121,7 +121,7 @@ def solver(
         valid = isinstance(strength, int | float) and 0 < strength <= 1
         done = min(math.floor(steps * strength), steps) if valid else 0
         if done < 1:
-            raise ValueError(f"strength must be above 0, at most 1 and 1 step at least: got {strength} of {steps}")
+            raise ValueError(f"strength must be above 0, at most 1 and give 1 step or more: got {strength} of {steps}")
         grid = grid[steps - done :]
     alpha_bar = make_alpha_bar(schedule)
     if is_euler:
@@ -132,20 +132,20 @@ def solver(
     solve = partial(solve, timesteps=grid, alpha_bar=alpha_bar, prediction=schedule.prediction_type, callback=callback)
     sigma = sigmas_at(alpha_bar, grid[:1]).item()
 
-    def solved(model: Model, noise: Tensor, started: Tensor | None = None) -> Tensor:
-        if started is not None:
-            noise = (started.to(noise.device) + sigma * noise) / math.hypot(1, sigma)
+    def sample(model: Model, noise: Tensor, init: Tensor | None = None) -> Tensor:
+        if init is not None:
+            noise = (init.to(noise.device) + sigma * noise) / math.hypot(1, sigma)
         return solve(model, noise)
 
-    return solved
+    return sample
 
 
 def default_solver(schedule: ScheduleConfig, sampler: str | None = None, spacing: str | None = None) -> tuple[str, str]:
-    """(sampler, spacing) where the user (`sampler`, `spacing`) or the schedule does not determine them.
+    """Defaults (sampler, spacing) for what the user (`sampler`, `spacing`) and the schedule leave open.
 
     The sampler is ddim, or euler for eps-prediction where the first timestep has alpha_bar = 0 (zero terminal SNR with
-    trailing or linspace spacing): there DDIM is not defined. A spacing that the schedule does not have is the default
-    of the sampler in diffusers, as after a change of the scheduler by `from_config`. Unknown names are not used.
+    trailing or linspace spacing), for which DDIM is undefined. A spacing absent from the schedule is the default of the
+    sampler in diffusers, as after `from_config` with another scheduler. Unknown names are ignored.
     """
     spacing = spacing if spacing in SPACINGS else schedule.timestep_spacing
     if sampler not in SAMPLERS:

@@ -45,7 +45,7 @@ def shorten_to(depth: int, *layers: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Blocks to remove, which features to compare, and the weights of the three losses (task, output, feature)."""
+    """Blocks to remove, pairing of the features compared, weights of the three losses (task, output, feature)."""
 
     remove: tuple[str, ...]
     pairing: str = "nota"
@@ -61,8 +61,8 @@ RECIPES = {
     # Segmind's "small" is BK-SDM's *Base*: it keeps the mid block. Segmind has no BK-Small.
     "segmind-small": Recipe(SECOND_LAYERS, "segmind", (1.0, 0.5, 0.5)),
     "segmind-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3"), "segmind", (1.0, 0.5, 0.5)),
-    # SDXL: KOALA (arXiv 2312.04005), SSD-1B and Vega (arXiv 2401.02677), the architectures. The papers compare features
-    # inside the layers, KOALA those of self-attention; here the outputs of stages and mid block are compared.
+    # SDXL: the architectures of KOALA (arXiv 2312.04005), SSD-1B and Vega (arXiv 2401.02677). The papers compare
+    # features inside the layers, KOALA those of self-attention; here the outputs of stages and mid block are compared.
     "koala-1b": Recipe((*SECOND_LAYERS_XL, *shorten_to(6, "down.2.0", "mid", "up.0.0", "up.0.2")), "segmind"),
     "koala-700m": Recipe((*SECOND_LAYERS_XL, "mid", *shorten_to(5, "down.2.0", "up.0.0", "up.0.2")), "segmind"),
     "ssd-1b": Recipe(("mid@0", *shorten_to(4, *LEVEL_2_XL[:4]), *shorten_to(1, *LEVEL_1_XL[3:])), "segmind"),
@@ -72,10 +72,10 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Removal:
-    """A checked edit of one teacher, and the student's config.
+    """A list of blocks to remove, checked against one teacher, and the student's config.
 
-    kept_down[i] and kept_up[i] are the layers that the student's stage i keeps, numbered as in the teacher.
-    stages_removed counts the levels removed: the last down stages and the first up stages.
+    kept_down[i] and kept_up[i] are the layers of the student's stage i, numbered as in the teacher. stages_removed is
+    the number of resolution levels removed: the last down stages and the first up stages.
     """
 
     teacher: UNetConfig
@@ -175,7 +175,7 @@ def _check_stages(levels: list[str], down: tuple, up: tuple, count: int) -> None
 
 
 def _check_mid(removal: Removal, mid_depth: int | None) -> None:
-    """A config has no heads and depth for the mid block: it takes those of the innermost stage and its first layer."""
+    """InputError: the mid block would change. Configs give it the heads and depth of the innermost down layer."""
     student, first = removal.student, f"down.{len(removal.kept_down) - 1}.{removal.kept_down[-1][0]}"
     heads, depth = student.attention_head_dim[-1], student.transformer_depths()[1]
     changed = (heads, depth) != (removal.teacher.attention_head_dim[-1], mid_depth)
@@ -187,7 +187,7 @@ def _check_mid(removal: Removal, mid_depth: int | None) -> None:
 
 
 def _check_shapes(removal: Removal) -> None:
-    """Every student weight needs a teacher weight of its shape."""
+    """InputError: a student weight has no teacher weight of its shape."""
     teacher, student = weight_shapes(removal.teacher), weight_shapes(removal.student)
     for name, source in weight_map(removal, student).items():
         if teacher.get(source) != student[name]:
@@ -295,7 +295,7 @@ def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -
 
 
 def _scope(entry: str, stages: int) -> tuple[str, ...]:
-    """Prefixes of the names of the teacher's modules in which an entry removes something."""
+    """Prefixes of the names of the teacher's modules that an entry removes or shortens."""
     kind, *numbers = entry.partition("@")[0].split(".")
     if kind == "mid":
         return ("mid_block.",)
@@ -306,7 +306,7 @@ def _scope(entry: str, stages: int) -> tuple[str, ...]:
 
 
 def _module_costs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, np.ndarray]:
-    """{name: [parameters, MACs of one call]} of every module that has weights of its own."""
+    """{name: [parameters, MACs of one call]} of every module with weights."""
     parameters: Counter[str] = Counter()
     for name, shape in weight_shapes(config).items():
         parameters[name.rpartition(".")[0]] += shape.numel()

@@ -70,7 +70,7 @@ def _plan(teacher: UNetConfig, remove: tuple[str, ...]) -> Removal | None:
 
 
 def share_weights(removal: Removal, teacher: UNet) -> UNet:
-    """The untrained student, made of the teacher's own tensors: nothing is copied, and it must not be trained."""
+    """The untrained student with the teacher's own tensors, not copies: it must not be trained."""
     with torch.device("meta"):
         student = UNet(removal.student)
     weights, sources = teacher.state_dict(), weight_map(removal, student.state_dict())
@@ -93,9 +93,9 @@ def choose(
 ) -> list[tuple[str, ...]]:
     """At most `count` lists of removals that save at least `saving` with little sensitivity.
 
-    by: what is to be saved, "parameters", "macs" or "latency" (latencies add up only roughly).
-    The first list is the greedy one; the others differ from it by one removal, in the order of their summed
-    sensitivities. Which of them has the least sensitivity as a whole, `score` tells.
+    by: what is saved, "parameters", "macs" or "latency" (latencies are additive only roughly).
+    The first list is the greedy one; the others differ from it by one removal, ordered by the sum of their
+    sensitivities. Which has the least sensitivity as a whole is to be found with `score`.
 
     Raises:
         InputError: all removals together save less.

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-accumulates and time of a call, and the memory of a step before it takes any."""
+"""Cost of a network: multiply-accumulates and time of a call, and the peak memory of a computation."""
 
 from __future__ import annotations
 
