@@ -89,24 +89,12 @@ def compute_losses(teacher, student, pairs, inputs, target):
     }
 
 
-def run_hooked(unet: UNet, names, inputs):
+def run_oracle(unet: UNet, names, inputs):
     """diffusers' output and what the original's hooks catch, as float64 arrays."""
     theirs = UNet2DConditionModel.from_config(unet.config.to_dict())
     theirs.load_state_dict(unet.state_dict())
-    caught = {}
-
-    def keep(name):
-        def hook(_module, _inputs, output):
-            caught[name] = (output[0] if isinstance(output, tuple) else output).double().numpy()
-
-        return hook
-
-    modules = dict(theirs.named_modules())
-    for name in names:
-        modules[name].register_forward_hook(keep(name))
-    with torch.no_grad():
-        out = theirs(*inputs).sample
-    return out.double().numpy(), caught
+    out, caught = tiny.run_hooked(theirs, names, inputs)
+    return out.double().numpy(), {name: feature.double().numpy() for name, feature in caught.items()}
 
 
 # the numbers
@@ -119,8 +107,8 @@ def test_every_loss_and_the_total_are_those_of_the_papers_formulas(recipe, famil
     losses = compute_losses(teacher, student, pairs, inputs, target)
     assert all(loss.shape == (3,) and loss.dtype == torch.float32 for loss in losses.values())
 
-    eps_t, f_t = run_hooked(teacher, [name for name, _ in HOOKS[recipe]], inputs)
-    eps_s, f_s = run_hooked(student, [name for _, name in HOOKS[recipe]], inputs)
+    eps_t, f_t = run_oracle(teacher, [name for name, _ in HOOKS[recipe]], inputs)
+    eps_s, f_s = run_oracle(student, [name for _, name in HOOKS[recipe]], inputs)
     expected = {
         "task": np.mean((target.double().numpy() - eps_s) ** 2),
         "output": np.mean((eps_t - eps_s) ** 2),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from tiny import SMALL, TINY, TINY_SD21, TINY_SDXL, TINY_SSD, assert_close, randomize
+from tiny import SMALL, TINY, TINY_SD21, TINY_SDXL, TINY_SSD, assert_close, randomize, run_hooked
 from tiny import run_diffusers as run_theirs
 from tiny import unet_inputs as make_inputs
 from torch import nn
@@ -58,26 +58,15 @@ def make_pair(kind, dtype=torch.float32):
 
 
 def diffusers_features(unet, inputs):
-    """The outputs of diffusers' blocks under our names, from forward hooks, and the output of the network."""
-    features, hooks = {}, []
-
-    def keep(name, module):
-        def hook(module, args, output):
-            features[name] = output[0] if isinstance(output, tuple) else output
-
-        hooks.append(module.register_forward_hook(hook))
-
+    """diffusers' prediction, and the outputs of its blocks under our names."""
+    modules = {"mid": "mid_block"} if unet.mid_block is not None else {}
     for side in ("down", "up"):
         for i, block in enumerate(getattr(unet, f"{side}_blocks")):
-            keep(f"{side}.{i}", block)
+            modules[f"{side}.{i}"] = f"{side}_blocks.{i}"
             if hasattr(block, "attentions"):
-                keep(f"{side}.{i}.proj_out", block.attentions[-1].proj_out)
-    if unet.mid_block is not None:
-        keep("mid", unet.mid_block)
-    out = run_theirs(unet, *inputs)
-    for hook in hooks:
-        hook.remove()
-    return out, features
+                modules[f"{side}.{i}.proj_out"] = f"{side}_blocks.{i}.attentions.{len(block.attentions) - 1}.proj_out"
+    out, caught = run_hooked(unet, modules.values(), inputs)
+    return out, {ours: caught[theirs] for ours, theirs in modules.items()}
 
 
 @every_kind

@@ -82,6 +82,22 @@ def run_diffusers(unet: diffusers.UNet2DConditionModel, x, t, context, added=Non
     return unet(x, t, context, added_cond_kwargs=added).sample
 
 
+def run_hooked(unet: diffusers.UNet2DConditionModel, names, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """diffusers' prediction, and what forward hooks on its modules of these names catch."""
+    caught, hooks, modules = {}, [], dict(unet.named_modules())
+    for name in names:
+
+        def keep(_module, _inputs, output, name=name):
+            caught[name] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(modules[name].register_forward_hook(keep))
+    with torch.no_grad():
+        out = run_diffusers(unet, *inputs)
+    for hook in hooks:
+        hook.remove()
+    return out, caught
+
+
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 1e-5) -> None:
     """The largest difference, relative to the largest value."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
