@@ -10,6 +10,7 @@ differ in the scale of the initial noise, in the last step, and in that Euler ac
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,26 +130,21 @@ def guide(
     ValueError: a condition of the unconditional half is missing or has another shape.
     """
     if scale <= 1:
-        return lambda x, t: _call(unet_fn, x, t, context, added_cond)
+        return lambda x, t: unet_fn(x, t, context, *(() if added_cond is None else (added_cond,)))
     if uncond is None or uncond.shape != context.shape:
         raise ValueError("guidance above 1 needs an unconditional context of the same shape as the context")
     if (added_cond is None) != (uncond_added_cond is None):
         raise ValueError("guidance above 1 needs added conditions for both halves, or for none")
-    both = torch.cat([uncond, context])  # (2B, L, D)
-    both_added: dict[str, Tensor] | None = None
+    both: list[Any] = [torch.cat([uncond, context])]  # (2B, L, D)
     if added_cond is not None and uncond_added_cond is not None:
-        both_added = {name: torch.cat([uncond_added_cond[name], added_cond[name]]) for name in added_cond}
+        both.append({name: torch.cat([uncond_added_cond[name], added_cond[name]]) for name in added_cond})
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         x2, t2 = torch.cat([x, x]), (torch.cat([t, t]) if t.ndim else t)
-        u, c = _wide(_call(unet_fn, x2, t2, both, both_added)).chunk(2)
+        u, c = _wide(unet_fn(x2, t2, *both)).chunk(2)
         return u + scale * (c - u)
 
     return guided
-
-
-def _call(unet_fn: Callable[..., Tensor], x: Tensor, t: Tensor, context: Tensor, added: dict | None) -> Tensor:
-    return unet_fn(x, t, context) if added is None else unet_fn(x, t, context, added)
 
 
 def _wide(x: Tensor) -> Tensor:
