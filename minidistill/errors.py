@@ -26,7 +26,7 @@ def check_integers(**given: object) -> None:
             raise InputError(f"{name} must be an integer, not {value!r}")
 
 
-def one_each(given: Any, count: int | None, what: str, kind: Any, words: str) -> list:
+def one_each(given: Any, count: int | None, what: str, kind: Any, words: str) -> list[Any]:
     """A list of `count` items from one for all or one each; count None: any number. words: the kind, for messages."""
     if isinstance(given, kind):
         return [given] * (count or 1)
