@@ -105,9 +105,10 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
             group.remove(entry)
         else:
             raise InputError(f"this teacher has no {entry!r} to remove; it has {', '.join(chain(*groups))}")
-    kept, lost = len(levels), len(down) - len(levels)
+    kept, dropped = len(levels), len(down) - len(levels)
     kept_down, kept_up = (
-        tuple(tuple(int(layer.split(".")[2]) for layer in stage) for stage in side) for side in (down[:kept], up[lost:])
+        tuple(tuple(int(layer.split(".")[2]) for layer in stage) for stage in side)
+        for side in (down[:kept], up[dropped:])
     )
     _check_stages(levels, kept_down, kept_up, len(down))
     mid_type = "UNetMidBlock2D" if depths.get("mid") == 0 else teacher.mid_block_type
@@ -118,14 +119,14 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
         layers_per_block=tuple(map(len, kept_down)),
         attention_head_dim=teacher.attention_head_dim[:kept],
         down_block_types=teacher.down_block_types[:kept],
-        up_block_types=teacher.up_block_types[lost:],
+        up_block_types=teacher.up_block_types[dropped:],
         mid_block_type=mid_type if mid else None,
         **_depth_fields(
             [[depths.get(f"down.{i}.{j}", down_depths[i][j]) for j in stage] for i, stage in enumerate(kept_down)],
-            [[depths.get(f"up.{i}.{j}", up_depths[i][j]) for j in stage] for i, stage in enumerate(kept_up, lost)],
+            [[depths.get(f"up.{i}.{j}", up_depths[i][j]) for j in stage] for i, stage in enumerate(kept_up, dropped)],
         ),
     )
-    removal = Removal(teacher, student, removed, kept_down, kept_up, lost)
+    removal = Removal(teacher, student, removed, kept_down, kept_up, dropped)
     _check_mid(removal, depths.get("mid"))
     _check_shapes(removal)
     return removal
@@ -191,11 +192,10 @@ def _check_shapes(removal: Removal) -> None:
     teacher, student = weight_shapes(removal.teacher), weight_shapes(removal.student)
     for name, source in weight_map(removal, student).items():
         if teacher.get(source) != student[name]:
-            raise InputError(
-                f"removing {','.join(removal.removed)} does not fit together: {name} needs {tuple(student[name])}, the "
-                f"teacher's {source} is {tuple(teacher.get(source, ())) or 'absent'}; keep the first layer of a down "
-                "stage, the first and last of an up stage, and each stage wider than the one before it"
-            )
+            found = tuple(teacher.get(source, ())) or "absent"
+            misfit = f"{name} needs {tuple(student[name])}, the teacher's {source} is {found}"
+            way = "keep the first layer of a down stage, the first and last of an up stage, and stages of growing width"
+            raise InputError(f"removing {','.join(removal.removed)} does not fit together: {misfit}; {way}")
 
 
 @lru_cache(maxsize=64)
@@ -236,7 +236,7 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
     """Pairs (teacher feature, student feature) for the feature loss, named as by `UNet(..., return_features=True)`.
 
     The output of each stage is compared with that of the same stage of the teacher. The pairings differ in the rest:
-    - "nota" (BK-SDM) does not compare mid blocks. Where stages were removed, the innermost down stage has lost its
+    - "nota" (BK-SDM) does not compare mid blocks. Where stages were removed, the innermost down stage has no
       downsampler, so its output has another size: the output of its last transformer (proj_out) is compared.
     - "segmind" compares mid blocks. Where stages were removed, the innermost down stage is compared with the output of
       the last up stage removed, so that it learns to replace them all.
@@ -246,21 +246,19 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
     """
     if pairing not in PAIRINGS:
         raise InputError(f"pairing must be one of {', '.join(PAIRINGS)}, not {pairing!r}")
-    student, lost, last = removal.student, removal.stages_removed, len(removal.kept_down) - 1
+    student, dropped, last = removal.student, removal.stages_removed, len(removal.kept_down) - 1
     down = [(f"down.{i}", f"down.{i}") for i in range(last + 1)]
-    mid = [("mid", "mid")] if pairing == "segmind" and student.mid_block_type and not lost else []
-    up = [(f"up.{i + lost}", f"up.{i}") for i in range(len(removal.kept_up))]
-    if lost and pairing == "segmind":
-        down[last] = (f"up.{lost - 1}", f"down.{last}")
+    mid = [("mid", "mid")] if pairing == "segmind" and student.mid_block_type and not dropped else []
+    up = [(f"up.{i + dropped}", f"up.{i}") for i in range(len(removal.kept_up))]
+    if dropped and pairing == "segmind":
+        theirs, ours = down[last] = (f"up.{dropped - 1}", f"down.{last}")
         widths = removal.teacher.block_out_channels[last + 1], student.block_out_channels[last]
         if widths[0] != widths[1]:
-            raise InputError(
-                f"pairing segmind compares the teacher's up.{lost - 1} with the student's down.{last}, but they have "
-                f"{widths[0]} and {widths[1]} channels: use --pairing nota"
-            )
-    elif lost and student.down_block_types[last] == "CrossAttnDownBlock2D":
+            compared = f"pairing segmind compares the teacher's {theirs} with the student's {ours}"
+            raise InputError(f"{compared}, but they have {widths[0]} and {widths[1]} channels: use --pairing nota")
+    elif dropped and student.down_block_types[last] == "CrossAttnDownBlock2D":
         down[last] = (f"down.{last}.proj_out", f"down.{last}.proj_out")
-    elif lost:
+    elif dropped:
         down.pop()
     return down + mid + up
 
