@@ -208,9 +208,10 @@ class Pipeline:
         if not prompts or batch_size < 1 or output not in ("images", "latents"):
             raise InputError("one prompt or more, a batch size of 1 or more, and output images or latents are needed")
         batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-        indices = range(first_index, first_index + len(prompts))
         init_latents = None if image is None else self._encode_images(image, len(prompts), batch_size)
-        latents = self._noise(indices, seed, latents, init_latents, (height, width))
+        latents = self._noise(
+            range(first_index, first_index + len(prompts)), seed, latents, init_latents, (height, width)
+        )
         asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing}
         done: list[Tensor] = []
         try:
@@ -220,16 +221,19 @@ class Pipeline:
             with self._text_encoders_on_cpu() if low_memory else nullcontext():
                 for model, b in zip(models, batches, strict=True):
                     noise, init = latents[b].to(self.device).float(), None if init_latents is None else init_latents[b]
-                    done.append(solve(model, noise, init))
-                    if (i := _find_nonfinite(done[-1])) is not None:
-                        found = f"the latents of sample {b.start + i} ({prompts[b][i]!r}) are not finite"
-                        way = "try float32 or bfloat16, or check the weights"
-                        raise InputError(f"{found} with the U-Net in {self.unet.dtype}: {way}")
+                    done.append(self._finite(solve(model, noise, init), prompts, b.start))
                 if output == "latents":
                     return torch.cat(done)
                 return self.decode(torch.cat(done), 1 if low_memory else batch_size, tiled=low_memory)
         except ValueError as error:  # of settings that the sampler or the network does not support
             raise InputError(str(error)) from error
+
+    def _finite(self, latents: Tensor, prompts: Sequence[str], first: int) -> Tensor:
+        """latents, unchanged, of prompts[first:]. InputError: a sample is not finite."""
+        if (i := _find_nonfinite(latents)) is not None:
+            way = f"with the U-Net in {self.unet.dtype}: try float32 or bfloat16, or check the weights"
+            raise InputError(f"the latents of sample {first + i} ({prompts[first + i]!r}) are not finite {way}")
+        return latents
 
     @contextmanager
     def _text_encoders_on_cpu(self) -> Iterator[None]:
@@ -251,8 +255,9 @@ class Pipeline:
         text = self.encode_prompts(prompts)
         absent = self.encode_prompts(negatives) if guidance > 1 else TextStates(None, None)
         added, uncond_added = (self.added_cond(states.pooled, *pixels) for states in (text, absent))
-        contexts = text.context, absent.context
-        return guide(self.unet, *contexts, guidance, added_cond=added, uncond_added_cond=uncond_added)
+        return guide(
+            self.unet, text.context, absent.context, guidance, added_cond=added, uncond_added_cond=uncond_added
+        )
 
     def trained_size(self) -> tuple[int, int]:
         """Height and width in pixels of the training images. InputError: not in the U-Net's config."""
@@ -270,8 +275,7 @@ class Pipeline:
             return latents
         default = self.trained_size() if None in size else size
         height, width = (b if a is None else a for a, b in zip(size, default, strict=True))
-        h, w = self._latent_size(height, width)
-        return initial_noise(seed, indices, (self.unet.config.in_channels, h, w))
+        return initial_noise(seed, indices, (self.unet.config.in_channels, *self._latent_size(height, width)))
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the latents of images of this size. InputError: no such images."""
