@@ -208,20 +208,18 @@ class Pipeline:
         if not prompts or batch_size < 1 or output not in ("images", "latents"):
             raise InputError("one prompt or more, a batch size of 1 or more, and output images or latents are needed")
         batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-        init_latents = None if image is None else self._encode_images(image, len(prompts), batch_size)
-        latents = self._noise(
-            range(first_index, first_index + len(prompts)), seed, latents, init_latents, (height, width)
-        )
+        init = None if image is None else self._encode_images(image, len(prompts), batch_size)
+        latents = self._noise(range(first_index, first_index + len(prompts)), seed, latents, init, (height, width))
         asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "spacing": spacing}
-        done: list[Tensor] = []
+        done = []
         try:
             settings = choose_settings(self.schedule, self.sampling, asked, STEPS, GUIDANCE)
             solve = solver(self.schedule, settings, callback, None if image is None else strength)
             models = [self._guided(prompts[b], negatives[b], settings.guidance, latents.shape[2:]) for b in batches]
             with self._text_encoders_on_cpu() if low_memory else nullcontext():
                 for model, b in zip(models, batches, strict=True):
-                    noise, init = latents[b].to(self.device).float(), None if init_latents is None else init_latents[b]
-                    done.append(self._finite(solve(model, noise, init), prompts, b.start))
+                    noise, start = latents[b].to(self.device).float(), None if init is None else init[b]
+                    done.append(self._finite(solve(model, noise, start), prompts, b.start))
                 if output == "latents":
                     return torch.cat(done)
                 return self.decode(torch.cat(done), 1 if low_memory else batch_size, tiled=low_memory)
@@ -254,10 +252,8 @@ class Pipeline:
         pixels = [side * self.vae.config.downscale for side in size]
         text = self.encode_prompts(prompts)
         absent = self.encode_prompts(negatives) if guidance > 1 else TextStates(None, None)
-        added, uncond_added = (self.added_cond(states.pooled, *pixels) for states in (text, absent))
-        return guide(
-            self.unet, text.context, absent.context, guidance, added_cond=added, uncond_added_cond=uncond_added
-        )
+        added, unadded = (self.added_cond(states.pooled, *pixels) for states in (text, absent))
+        return guide(self.unet, text.context, absent.context, guidance, added_cond=added, uncond_added_cond=unadded)
 
     def trained_size(self) -> tuple[int, int]:
         """Height and width in pixels of the training images. InputError: not in the U-Net's config."""

@@ -280,16 +280,17 @@ def removal_rows(removal: Removal, height: int, width: int, tokens: int = 77) ->
 
 def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -> dict[str, np.ndarray]:
     """{entry: [parameters, MACs of one call] that it removes beyond the entries before it}; stages come last."""
-    before, after = (_module_costs(c, height, width, tokens) for c in (removal.teacher, removal.student))
+    before = _module_costs(removal.teacher, height, width, tokens)
     kept = {source.rpartition(".")[0] for source in weight_map(removal, weight_shapes(removal.student)).values()}
     removed, costs = {name: cost for name, cost in before.items() if name not in kept}, {}
     for entry in sorted(removal.removed, key=lambda entry: entry.startswith("stage")):
         scope = _scope(entry, len(removal.teacher.block_out_channels))
         names = [name for name in removed if f"{name}.".startswith(scope)]
         costs[entry] = sum((removed.pop(name) for name in names), np.zeros(2, np.int64))
-    rest = sum(before.values()) - sum(after.values()) - sum(costs.values())
-    # Where stages are removed but not the mid block, that now works on larger feature maps.
-    return {**costs, "(mid on more pixels)": rest} if rest.any() else costs
+    if removal.stages_removed and removal.student.mid_block_type:
+        after = _module_costs(removal.student, height, width, tokens)
+        costs["(mid on more pixels)"] = sum(before.values()) - sum(after.values()) - sum(costs.values())
+    return costs
 
 
 def _scope(entry: str, stages: int) -> tuple[str, ...]:
