@@ -51,18 +51,20 @@ def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> tuple[Cou
             name = name.rpartition(".")[0]
         counter[""] += macs
 
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         unet = UNet(replace(config, upcast_attention=False))  # no effect on MACs; the meta device has no autocast
-        for name, module in unet.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.register_forward_hook(
-                    lambda module, _, out, name=name: count(linear, name, out.numel() * module.weight[0].numel())
-                )
-            elif isinstance(module, Attention):  # q k^T and the product with v: L x M x C each
-                module.register_forward_hook(
-                    lambda module, args, out, name=name: count(attention, name, 2 * out.numel() * args[-1].shape[1])
-                )
-        unet(*random_inputs(config, 1, height, width, tokens))
+        inputs = random_inputs(config, 1, height, width, tokens)
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(
+                lambda module, _, out, name=name: count(linear, name, out.numel() * module.weight[0].numel())
+            )
+        elif isinstance(module, Attention):  # q k^T and the product with v: L x M x C each
+            module.register_forward_hook(
+                lambda module, args, out, name=name: count(attention, name, 2 * out.numel() * args[-1].shape[1])
+            )
+    with torch.no_grad():
+        unet(*inputs)
     return linear, attention
 
 
