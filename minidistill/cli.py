@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minidistill.errors import DONE, INTERRUPTED, InputError
-from minidistill.metrics.cost import keep_freed_memory
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import read_json
 
@@ -135,7 +134,6 @@ def run_command(
     Any other exception is a bug and keeps its traceback.
     """
     config = None
-    keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
     try:
         config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
