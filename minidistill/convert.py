@@ -21,7 +21,7 @@ from minidistill.cli import REQUIRED, option, run_command
 from minidistill.diffusion.sampling import sampling_metadata
 from minidistill.errors import InputError
 from minidistill.generate import load_model
-from minidistill.interop.header import UNET, prediction_entry
+from minidistill.interop.configs import UNET, prediction_entry
 from minidistill.interop.ldm import to_ldm_unet
 from minidistill.interop.lora_files import FORMS, rewrite_lora
 from minidistill.interop.replace import is_unet_alone, load_unet, merge_files, with_scales
@@ -87,8 +87,7 @@ def convert_pipeline(config: Config, dest: Path, layout: str) -> None:
     if layout == "folder":
         pipe.save(dest)
         return
-    parts = (pipe.unet, pipe.vae, pipe.text_encoders, pipe.schedule, pipe.tokenizers)
-    write_single_file(dest, *parts, metadata=sampling_metadata(pipe.sampling), for_cpp=config.layout == CPP)
+    write_single_file(dest, pipe, for_cpp=layout == CPP)
 
 
 def convert_unet(config: Config, dest: Path, layout: str) -> None:
