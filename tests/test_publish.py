@@ -225,6 +225,8 @@ def test_a_lora_can_be_had_from_the_hub(server, tmp_path, tiny_sd1, images, monk
     merge_loras(pipe, [("me/tuned/lora.safetensors", 1.0)])
     merge_loras(here, [(tmp_path / "run/lora.safetensors", 1.0)])
     assert_latents_differ_from(tiny_sd1, pipe, here)
+    message = refused(load_pipeline, tmp_path / "run")
+    assert f"give {tmp_path / 'run/lora.safetensors'}, {tmp_path / 'run/lora_peft.safetensors'}" in message
 
 
 def assert_latents_differ_from(base, *pipes) -> None:

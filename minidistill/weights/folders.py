@@ -75,7 +75,7 @@ def _model_in(folder: Path) -> Path:
     inside = {path.name: path for path in folder.iterdir()}
     models = [path for path in inside.values() if (path / choice.INDEX).is_file()]
     singles = [path for name, path in inside.items() if name.endswith(choice.SINGLE_FILES)]
-    if choice.INDEX not in inside and models:
+    if choice.INDEX not in inside and (models or (singles and not choice.pick_weights(inside))):
         inside.pop("config.json", None)  # of a run, not of the part of a pipeline
     if on_hub and {choice.INDEX, "config.json"} & inside.keys() and (lacking := choice.missing_files(folder)):
         raise InputError(f"{folder} is not complete, it lacks {files.some(lacking)}{on_hub}")
