@@ -1,6 +1,7 @@
 """`convert` of U-Nets alone and LoRA files, and the flags that replace parts (whole models: test_sources.py)."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -109,6 +110,21 @@ def test_flags_that_have_no_meaning_or_do_not_fit_are_refused(sources, parts, tm
     assert "no EMA weights of" in refused(capsys, parts["both"], new, "--unet", single_unet(sources, tmp_path), "--ema")
     assert "is a LoRA for another model" in refused(capsys, sources["sdxl"], new, "--lora", parts["style"])
     assert not new.exists()
+
+
+@pytest.mark.parametrize("kind", ["LCMScheduler", "TCDScheduler"])
+@pytest.mark.filterwarnings("ignore:.*consistency sampling")
+def test_a_model_of_consistency_sampling_keeps_its_scheduler(sources, parts, tmp_path, kind):
+    source = shutil.copytree(sources["sd1"], tmp_path / "source")
+    path = "scheduler/scheduler_config.json"
+    getattr(diffusers, kind).from_config(json_of(source / path)).save_pretrained(source / "scheduler")
+    change_json(source / "model_index.json", scheduler=["diffusers", kind])
+    assert run_convert(source, tmp_path / "new", "--dtype", "fp16") == 0
+    assert json_of(tmp_path / "new" / path) == json_of(source / path)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "new")
+    assert type(theirs.scheduler).__name__ == kind
+    assert run_convert(source, tmp_path / "other", "--unet", sources["sd1"]) == 0
+    assert json_of(tmp_path / "other/model_index.json")["scheduler"] == ["diffusers", "DDIMScheduler"]
 
 
 def single_unet(sources, folder):
