@@ -51,7 +51,7 @@ def load_pipeline(
     folders.check_placement(device, dtype, vae_dtype)
     path = folders.find_model(source, dtype)
     if path.is_file():
-        from minidistill.interop.single_pipeline import load_parts
+        from minidistill.interop.replace import load_parts
 
         return Pipeline(**load_parts(path, device, dtype, vae_dtype, without))
     index = folders.read_model_index(path)
@@ -325,8 +325,7 @@ class Pipeline:
 
     def save(self, folder: str | Path) -> None:
         """Write a pipeline folder, which `load_pipeline` and diffusers read. InputError: it cannot be written."""
-        parts = (self.unet, self.vae, self.text_encoders, self.tokenizers, self.schedule)
-        folders.save_pipeline(folder, *parts, self.sampling, self.zero_unconditional)
+        folders.save_pipeline(folder, self)
 
 
 def _find_nonfinite(samples: Tensor) -> int | None:
