@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from minidistill.errors import DONE, REFUSED
+from minidistill.errors import DONE, REFUSED, exit_if_interrupted
 
 
 def commands() -> dict[str, str]:
@@ -34,6 +34,7 @@ def main() -> None:
         print(f"error: no command {name}; there are {', '.join(known)}", file=sys.stderr)
         sys.exit(REFUSED)
     sys.argv[:] = [name, *rest]
+    sys.excepthook = exit_if_interrupted
     runpy.run_module(f"minidistill.{module}", run_name="__main__", alter_sys=True)
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from minidistill.cli import REQUIRED, option, run_command
 from minidistill.data import cache
 from minidistill.data.cache import CacheKey, LatentCache
-from minidistill.data.folders import ImageFolder, read_ahead, scan
+from minidistill.data.folders import ImageFolder, read_ahead
 from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
-from minidistill.data.text_cache import text_digest, write_text_shard
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
 from minidistill.training.batches import SMALL, TOGETHER, at_once, encode_samples
@@ -57,13 +56,16 @@ class CacheConfig:
     shard: int = option(1024, "images in each file of the cache", minimum=1)
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "precision of the VAE; several VAEs overflow in fp16", choices=PRECISIONS)
-    scan_only: bool = option(False, "encode nothing: decode every image once, and list the broken ones in DATA")
+    scan_only: bool = option(False, "encode nothing: decode every image once, and name the broken ones")
 
 
 def main(config: CacheConfig) -> None:
     """Scan, or make or finish a cache."""
     if config.scan_only:
-        print(scan(config.data, config.resolution, config.split, config.caption_column).summary())
+        folder = ImageFolder(config.data, 1, config.split, config.caption_column)
+        for _ in tqdm(read_ahead(folder.sample, range(len(folder)), 256), "scan", len(folder), disable=None):
+            pass  # broken images are named as they are met
+        print(folder.summary())
         return
     if not config.out:
         raise InputError("--out is required: folder of the cache")
@@ -74,16 +76,9 @@ def main(config: CacheConfig) -> None:
     batch_size = config.batch_size or at_once((resolution, resolution))
     if config.shard % batch_size:
         raise InputError(f"--shard {config.shard} must be a multiple of --batch-size {batch_size}")
-    key = CacheKey(
-        resolution=resolution,
-        split=config.split,
-        caption_column=config.caption_column,
-        flip=config.flip,
-        store=config.store,
-        precision=config.precision,
-        shard=config.shard,
-        vae=cache.vae_digest(pipe.vae),
-    )
+    names = ("split", "caption_column", "flip", "store", "precision", "shard")
+    own = {name: getattr(config, name) for name in names}
+    key = CacheKey(resolution=resolution, vae=cache.vae_digest(pipe.vae), **own)
     pipe.unet.to("meta")  # not needed
     folder = ImageFolder(config.data, resolution, config.split, config.caption_column)
     print(folder.summary(), flush=True)
@@ -139,7 +134,7 @@ def write_text_states(out: Path, pipe: Pipeline, device: torch.device, batch_siz
     if latents.text:
         latents.check(pipe)
         return
-    digest = text_digest(pipe)
+    digest = cache.text_digest(pipe)
     every = (caption for i in range(len(latents)) for caption in latents.captions(i))
     captions, size = list(dict.fromkeys([None, "", *every])), latents.key.shard
     for encoder in pipe.text_encoders:
@@ -150,7 +145,7 @@ def write_text_states(out: Path, pipe: Pipeline, device: torch.device, batch_siz
             for i in range(0, len(chosen), batch_size):
                 parts.append(pipe.encode_prompts(chosen[i : i + batch_size]).map(Tensor.cpu))
                 bar.update(len(parts[-1].context))
-            write_text_shard(out, number, chosen, TextStates.join(parts), cache.DTYPES[latents.key.store])
+            cache.write_text_shard(out, number, chosen, TextStates.join(parts), cache.DTYPES[latents.key.store])
     cache.write_index(out, {**latents.index, "text": {"digest": digest, "count": len(captions)}})
 
 

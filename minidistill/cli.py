@@ -3,12 +3,6 @@
     @dataclass(frozen=True)
     class Config:
         steps: int = option(300, "optimizer steps", minimum=1)
-        resume: bool = option(False, "resume the run in --out")
-
-    PRESETS = {"toy": {"comment": "300 steps, 2 min on 2 CPU cores", "steps": 300}}
-
-    if __name__ == "__main__":
-        run_command(train, Config, PRESETS, prog="python -m minidistill.train_kd", description=__doc__)
 
 Values come from, weakest first: the defaults; with --resume, the settings stored in the run folder; --preset;
 the flags given. Field types: int, float, bool, str, a tuple of one of them such as tuple[int, ...] (typed as
@@ -25,12 +19,11 @@ import textwrap
 import types
 import typing
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minidistill.errors import DONE, INTERRUPTED, InputError
-from minidistill.metrics.cost import keep_freed_memory
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import read_json
 
@@ -41,7 +34,7 @@ REQUIRED: Any = dataclasses.MISSING  # option(REQUIRED, "...") has no default: t
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 NOUNS = {int: "a whole number", float: "a finite number", str: "text"}
 GATHERED = ("lora", "lora_scale")  # `--lora a --lora b` is `--lora a,b`; of any other flag the last one counts
-# The sections of --help by field name, the same in every command; what is not named here is in "run".
+# The sections of --help and the order of the flags, the same in every command; what is not named here ends "run".
 GROUPS = {
     "model": "source dest teacher model part start unet vae lora lora_scale ema layout dtype",
     "pruning": "recipe remove copy_weights only budget by",
@@ -54,7 +47,7 @@ GROUPS = {
     "ema_decay gradient_checkpointing",
     "images": "prompt negative_prompt guidance sampler spacing count latents image strength height width",
     "evaluation": "samples judged parts grid",
-    "run": "",
+    "run": "steps out seed device precision deterministic log_every sample_every checkpoint_every keep_checkpoints",
     "hub": "push_to_hub private",
 }
 # Field -> what diffusers' training scripts and pipelines call it.
@@ -90,13 +83,11 @@ def option(
     maximum: float | None = None,
     positional: bool = False,
 ) -> Any:
-    """One setting of a config dataclass.
+    """One setting of a config dataclass, REQUIRED if it has no default.
 
     Args:
-        default: REQUIRED if there is none.
         help: one phrase; it says "default: ..." itself where None stands for something else.
-        choices: the only words allowed.
-        minimum, maximum: the smallest and the largest number allowed.
+        choices, minimum, maximum: the only words, the smallest and the largest number allowed.
         positional: a word without dashes, as SOURCE in `convert SOURCE DEST`.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "positional": positional}
@@ -117,15 +108,17 @@ def parse(
     namespace, rest = parser.parse_known_args(list(argv))
     if rest:
         raise InputError(_describe_unknown(rest[0], parser))
-    given = {name: value for name, value in vars(namespace).items() if name in fields}
-    preset = presets[namespace.preset] if "preset" in namespace else {}
+    given = vars(namespace)
+    preset = presets.get(given.pop("preset", ""), {})
     values = {name: value for name, value in {**preset, **given}.items() if name != "comment"}
-    if given.get("resume") and "out" in fields:
-        values = {**_stored_settings(values.get("out", fields["out"].default), fields), **values}
-    for name, field in fields.items():
+    if given.get("resume"):  # `--out DIR --resume` is enough; RunFolder.find compares all settings
+        file = Path(values.get("out", fields["out"].default)) / "config.json"
+        stored = read_json(file) if file.is_file() else {}
+        values = {name: v for name, v in stored.items() if name in fields and name not in NOT_COMPARED} | values
+    for name, field in fields.items():  # not by argparse, which would ask for it before it named a mistyped flag
         if name not in values and field.default is REQUIRED:
-            raise InputError(f"{_flag(field)} is required: {field.metadata['help']}")
-    return config_class(**values)
+            raise InputError(f"--{name.replace('_', '-')} is required: {field.metadata['help']}")
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def run_command(
@@ -142,7 +135,6 @@ def run_command(
     Any other exception is a bug and keeps its traceback.
     """
     config = None
-    keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
     try:
         config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
@@ -172,44 +164,34 @@ def _build_parser(config_class: type, presets: Presets, prog: str, description: 
         argument_default=argparse.SUPPRESS,  # so that the namespace holds only what was given
     )
     if presets:
-        convert = _converter("--preset", str, list(presets))
+        convert = _converter("--preset", str, {"choices": list(presets)})
         parser.add_argument("--preset", type=convert, metavar="NAME", help="settings to start from, listed below")
     hints = typing.get_type_hints(config_class)
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    for field in dataclasses.fields(config_class):
-        title = next((title for title, names in GROUPS.items() if field.name in names.split()), "run")
-        _add_flag(groups[title], field, hints[field.name])
+    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
+    order = list(titles)
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: [*order, field.name].index(field.name)):
+        _add_flag(groups[titles.get(field.name, "run")], field, hints[field.name])
     return parser
 
 
-def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag, info, required = _flag(field), field.metadata, field.default is REQUIRED
-    kind, is_tuple = _item_type(hint)
-    text = info["help"]
-    if "default: " not in text:
-        text += " (required)" if required else f" (default: {_show(field.default)})"
-    text = text.replace("%", "%%")
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
+    info, is_required, (kind, is_tuple) = field.metadata, field.default is REQUIRED, _item_type(hint)
+    flag = field.name if info["positional"] else "--" + field.name.replace("_", "-")
+    default = "" if "default: " in info["help"] else f" (default: {_show(field.default)})"
+    text = (info["help"] + (" (required)" if is_required else default)).replace("%", "%%")
     if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
-    convert = _converter(flag, hint, info["choices"], info["minimum"], info["maximum"])
+    convert = _converter(flag, hint, info)
+    settings: dict[str, Any] = {"type": convert, "help": text}
     if info["positional"]:
-        parser.add_argument(flag, type=convert, nargs=None if required else "?", metavar=flag.upper(), help=text)
-        return
-    metavar = "|".join(info["choices"] or [METAVARS[kind] + (",..." if is_tuple else "")])
-    action = _Gather if field.name in GATHERED else "store"
-    parser.add_argument(flag, type=convert, metavar=metavar, help=text, action=action)
-
-
-class _Gather(argparse.Action):
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
-        setattr(namespace, self.dest, (getattr(namespace, self.dest, None) or ()) + (values or ()))
-
-
-def _flag(field: dataclasses.Field[Any]) -> str:
-    return field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
+        settings |= {"metavar": flag.upper(), "nargs": None if is_required else "?"}
+    else:
+        settings["metavar"] = "|".join(info["choices"] or [METAVARS[kind] + (",..." if is_tuple else "")])
+    if field.name in GATHERED:
+        settings |= {"action": "extend", "type": lambda text: convert(text) or ()}
+    group.add_argument(flag, **settings)
 
 
 def _item_type(hint: Any) -> tuple[type, bool]:
@@ -220,36 +202,34 @@ def _item_type(hint: Any) -> tuple[type, bool]:
     return (typing.get_args(hint)[0] if is_tuple else hint), is_tuple
 
 
-def _converter(
-    flag: str, hint: Any, choices: Collection[str] | None, minimum: float | None = None, maximum: float | None = None
-) -> Callable[[str], Any]:
-    """A function text -> value of the type `hint`, that refuses with a line naming the flag."""
+def _converter(flag: str, hint: Any, info: Mapping[str, Any]) -> Callable[[str], Any]:
+    """A function text -> value of the type `hint`, that refuses with a line naming the flag. info: of its option."""
     kind, is_tuple = _item_type(hint)
-    optional = type(None) in typing.get_args(hint)
+    choices, minimum, maximum = (info.get(key) for key in ("choices", "minimum", "maximum"))
+    largest = sys.maxsize if kind is int else math.inf  # that a tensor, a length or a generator takes
+    low = -largest if minimum is None else minimum
+    high = largest if maximum is None else maximum
 
     def one(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if kind is int and abs(value) > sys.maxsize:  # more than a tensor, a length or a generator takes
-            raise InputError(f"{flag} takes a whole number of at most 63 bits, not {text}")
-        if kind is not str and not math.isfinite(value):
-            raise InputError(f"{flag} takes {NOUNS[kind]}, not '{text}'")
         if choices and value not in choices:
             raise InputError(f"{flag} takes {', '.join(choices)}, not '{text}'{_did_you_mean(text, choices)}")
-        if minimum is not None and value < minimum:
-            raise InputError(f"{flag} must be at least {_show(minimum)}, not {text}")
-        if maximum is not None and value > maximum:
-            raise InputError(f"{flag} must be at most {_show(maximum)}, not {text}")
+        if kind is str:
+            return value
+        if not -math.inf < value < math.inf:
+            raise InputError(f"{flag} takes {NOUNS[kind]}, not '{text}'")
+        if not low <= value <= high:
+            bound = f"least {_show(low)}" if value < low else f"most {_show(high)}"
+            raise InputError(f"{flag} must be at {bound}, not {text}")
         return value
 
     def convert(text: str) -> Any:
-        if optional and text.lower() == "none":
+        if text.lower() == "none" and type(None) in typing.get_args(hint):
             return None
-        if not is_tuple:
-            return one(text)
-        return tuple(one(word.strip()) for word in text.split(",") if word.strip())
+        return tuple(one(word.strip()) for word in text.split(",") if word.strip()) if is_tuple else one(text)
 
     return convert
 
@@ -287,18 +267,6 @@ def _list_presets(presets: Presets) -> str | None:
         text = f"{name}: {preset['comment']}. {', '.join(settings)}"
         lines.append(textwrap.fill(text, 78, subsequent_indent="    ", break_on_hyphens=False))
     return "\n".join(lines) if presets else None
-
-
-def _stored_settings(out: str, fields: dict[str, dataclasses.Field[Any]]) -> dict[str, Any]:
-    """The settings of the run in `out`: `--out DIR --resume` is enough. RunFolder.find compares them all."""
-    path = Path(out) / "config.json"
-    if not path.is_file():  # RunFolder.find refuses
-        return {}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in read_json(path).items()
-        if name in fields and name not in NOT_COMPARED
-    }
 
 
 def _how_to_resume(config: Any, prog: str) -> str:

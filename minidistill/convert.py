@@ -21,16 +21,18 @@ from minidistill.cli import REQUIRED, option, run_command
 from minidistill.diffusion.sampling import sampling_metadata
 from minidistill.errors import InputError
 from minidistill.generate import load_model
-from minidistill.interop.header import UNET, prediction_entry
+from minidistill.interop.configs import UNET, prediction_entry
 from minidistill.interop.ldm import to_ldm_unet
 from minidistill.interop.lora_files import FORMS, rewrite_lora
 from minidistill.interop.replace import is_unet_alone, load_unet, merge_files, with_scales
 from minidistill.interop.single_file import CPP, marks, write_single_file
 from minidistill.training.device import PRECISIONS
-from minidistill.weights.files import existing_file, write_safetensors
+from minidistill.weights.choice import INDEX, SCHEDULE
+from minidistill.weights.files import existing_file, read_json, write_json, write_safetensors
 from minidistill.weights.folders import find_model, read_sampling, save_unet
 
 LAYOUTS = ("folder", "single-file", CPP, *FORMS)
+CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,18 @@ def convert_pipeline(config: Config, dest: Path, layout: str) -> None:
     pipe = load_model(config.source, config, "cpu", dtype, dtype)
     if layout == "folder":
         pipe.save(dest)
+        if pipe.sampling is None and not config.unet:
+            keep_scheduler(find_model(config.source, dtype), dest)
         return
-    parts = (pipe.unet, pipe.vae, pipe.text_encoders, pipe.schedule, pipe.tokenizers)
-    write_single_file(dest, *parts, metadata=sampling_metadata(pipe.sampling), for_cpp=config.layout == CPP)
+    write_single_file(dest, pipe, for_cpp=layout == CPP)
+
+
+def keep_scheduler(source: Path, dest: Path) -> None:
+    """Of a model distilled for consistency sampling keep the scheduler: in diffusers, no other samples it well."""
+    config = read_json(source / SCHEDULE) if (source / SCHEDULE).is_file() else {}
+    if config.get("_class_name") in CONSISTENCY:
+        write_json(dest / SCHEDULE, config)
+        write_json(dest / INDEX, read_json(dest / INDEX) | {"scheduler": ["diffusers", config["_class_name"]]})
 
 
 def convert_unet(config: Config, dest: Path, layout: str) -> None:

@@ -56,26 +56,18 @@ def main(config: Config) -> None:
         raise InputError(f"--out {config.out} is a folder: the name of a .json file is needed")
     pipe = load_pipeline(config.model, get_device(config.device))
     if pipe.trained_size() != (SIDE, SIDE):
-        raise InputError(
-            f"{config.model} makes images of {pipe.trained_size()}; the judge reads {SIDE}x{SIDE} scenes only"
-        )
+        size = f"{config.model} makes images of {pipe.trained_size()}"
+        raise InputError(f"{size}; the judge reads {SIDE}x{SIDE} scenes only")
     folder = folders.find_model(config.model)
     captions = held_out_captions(config.samples)
     verdicts, shown, similarity = [], [], []
     clip = folders.load_clip(folder) if (folder / "clip").is_dir() else None
+    settings = {name: getattr(config, name) for name in ("steps", "guidance", "seed", "sampler", "batch_size")}
     begin = time.perf_counter()
     with tqdm(total=len(captions), desc="generating", unit="image", disable=None) as bar:
         for start in range(0, len(captions), config.batch_size):
             some = captions[start : start + config.batch_size]
-            images = pipe(
-                some,
-                steps=config.steps,
-                guidance=config.guidance,
-                seed=config.seed,
-                sampler=config.sampler,
-                first_index=start,
-                batch_size=config.batch_size,
-            )
+            images = pipe(some, first_index=start, **settings)
             verdicts += [judge(image, caption) for image, caption in zip(images, some, strict=True)]
             shown += images[: max(0, 16 - start)]
             if clip:

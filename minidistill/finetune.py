@@ -2,7 +2,6 @@
 
     python -m minidistill.finetune                      the miniature on a CPU, offline
     python -m minidistill.finetune --model DIR --data DIR --lora-rank 16 --device cuda --precision bf16
-    python -m minidistill.finetune --preset portrait --data DIR --device cuda --precision fp16
 
 Any model will do: Stable Diffusion 1.x, 2.x and XL, and the students of `train_kd`. The loss is the original one,
 of the noise, or the velocity, predicted from noisy latents (arXiv 2006.11239, algorithm 1).
@@ -19,30 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.cli import option, run_command
-from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.diffusion.noise import generator_for
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill.kd import mean_square
 from minidistill.errors import InputError
 from minidistill.interop.lora_files import write_lora
 from minidistill.interop.model_card import CARD, GRID, public_name
-from minidistill.interop.publish import open_repo
 from minidistill.miniature.scenes import Scenes
 from minidistill.models import lora
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report
-from minidistill.training import optim
+from minidistill.settings import TrainingConfig
+from minidistill.training import inputs, optim
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import (
-    check_training,
-    check_weights,
-    content_of,
-    open_data,
-    resolution_for,
-    smallest_map,
-)
 from minidistill.training.log import MetricsLog
 from minidistill.training.run_folder import RunFolder
 
@@ -54,69 +44,22 @@ LORA_FILES = {"kohya": "lora.safetensors", "peft": "lora_peft.safetensors"}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainingConfig):
     model: str = option("miniature", "model to start from: a model folder, a Hub id, a single file, or miniature")
-    data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
-    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
-    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
-    images: int = option(4096, "number of scenes to train on", minimum=1)
-    resolution: int | None = option(None, "training resolution in pixels (default: the model's)", minimum=8)
-    flip: bool = option(False, "random horizontal flip, p = 0.5; not for captions that say left and right")
     lora_rank: int | None = option(None, "train a LoRA of this rank (default: all weights, no LoRA)", minimum=1)
     lora_alpha: float | None = option(None, "scale the LoRA by alpha / rank (default: alpha = rank)", minimum=0)
     lora_targets: str | None = option(None, "layers that get a LoRA (default: attention)", choices=LORA_TARGETS)
     train_text_encoder: bool = option(False, "train the text encoder(s) too: all weights, or a LoRA")
-    out: str = option("runs/finetune", "run folder; the model is written to OUT/model, a LoRA to OUT/lora.safetensors")
     steps: int = option(200, "optimizer steps", minimum=1)
     batch_size: int = option(32, "samples per micro-batch", minimum=1)
-    accumulate: int = option(1, "micro-batches per optimizer step (gradient accumulation)", minimum=1)
     learning_rate: float = option(1e-4, "peak learning rate", minimum=0)
-    lr_schedule: str = option("cosine", "learning rate after the warm-up", choices=optim.SCHEDULES)
     warmup: int = option(20, "steps of linear warm-up", minimum=0)
-    weight_decay: float = option(1e-2, "weight decay of AdamW, on all trained weights", minimum=0)
-    max_grad_norm: float | None = option(1.0, "clip gradients to this norm; none: no clipping", minimum=0)
     ema_decay: float | None = option(None, "EMA decay of the weights; 0 disables it (default: 0.99, LoRA 0)", minimum=0)
-    caption_dropout: float = option(0.1, "share of samples with an empty caption, for guidance", minimum=0)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
-    seed: int = option(0, "random seed")
-    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str = option("fp32", "precision of the forward passes", choices=PRECISIONS)
-    judged: int = option(
-        48, "held-out scenes to evaluate the model on; 0: none", minimum=0, maximum=len(Scenes("test"))
-    )
+    out: str = option("runs/finetune", "run folder; the model is written to OUT/model, a LoRA to OUT/lora.safetensors")
     log_every: int = option(10, "steps between log lines", minimum=1)
     sample_every: int = option(100, "steps between image grids", minimum=1)
     checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
-    keep_checkpoints: int = option(2, "number of checkpoints to keep", minimum=1)
-    resume: bool = option(False, "resume the run in OUT from its last checkpoint")
-    push_to_hub: str | None = option(None, "upload the result to this Hub repository (owner/name)")
-    private: bool = option(False, "make the repository of --push-to-hub private")
-
-
-PRESETS = {
-    "miniature": {"comment": "the defaults: the miniature on scenes, minutes on a CPU"},
-    # Segmind's portrait-finetuned, trained on 7,000 images by Realistic Vision 4.0: published are size, steps, batch,
-    # learning rate, fp16 and the plain loss. The rest: the defaults of diffusers' script, which theirs is.
-    "portrait": {
-        "comment": "Segmind's portraits from tiny-sd: 16.8 M samples of your --data, on a GPU; not yet run here",
-        "model": "segmind/tiny-sd",
-        "resolution": 768,
-        "steps": 131_000,
-        "batch_size": 32,
-        "accumulate": 4,
-        "learning_rate": 1e-4,
-        "lr_schedule": "constant",
-        "warmup": 500,
-        "ema_decay": 0.0,
-        "caption_dropout": 0.0,
-        "gradient_checkpointing": True,
-        "device": "cuda",
-        "precision": "fp16",
-        "sample_every": 1000,
-        "checkpoint_every": 1000,
-    },
-}
 
 
 class Run(NamedTuple):
@@ -204,19 +147,17 @@ def set_up(config: Config) -> Run:
     """Check all settings, build what trains, measure the model before training. No file is written."""
     device = get_device(config.device, config.deterministic)
     check_lora(config)
-    check_training(config)
+    inputs.check_training(config)
     pipe = load_pipeline(config.model, device)
-    check_weights(pipe, config.model)
+    inputs.check_weights(pipe, config.model)
     warn_if_distilled(pipe)
     config = resolve(config, pipe)
     scenes = Scenes("train", length=config.images)
-    data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
-    smallest = smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
+    data = inputs.open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
+    smallest = inputs.smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
     precision = get_precision(config.precision, device, smallest)
-    settings = {**asdict(config), **content_of(pipe, data)}
-    folder = RunFolder.find(config.out, settings, config.resume)
-    if config.push_to_hub:
-        open_repo(config.push_to_hub, config.private)
+    settings, folder = inputs.find_run(asdict(config), pipe, data)
+    inputs.print_summary(data)
 
     choice = {"seed": config.seed, "caption_dropout": config.caption_dropout, "flip": config.flip}
     keep_text = not config.train_text_encoder  # which changes the text states
@@ -234,9 +175,15 @@ def set_up(config: Config) -> Run:
         loss = denoising_loss(model, batch, alpha_bar).mean().item()
         return {"trained_parameters": sum(weight.numel() for weight in trained.values()), "loss": loss}
 
-    judged = config.judged if config.data == "scenes" else 0
-    idle = [] if config.train_text_encoder else batches.idle
-    report = Report(folder, batches, numbers, ("before", pipe), judged=judged, idle=idle)
+    report = Report(
+        folder,
+        batches,
+        numbers,
+        ("before", pipe),
+        trained="model" if config.lora_rank is None else "LoRA",
+        judged=config.judged if config.data == "scenes" else 0,
+        idle=[] if config.train_text_encoder else batches.idle,
+    )
     return Run(config, settings, folder, pipe, networks, trained, batches, precision, optimizer, ema, report)
 
 
@@ -278,7 +225,7 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
     is_lora = config.lora_rank is not None
     return replace(
         config,
-        resolution=resolution_for(pipe, config.resolution, config.model),
+        resolution=inputs.resolution_for(pipe, config.resolution, config.model),
         ema_decay=(0.0 if is_lora else 0.99) if config.ema_decay is None else config.ema_decay,
         lora_alpha=(config.lora_alpha or float(config.lora_rank)) if is_lora else None,
         lora_targets=(config.lora_targets or "attention") if is_lora else None,
@@ -286,4 +233,4 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
 
 
 if __name__ == "__main__":
-    run_command(main, Config, PRESETS, prog="python -m minidistill.finetune", description=__doc__)
+    run_command(main, Config, prog="python -m minidistill.finetune", description=__doc__)

@@ -83,23 +83,10 @@ def generate(config: GenerateConfig) -> None:
     count = config.count if noise is None else len(noise)
     # The output is opened first: that it cannot be written is better found out before the work.
     with atomic_path(out) as temporary, progress(pipe, config, count) as bar:
-        images = pipe(
-            [config.prompt] * count,
-            config.negative_prompt,
-            steps=config.steps,
-            guidance=config.guidance,
-            seed=config.seed,
-            sampler=config.sampler,
-            spacing=config.spacing,
-            latents=noise,
-            image=image,
-            strength=config.strength,
-            height=config.height,
-            width=config.width,
-            batch_size=BATCH_SIZE,
-            callback=lambda step: bar.update(),
-            low_memory=config.low_memory,
-        )
+        names = ("steps", "guidance", "seed", "sampler", "spacing", "strength", "height", "width", "low_memory")
+        settings = {name: getattr(config, name) for name in names}
+        settings |= {"latents": noise, "image": image, "batch_size": BATCH_SIZE, "callback": lambda step: bar.update()}
+        images = pipe([config.prompt] * count, config.negative_prompt, **settings)
         side_by_side(images).save(temporary)
     print(out)
 

@@ -29,7 +29,7 @@ from minidistill.training.log import format_table
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import atomic_path, read_json, write_json
 
-CELL, GAP, LABEL = 128, 6, 92  # pixels: image, space, row label
+CELL, GAP, LABEL = 128, 6, 132  # pixels: image, space, row label
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 SHOWN, SEED = 8, 0  # images in a grid, and the seed of their noise
 COLUMNS = {  # measures of results.json in the printed table: heading, format
@@ -63,10 +63,7 @@ def draw(
 
 
 def save_image_grid(
-    path: str | Path,
-    rows: Sequence[Sequence[Image.Image]],
-    captions: Sequence[str],
-    labels: Sequence[str] = (),
+    path: str | Path, rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], labels: Sequence[str] = ()
 ) -> None:
     """Write a PNG: one row of images for each model (`labels` at its left), a caption under each column."""
     font = ImageFont.load_default(12)
@@ -78,7 +75,7 @@ def save_image_grid(
     for r, row in enumerate(rows):
         y = GAP + r * (CELL + GAP)
         if labels:
-            pen.multiline_text((GAP, y + CELL / 2), "\n".join(textwrap.wrap(labels[r], 13)), INK, font, anchor="lm")
+            pen.multiline_text((GAP, y + CELL / 2), "\n".join(textwrap.wrap(labels[r], 21)), INK, font, anchor="lm")
         for c, image in enumerate(row):
             # Small images keep their pixels; large ones are shrunk.
             kind = Image.Resampling.NEAREST if image.width <= CELL else Image.Resampling.LANCZOS
@@ -124,7 +121,7 @@ class Report:
         numbers: Callable[[Pipeline], dict[str, Any]],
         reference: tuple[str, Pipeline],
         *,
-        trained: str = "model",
+        trained: str,
         judged: int = 0,
         idle: Sequence[nn.Module] = (),
         guidance: float | None = None,
@@ -135,8 +132,8 @@ class Report:
         Args:
             numbers: what to measure of a model besides its images.
             reference: name and model.
-            trained: what the trained model is called in image grids.
-            judged: how many held-out captions of the scenes to judge; 0 if the data are not the scenes.
+            trained: what it is called that trains: student, model, LoRA.
+            judged: how many held-out scenes to evaluate on; 0 if the data are not the scenes.
             idle: networks that only images need. They wait on the CPU.
             guidance, autocast: as in `draw`.
         """
@@ -172,16 +169,14 @@ class Report:
     def finish(self, folder: Path, kind: str, files: Sequence[str] | None, settings: Mapping[str, Any]) -> None:
         """Draw the curves, write the model card, print the table and where everything is; upload, if asked to.
 
-        Args:
-            folder: of the trained model.
-            kind: of model card.
-            files: those of the folder to upload; None: all.
-            settings: all settings of the run.
+        folder: of the trained model. kind: of model card. files: those of the folder to upload, None: all. settings: of
+        the run.
         """
         draw_curves(self.run.metrics, self.run.curves)
-        grid, repo = self.run.last_image_grid(settings["steps"]), settings["push_to_hub"]
+        grid, repo = self.run.image_grid(settings["steps"]), settings["push_to_hub"]  # which `measure` has written
         write_card(folder, kind, settings, self.results, grid, repo)
-        print(f"\n{self.table()}\n\n{self.trained:9} {folder}\nimages    {grid}\ncurves    {self.run.curves}")
+        result = folder / files[0] if files else folder
+        print(f"\n{self.table()}\n\n{self.trained:9} {result}\nimages    {grid}\ncurves    {self.run.curves}")
         if repo:
             print(f"online    {push(folder, repo, settings['private'], files)}")
 

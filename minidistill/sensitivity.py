@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.cli import option, run_command
 from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
@@ -28,12 +27,11 @@ from minidistill.metrics.cost import count_macs, milliseconds
 from minidistill.miniature.scenes import Scenes
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.pipeline import load_pipeline
+from minidistill.training import inputs
 from minidistill.training.batches import Batches
-from minidistill.training.curves import COLORS, INK, PAPER, SCALE
 from minidistill.training.device import PRECISIONS, get_device, get_dtype
-from minidistill.training.inputs import check_weights, open_data, resolution_for
 from minidistill.training.log import format_table
-from minidistill.weights.files import atomic_path, write_json
+from minidistill.weights.files import write_json
 
 SAVINGS = ("parameters", "macs", "latency")
 
@@ -54,11 +52,11 @@ class Config:
     seed: int = option(0, "seed of images and noise")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str = option("fp32", "precision of the U-Net", choices=PRECISIONS)
-    out: str = option("runs/sensitivity", "folder for sensitivity.json and sensitivity.png")
+    out: str = option("runs/sensitivity", "folder for sensitivity.json")
 
 
 def main(config: Config) -> None:
-    """Score every removal, choose lists, print tables, write a JSON file and a chart."""
+    """Score every removal, choose lists, print tables, write a JSON file."""
     teacher, probes = prepare(config)
     out = Path(config.out)
     write_json(out / "sensitivity.json", {"settings": asdict(config)})  # an error now, not after all measurements
@@ -86,8 +84,7 @@ def main(config: Config) -> None:
         "lists": {name: entry(s) for name, s in lists.items()},
     }
     write_json(out / "sensitivity.json", content)
-    draw_chart(scores, out / "sensitivity.png")
-    print(f"\nnumbers  {out / 'sensitivity.json'}\nchart    {out / 'sensitivity.png'}")
+    print(f"\nnumbers  {out / 'sensitivity.json'}")
 
 
 def prepare(config: Config) -> tuple[UNet, list[Probe]]:
@@ -95,12 +92,13 @@ def prepare(config: Config) -> tuple[UNet, list[Probe]]:
     device = get_device(config.device)
     dtype = get_dtype(config.precision, device)
     pipe = load_pipeline(config.teacher, device)
-    check_weights(pipe, config.teacher)
+    inputs.check_weights(pipe, config.teacher)
     if not smallest_removals(pipe.unet.config):
         raise InputError(f"{config.teacher}: no block can be removed from this model; use a larger --teacher")
-    side = resolution_for(pipe, config.resolution, config.teacher)
+    side = inputs.resolution_for(pipe, config.resolution, config.teacher)
     scenes = Scenes("test", length=config.samples)
-    data = open_data(config.data, side, scenes, config.split, config.caption_column)
+    data = inputs.open_data(config.data, side, scenes, config.split, config.caption_column)
+    inputs.print_summary(data)
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, cache=False)
     # Not the text encoders: caches of their outputs are identified by their weights.
     teacher = pipe.unet.eval().requires_grad_(False).to(dtype)
@@ -176,25 +174,6 @@ def table_rows(title: str, scores: Mapping[str, Score], total: Mapping[str, floa
 def entry(s: Score) -> dict:
     """A score as it is written to the JSON file."""
     return {name: getattr(s, name) for name in ("remove", "sensitivity", *SAVINGS)}
-
-
-def draw_chart(scores: Sequence[Score], path: Path) -> None:
-    """A bar chart of the sensitivities on a log scale, least on top, with the parameters saved."""
-    row, left, width = 24 * SCALE, 200 * SCALE, 900 * SCALE
-    canvas = Image.new("RGB", (width, (len(scores) + 3) * row), PAPER)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13 * SCALE)
-    pen.text((left, row), "MSE to teacher (log), and parameters saved", INK, font, anchor="lm")
-    sensitivities = [max(s.sensitivity, 1e-12) for s in scores]
-    low, high = min(sensitivities) / 2, max(sensitivities)
-    for i, (s, sensitivity) in enumerate(zip(scores, sensitivities, strict=True)):
-        y = (i + 2) * row
-        length = (width - left - 220 * SCALE) * math.log(sensitivity / low) / math.log(high / low)
-        pen.text((left - 8 * SCALE, y), ",".join(s.remove), INK, font, anchor="rm")
-        pen.rectangle((left, y - row // 3, left + length, y + row // 3), fill=COLORS[0])
-        numbers = f"{s.sensitivity:.2g}   -{format_count(s.parameters)}"
-        pen.text((left + length + 8 * SCALE, y), numbers, INK, font, anchor="lm")
-    with atomic_path(path) as temporary:
-        canvas.resize((canvas.width // SCALE, canvas.height // SCALE), Image.Resampling.LANCZOS).save(temporary, "PNG")
 
 
 if __name__ == "__main__":

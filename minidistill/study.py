@@ -115,17 +115,9 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict 
     None if it diverged: `diverged.txt` in its folder has the reason, and it is not run again.
     """
     diverged = folder / "diverged.txt"
-    settings = train_kd.Config(
-        **COMMON,
-        **RUNS[name],
-        seed=seed,
-        steps=steps,
-        precision=config.precision,
-        device=config.device,
-        out=str(folder),
-        sample_every=steps,
-        resume=(folder / "config.json").is_file(),
-    )
+    own = {"seed": seed, "steps": steps, "precision": config.precision, "device": config.device, "out": str(folder)}
+    is_begun = (folder / "config.json").is_file()
+    settings = train_kd.Config(**COMMON, **RUNS[name], **own, sample_every=steps, resume=is_begun)
     if diverged.is_file() or (folder / "student/model_index.json").is_file():
         given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
         RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)  # InputError if they differ
@@ -189,9 +181,8 @@ def table_rows(
 
 def spread(values: Sequence[float], form: str) -> str:
     """0.5 (0.4 to 0.7): mean, minimum, maximum."""
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    extremes = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{extremes}"
 
 
 def to_markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from minidistill.cli import option, run_command
-from minidistill.data.cache import LatentCache
-from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import block_removal, kd
 from minidistill.distill.block_removal import PAIRINGS, RECIPES, Removal
@@ -30,22 +28,14 @@ from minidistill.distill.probes import make_probes
 from minidistill.distill.published import PUBLISHED
 from minidistill.distill.random_conditioning import RandomCaptions, sample_latents
 from minidistill.errors import InputError
-from minidistill.interop.publish import open_repo
 from minidistill.miniature.scenes import Scenes
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report, unet_numbers
-from minidistill.training import optim
-from minidistill.training.batches import Batches, Captioned, captions_of
+from minidistill.settings import TrainingConfig
+from minidistill.training import inputs, optim
+from minidistill.training.batches import Batches, Latents, captions_of
 from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
-from minidistill.training.inputs import (
-    check_training,
-    check_weights,
-    content_of,
-    open_data,
-    resolution_for,
-    smallest_map,
-)
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.run_folder import RunFolder
 
@@ -56,7 +46,7 @@ FEW = 100_000  # samples: too few for a larger teacher; published runs took 6 to
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainingConfig):
     teacher: str = option("miniature", "teacher: a model folder, a Hub id, a single file, or miniature")
     recipe: str | None = option(
         None,
@@ -64,49 +54,27 @@ class Config:
         choices=RECIPES,
     )
     remove: tuple[str, ...] | None = option(None, "blocks to remove: down.1.1,mid,stage.3 (default: from the recipe)")
+    copy_weights: bool = option(True, "initialise the student with the teacher's weights, not at random")
     pairing: str | None = option(None, "which features to compare (default: from the recipe)", choices=PAIRINGS)
     loss_weights: tuple[float, ...] | None = option(
         None, "weights of the task, output and feature loss (default: from the recipe)", minimum=0
     )
     feature_norm: bool = option(False, "divide each feature's loss by the teacher's mean square, as in LAPTOP-Diff")
-    copy_weights: bool = option(True, "initialise the student with the teacher's weights, not at random")
-    data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
-    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
-    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
-    images: int = option(4096, "number of scenes to train on", minimum=1)
-    resolution: int | None = option(None, "training resolution in pixels (default: the teacher's)", minimum=8)
     random_conditioning: bool = option(False, "replace captions by random ones with probability exp(-5 (1 - t/T))")
     image_free: int = option(0, "train on N latents that the teacher samples from captions, not on images", minimum=0)
-    flip: bool = option(False, "random horizontal flip, p = 0.5; not for captions that say left and right")
-    out: str = option("runs/kd", "run folder; the student is written to OUT/student")
     steps: int = option(288, "optimizer steps", minimum=1)
     batch_size: int = option(16, "samples per micro-batch", minimum=1)
-    accumulate: int = option(1, "micro-batches per optimizer step (gradient accumulation)", minimum=1)
     learning_rate: float | None = option(
         None, "peak learning rate (default: the paper's 5e-5, for small teachers 4e-3)", minimum=0
     )
-    lr_schedule: str = option("cosine", "learning rate after the warm-up", choices=optim.SCHEDULES)
     warmup: int = option(40, "steps of linear warm-up", minimum=0)
-    weight_decay: float = option(1e-2, "weight decay of AdamW, on all weights", minimum=0)
-    max_grad_norm: float | None = option(1.0, "clip gradients to this norm; none: no clipping", minimum=0)
     ema_decay: float = option(0.99, "EMA decay of the student's weights; 0 disables it", minimum=0)
-    caption_dropout: float = option(0.1, "share of samples with an empty caption, for guidance", minimum=0)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
-    seed: int = option(0, "random seed")
-    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str | None = option(None, "precision (default: bf16 if the device computes it, else fp32)", PRECISIONS)
     guidance: float = option(4.0, "classifier-free guidance of sampled images, and of --image-free latents")
-    judged: int = option(
-        48, "held-out scenes to evaluate the student on; 0: none", minimum=0, maximum=len(Scenes("test"))
-    )
+    out: str = option("runs/kd", "run folder; the student is written to OUT/student")
     log_every: int = option(20, "steps between log lines", minimum=1)
     sample_every: int = option(144, "steps between image grids", minimum=1)
     checkpoint_every: int = option(144, "steps between checkpoints", minimum=1)
-    keep_checkpoints: int = option(2, "number of checkpoints to keep", minimum=1)
-    push_to_hub: str | None = option(None, "upload the student to this Hub repository (owner/name)")
-    private: bool = option(False, "make the repository of --push-to-hub private")
-    resume: bool = option(False, "resume the run in OUT from its last checkpoint")
     dry_run: bool = option(False, "print the memory and the number of samples of the run, and stop")
 
 
@@ -198,14 +166,12 @@ def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
     device = get_device(config.device, config.deterministic)
     config, pipe, removal, data = plan(config, device)
-    smallest = smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
+    smallest = inputs.smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
     precision = get_precision(config.precision, device, smallest)
     pairs = block_removal.feature_pairs(removal, config.pairing)
-    settings = {**dataclasses.asdict(config), **content_of(pipe, data)}
-    folder = RunFolder.find(config.out, settings, config.resume)
-    if config.push_to_hub:
-        open_repo(config.push_to_hub, config.private)
+    settings, folder = inputs.find_run(dataclasses.asdict(config), pipe, data)
+    describe(config, pipe, removal, data)
 
     teacher = pipe.unet.eval().requires_grad_(False)
     torch.manual_seed(config.seed)  # for weights of the student that are not copied
@@ -230,24 +196,28 @@ def set_up(config: Config) -> Run:
     return Run(config, settings, folder, pipe, student, pairs, batches, precision, optimizer, ema, report)
 
 
-def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Removal, Captioned | LatentCache]:
-    """All settings resolved and checked, the teacher, what is removed from it (printed as a table), and the data."""
+def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Removal, inputs.Data]:
+    """All settings resolved and checked, the teacher, what is removed from it, and the data. Nothing is printed."""
     if config.loss_weights is not None and (len(config.loss_weights) != len(LOSSES) or not any(config.loss_weights)):
         raise InputError("--loss-weights takes three numbers, task,output,feature, not all of them zero")
     if config.flip and config.image_free:
         raise InputError("--flip needs images to mirror, and --image-free trains on none: leave out one of them")
-    check_training(config)
+    inputs.check_training(config)
     pipe = load_pipeline(config.teacher, device)
-    check_weights(pipe, config.teacher)
+    inputs.check_weights(pipe, config.teacher)
     config = resolve(config, pipe)
     removal = check_removal(config, pipe)
     scenes = Scenes("train", length=config.images)
-    data = open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
-    side = config.resolution // pipe.vae.config.downscale
-    print(
-        format_table(block_removal.removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n", flush=True
-    )
+    data = inputs.open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
     return config, pipe, removal, data
+
+
+def describe(config: Config, pipe: Pipeline, removal: Removal, data: inputs.Data) -> None:
+    """Print what the data are and what is removed from the teacher."""
+    inputs.print_summary(data)
+    side = config.resolution // pipe.vae.config.downscale
+    rows = block_removal.removal_rows(removal, side, side, pipe.tokenizers[0].max_length)
+    print(format_table(rows) + "\n", flush=True)
 
 
 def resolve(config: Config, pipe: Pipeline) -> Config:
@@ -255,10 +225,8 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
     size, samples = sum(p.numel() for p in pipe.unet.parameters()), config.steps * config.accumulate * config.batch_size
     usual, rate = ("inner", 4e-3) if size < SMALL else ("bk-tiny", 5e-5)
     if size >= SMALL and samples < FEW:
-        what = (
-            f"{samples:,} samples (steps x batch size) are far too few for a teacher of {size / 1e6:.0f} M parameters"
-        )
-        warnings.warn(f"{what}: published runs took 6 to 16 million (--preset nota-sd15)", stacklevel=2)
+        few = f"{samples:,} samples (steps x batch size) are far too few for a teacher of {size / 1e6:.0f} M parameters"
+        warnings.warn(f"{few}: published runs took 6 to 16 million (--preset nota-sd15)", stacklevel=2)
     recipe = RECIPES[config.recipe or usual]
     return dataclasses.replace(
         config,
@@ -266,7 +234,7 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
         remove=recipe.remove if config.remove is None else config.remove,
         pairing=config.pairing or recipe.pairing,
         loss_weights=config.loss_weights or recipe.loss_weights,
-        resolution=resolution_for(pipe, config.resolution, config.teacher),
+        resolution=inputs.resolution_for(pipe, config.resolution, config.teacher),
         learning_rate=rate if config.learning_rate is None else config.learning_rate,
     )
 
@@ -280,11 +248,10 @@ def check_removal(config: Config, pipe: Pipeline) -> Removal:
     except InputError as error:
         is_recipe = config.remove == RECIPES[config.recipe].remove
         flag = f"--recipe {config.recipe}" if is_recipe else f"--remove {','.join(config.remove)}"
-        hint = "; --remove takes a list of your own" if is_recipe else ""
-        raise InputError(f"{flag} does not fit {config.teacher}: {error}{hint}") from error
+        raise InputError(f"{flag} does not fit {config.teacher}: {error}; --remove takes any list") from error
 
 
-def open_batches(config: Config, data: Captioned | LatentCache, pipe: Pipeline) -> Batches:
+def open_batches(config: Config, data: inputs.Data | Latents, pipe: Pipeline) -> Batches:
     """Batches of the data; with --image-free, of latents that the teacher now samples from its captions."""
     if config.image_free:
         captions = [captions_of(data, i % len(data))[0] for i in range(config.image_free)]
@@ -298,9 +265,9 @@ def dry_run(config: Config) -> None:
     """Print the memory and the number of samples that a run takes. Its device need not be in this machine."""
     here = get_device("auto" if config.device == "auto" else "cpu")
     best = "bf16" if config.device.startswith("cuda") else best_precision(here)
-    config, pipe, removal, data = plan(
-        dataclasses.replace(config, precision=config.precision or best), torch.device("cpu")
-    )
+    config = dataclasses.replace(config, precision=config.precision or best)
+    config, pipe, removal, data = plan(config, torch.device("cpu"))
+    describe(config, pipe, removal, data)
     side = config.resolution // pipe.vae.config.downscale
     step = step_peak(
         removal,

@@ -42,19 +42,16 @@ from minidistill.distill.progressive import convert_loss
 from minidistill.errors import InputError
 from minidistill.interop.lora_files import write_lora
 from minidistill.interop.model_card import CARD, GRID, public_name, write_card
-from minidistill.interop.publish import open_repo
 from minidistill.metrics.cost import on_device
 from minidistill.miniature.scenes import Scenes
 from minidistill.models import lora
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import SEED, Report, draw, save_image_grid
-from minidistill.training import optim
+from minidistill.training import inputs, optim
 from minidistill.training.batches import Batches
 from minidistill.training.device import best_precision, get_device, get_precision
-from minidistill.training.inputs import check_weights, content_of, open_data, resolution_for, smallest_map
 from minidistill.training.log import MetricsLog, format_table
-from minidistill.training.run_folder import RunFolder
 from minidistill.training.state import unpack
 
 REFERENCE = 32  # sampling steps of the teacher in image grids and in the table
@@ -222,9 +219,9 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
     if config.length <= 0 or config.lora_alpha == 0 or config.max_grad_norm == 0:
         raise InputError("--length, --lora-alpha and --max-grad-norm must be above 0, or nothing trains")
     pipe = load_pipeline(config.teacher, device)
-    check_weights(pipe, config.teacher)
-    resolution = resolution_for(pipe, config.resolution, config.teacher)
-    smallest = smallest_map(pipe.unet.config, resolution // pipe.vae.config.downscale)
+    inputs.check_weights(pipe, config.teacher)
+    resolution = inputs.resolution_for(pipe, config.resolution, config.teacher)
+    smallest = inputs.smallest_map(pipe.unet.config, resolution // pipe.vae.config.downscale)
     size = sum(weight.numel() for weight in pipe.unet.parameters())
     config = dataclasses.replace(
         config,
@@ -234,13 +231,11 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
     )
     stages = choose(PLANS[config.plan], config.stages, config.length)
     scenes = Scenes("train", length=config.images)
-    data = open_data(config.data, resolution, scenes, config.split, config.caption_column)
+    data = inputs.open_data(config.data, resolution, scenes, config.split, config.caption_column)
     precision = get_precision(config.precision, device, smallest)
     about = {"steps": list(legs(stages))[-1].last, "phases": [dataclasses.asdict(stage) for stage in stages]}
-    settings = {**dataclasses.asdict(config), **content_of(pipe, data), **about}
-    folder = RunFolder.find(config.out, settings, config.resume)
-    if config.push_to_hub:
-        open_repo(config.push_to_hub, config.private)
+    settings, folder = inputs.find_run({**dataclasses.asdict(config), **about}, pipe, data)
+    inputs.print_summary(data)
     print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
 
     for network in (pipe.vae, *pipe.networks.values()):

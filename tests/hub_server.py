@@ -3,14 +3,12 @@
     root/owner/name/...           a model repository, its main branch
     root/owner/name@fp16/...      its branch fp16
 
-It knows as much of the Hub's protocol as model_info, snapshot_download, hf_hub_download, create_repo and upload_folder
-of huggingface_hub use. All requests are kept, to be asserted on; repositories can be given `trouble`.
+It knows what huggingface_hub's model_info, snapshot_download, hf_hub_download, create_repo and upload_folder use.
 """
 
 import base64
 import hashlib
 import json
-import shutil
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,10 +46,11 @@ class HubServer:
 
     def downloads(self) -> list[str]:
         """The files of which contents were sent, as owner/name/file, in alphabetical order."""
-        paths = [
+        sent = [
             line.removeprefix("GET /") for line in self.requests if line.startswith("GET /") and "/resolve/" in line
         ]
-        return sorted(f"{repo}/{rest.split('/', 1)[1]}" for repo, rest in (path.split("/resolve/") for path in paths))
+        paths = [path.split("/resolve/") for path in sent]
+        return sorted(f"{repo}/{rest.split('/', 1)[1]}" for repo, rest in paths)
 
     def add(self, repo: str, names: list[str] | dict[str, str | bytes]) -> Path:
         """Make a repository of these files, each with its own name as content where none is given."""
@@ -64,12 +63,9 @@ class HubServer:
 
     def folder(self, repo: str, revision: str) -> Path | None:
         """Of a branch, or of the commit that a branch is at."""
-        branches = [
-            path for path in (self.root / repo).parent.glob("*") if path.name.split("@")[0] == repo.split("/")[1]
-        ]
-        for path in branches:
-            branch = path.name.partition("@")[2] or "main"
-            if revision in (branch, commit_of(path)):
+        for path in (self.root / repo).parent.glob("*"):
+            name, _, branch = path.name.partition("@")
+            if name == repo.split("/")[1] and revision in (branch or "main", commit_of(path)):
                 return path
         return None
 
@@ -96,11 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
+    do_GET = do_POST = do_HEAD
 
     def log_message(self, *_) -> None:
         """Nothing on stderr."""
@@ -152,13 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"id": repo, "modelId": repo, "sha": commit_of(folder), "siblings": siblings, "tags": []})
 
     def _tree(self, repo: str, folder: Path, inside: str) -> None:
-        self._json(
-            [
-                {"type": "file", "path": name, "size": path.stat().st_size, "oid": blob_of(path)}
-                for name, path in files_of(folder).items()
-                if name.startswith(f"{inside}/" if inside else "")
-            ]
-        )
+        files = [(name, path) for name, path in files_of(folder).items() if name.startswith(inside)]
+        of_git = [{"path": name, "size": path.stat().st_size, "oid": blob_of(path)} for name, path in files]
+        self._json([{"type": "file", **file} for file in of_git])
 
     def _resolve(self, repo: str, folder: Path, name: str) -> None:
         headers = {"X-Repo-Commit": commit_of(folder), "Accept-Ranges": "bytes"}
@@ -168,10 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = path.read_bytes()
         headers |= {"ETag": f'"{blob_of(path)}"', "Content-Type": "application/octet-stream"}
-        start = self.headers.get("Range", "").removeprefix("bytes=").partition("-")[0]
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._send(206 if start else 200, content[int(start or 0) :], headers)
+        self._send(200, content, headers)
 
     def _auth_check(self, repo: str, *_) -> None:
         allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -213,10 +198,6 @@ class _Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(base64.b64decode(entry["value"]["content"]))
-            elif entry["key"] == "deletedFile":
-                path.unlink()
-            elif entry["key"] == "deletedFolder":
-                shutil.rmtree(path)
         commit = commit_of(folder)
         url = f"{self.server.hub.url}/{repo}/commit/{commit}"
         self._json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})

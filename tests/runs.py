@@ -16,7 +16,13 @@ TEXT = "text_encoder/model.safetensors"
 def exit_code(module, *words: object, main: str = "main") -> int:
     """Run a command, such as the module train_kd, in this process."""
     with pytest.raises(SystemExit) as info:
-        run_command(getattr(module, main), module.Config, module.PRESETS, prog="prog", argv=list(map(str, words)))
+        run_command(
+            getattr(module, main),
+            module.Config,
+            getattr(module, "PRESETS", None),
+            prog="prog",
+            argv=list(map(str, words)),
+        )
     return info.value.code
 
 

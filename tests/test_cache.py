@@ -6,22 +6,22 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import CAPTIONS
-from PIL import Image, ImageOps
+from data_files import encoded, fill, refusal
+from PIL import ImageOps
 from tiny import save_tiny_sd1
 
 from minidistill import cache as command
 from minidistill.cache import CacheConfig
 from minidistill.cli import run_command
 from minidistill.data import cache as module
-from minidistill.data.cache import LatentCache, open_data
+from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder
-from minidistill.errors import InputError
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
+from minidistill.training import inputs
 from minidistill.training.batches import Batches, to_pixels
 
 SIDE = 32
@@ -43,19 +43,22 @@ def pipe(model):
 @pytest.fixture
 def data(tmp_path):
     """Eleven images; the last has three captions."""
-    numbers = np.random.default_rng(0)
-    rows = []
-    (tmp_path / "data").mkdir()
-    for i, caption in enumerate([*CAPTIONS, ["one", "two", "three"]]):
-        pixels = numbers.integers(0, 256, (36, 40 + i, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"data/{i:02}.png")
-        rows.append({"file_name": f"{i:02}.png", "text": caption})
-    write_rows(tmp_path / "data", rows)
+    captions = [*CAPTIONS, ["one", "two", "three"]]
+    fill(tmp_path, {f"data/{i:02}.png": encoded(i, (40 + i, 36)) for i in range(11)})
+    fill(tmp_path, {"data/metadata.jsonl": [{"file_name": f"{i:02}.png", "text": c} for i, c in enumerate(captions)]})
     return tmp_path / "data"
 
 
-def write_rows(folder, rows) -> None:
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def rows_of(data) -> list[dict]:
+    return [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+
+
+def write_rows(data, rows) -> None:
+    fill(data, {"metadata.jsonl": rows})
+
+
+def open_data(path, resolution=SIDE, *more):
+    return inputs.open_data(path, resolution, None, *more)
 
 
 def make(model, data, out=None, **options):
@@ -64,13 +67,6 @@ def make(model, data, out=None, **options):
     options = {"shard": 4, "batch_size": 4, **options}
     command.main(CacheConfig(model=str(model), data=str(data), out=str(out), **options))
     return out
-
-
-def refusal(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def in_memory(folder, pipe, **options) -> Batches:
@@ -110,18 +106,13 @@ def test_shards_and_batches_change_no_more_than_last_bits_and_images_read_one_by
         assert torch.equal(a.t, b.t) and torch.equal(a.eps, b.eps) and a.captions == b.captions
     assert direct.captions(3) == cached.captions(3) == CAPTIONS[:3]
     assert direct.size == cached.size == (SIDE, SIDE)
-
-
-@torch.no_grad()
-def test_each_entry_holds_the_posterior_of_its_image_and_of_the_mirror_image(model, pipe, data):
-    latents, folder = LatentCache(make(model, data, flip=True)), ImageFolder(data, SIDE)
-    for i in (0, 3, 4, 10):
-        for flip in (False, True):
-            image = ImageOps.mirror(folder[i][0]) if flip else folder[i][0]
-            mean, logvar = pipe.vae.encode(to_pixels([image]))
-            found = latents.latents([i], [flip])
-            torch.testing.assert_close(found[0], mean, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found[1], (logvar / 2).exp(), rtol=1e-4, atol=1e-5)
+    latents, folder = LatentCache(out), ImageFolder(data, SIDE)
+    for i, flip in ((0, False), (3, True), (10, True)):
+        shown = ImageOps.mirror(folder[i][0]) if flip else folder[i][0]
+        with torch.no_grad():
+            mean, logvar = pipe.vae.encode(to_pixels([shown]))
+        found = latents.latents([i], [flip])
+        torch.testing.assert_close(found, (mean, (logvar / 2).exp()), rtol=1e-4, atol=1e-5)
     assert latents.origin(10) == (36, 50, 0, 6)  # 36 x 50 becomes 32 x 44
     assert latents.captions(10) == ("one", "two", "three")
     assert len(latents) == 11 and latents.names[10] == "10.png"
@@ -135,15 +126,6 @@ def test_every_other_sample_is_flipped_and_every_caption_of_several_drawn(model,
     assert torch.equal(plain.t, flipped.t) and torch.equal(plain.eps, flipped.eps)
     counts = [plain.captions.count(caption) for caption in ("one", "two", "three")]
     assert sum(counts) == 20 and min(counts) >= 2
-
-
-def test_half_precision_halves_the_files(model, pipe, data):
-    whole, half = (make(model, data, data.parent / store, store=store) for store in ("fp32", "fp16"))
-    a, b = (LatentCache(path).latents(range(11), [False] * 11) for path in (whole, half))
-    assert b[0].dtype == torch.float32 and not torch.equal(a[0], b[0])
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    sizes = [sum(file.stat().st_size for file in path.glob("latents-*")) for path in (whole, half)]
-    assert abs(sizes[0] - sizes[1] - 11 * 2 * 2 * 4 * 64) < 200  # the headers have padding
 
 
 def test_text_states_are_added_to_a_cache_and_are_those_of_the_text_encoder(model, pipe, data):
@@ -164,7 +146,7 @@ def test_text_states_are_added_to_a_cache_and_are_those_of_the_text_encoder(mode
 
 
 def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, pipe, data, capsys):
-    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    rows = rows_of(data)
     for i in range(11, 32):
         shutil.copyfile(data / "00.png", data / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "text": f"number {i}"})
@@ -180,23 +162,18 @@ def test_broken_files_have_the_same_stand_ins_with_and_without_the_cache(model, 
     assert_same(from_disk(out, pipe), in_memory(ImageFolder(data, SIDE), pipe))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are always Unicode")
-def test_names_and_captions_that_are_not_unicode_are_cached_and_known_again(model, data):
-    name = os.fsdecode(b"caf\xe9.png")
-    (data / "10.png").rename(data / name)
-    (data / name).with_suffix(".txt").write_text("a café", encoding="utf-8")
-    (data / "metadata.jsonl").write_text(r'{"file_name": "00.png", "text": "cat \ud83d"}')
-    latents = LatentCache(make(model, data))
-    assert latents.names == ["00.png", r"caf\udce9.png"]
-    assert [latents.captions(i) for i in range(2)] == [("cat ?",), ("a café",)]
+def test_a_fingerprint_tells_images_captions_and_settings_and_half_precision_halves_the_files(model, data):
+    whole, half = (make(model, data, data.parent / store, store=store) for store in ("fp32", "fp16"))
+    a, b = (LatentCache(path).latents(range(11), [False] * 11) for path in (whole, half))
+    assert b[0].dtype == torch.float32 and not torch.equal(a[0], b[0])
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    sizes = [sum(file.stat().st_size for file in path.glob("latents-*")) for path in (whole, half)]
+    assert abs(sizes[0] - sizes[1] - 11 * 2 * 2 * 4 * 64) < 200  # the headers have padding
 
-
-def test_a_fingerprint_tells_images_captions_and_settings(model, data):
-    out = make(model, data)
-    before = LatentCache(out).fingerprint()
-    assert before.startswith("11 images, ") and LatentCache(out).fingerprint() == before
-    assert LatentCache(make(model, data, data.parent / "half", store="fp16")).fingerprint() != before
-    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    before = LatentCache(whole).fingerprint()
+    assert before.startswith("11 images, ") and LatentCache(whole).fingerprint() == before
+    assert LatentCache(half).fingerprint() != before
+    rows = rows_of(data)
     write_rows(data, [*rows[:4], {**rows[4], "text": "another"}, *rows[5:]])
     after = LatentCache(make(model, data, data.parent / "again")).fingerprint()
     assert after.startswith("11 images, ") and after != before
@@ -207,7 +184,7 @@ def test_a_cache_knows_of_which_split_and_column_it_is(model, data):
     data = data.rename(data.parent / "train")
     shutil.copytree(data, data.parent / "test")
     out = make(model, data.parent, data.parent / "cache", split="test", caption_column="prompt")
-    latents = open_data(out, SIDE)  # compared with the folder, opened in the same way
+    latents = open_data(out)  # compared with the folder, opened in the same way
     assert latents.names == [f"test/{i:02}.png" for i in range(4)] and latents.captions(3) == ("3",)
     assert open_data(out, SIDE, "test", "prompt").fingerprint() == latents.fingerprint()
     assert "made with split test, not train" in refusal(lambda: open_data(out, SIDE, "train"))
@@ -219,7 +196,7 @@ def test_a_cache_knows_of_which_split_and_column_it_is(model, data):
 
 def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data):
     out = make(model, data)
-    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    rows = rows_of(data)
     os.utime(data / "02.png", ns=(1, 1))
     assert len(LatentCache(out)) == 11  # the same content
     content = (data / "06.png").read_bytes()
@@ -243,17 +220,16 @@ def test_changed_data_are_refused_and_touched_or_absent_ones_are_not(model, data
 def test_the_loss_of_an_image_that_stood_in_for_a_broken_one_is_said(model, data):
     (data / "03.png").write_bytes(b"no")
     out = make(model, data)
-    rows = (data / "metadata.jsonl").read_text().splitlines()
-    (data / "metadata.jsonl").write_text("\n".join(rows[:4]))
+    write_rows(data, rows_of(data)[:4])
     assert "it holds 4 examples, then 11" in refusal(lambda: LatentCache(out))
 
 
 @torch.no_grad()
 def test_another_vae_and_other_settings_are_refused(model, pipe, data):
     out = make(model, data)
-    latents = open_data(out, SIDE)
-    assert isinstance(latents, LatentCache) and isinstance(open_data(data, SIDE), ImageFolder)
-    assert "32-pixel images and the training asks for 64" in refusal(lambda: open_data(out, 64))
+    latents = open_data(out)
+    assert isinstance(latents, LatentCache) and isinstance(open_data(data), ImageFolder)
+    assert "was made with resolution 32, not 64" in refusal(lambda: open_data(out, 64))
     assert "holds no mirror images" in refusal(lambda: latents.check(pipe, flip=True))
     for weight, said in ((pipe.vae.encoder.conv_out.weight, "another VAE"), (pipe.vae.decoder.conv_in.weight, "")):
         before = weight.clone()
@@ -278,7 +254,7 @@ def test_a_damaged_shard_and_an_unreadable_version_are_refused(model, data):
     assert "latents-00001.safetensors" in refusal(lambda: LatentCache(out))
     index = json.loads((out / "cache.json").read_text())
     (out / "cache.json").write_text(json.dumps({**index, "format": "minidistill latents, version 0"}))
-    assert "not a cache that this version reads" in refusal(lambda: open_data(out, SIDE))
+    assert "not a cache that this version reads" in refusal(lambda: open_data(out))
 
 
 def test_latents_that_are_not_finite_are_blamed_on_their_file(model, data, monkeypatch):
@@ -322,7 +298,7 @@ def test_a_cache_whose_making_was_killed_is_refused_then_finished_with_the_same_
     assert done.returncode == -9
     assert [file.name for file in sorted(out.glob("latents-*"))] == [f"latents-0000{i}.safetensors" for i in (0, 1)]
     assert len(list(out.glob(".*.safetensors"))) == 1
-    message = refusal(lambda: open_data(out, SIDE))
+    message = refusal(lambda: open_data(out))
     assert f"{out}: this cache is not finished" in message
     first = module.shard_path(out, 0)
     os.utime(first, ns=(1, 1))
@@ -339,8 +315,8 @@ def test_the_command_scans_and_refuses_in_one_line(data, capsys):
         return done.value.code, capsys.readouterr()
 
     (data / "10.png").write_bytes(b"no")
-    code, said = run("--data", str(data), "--scan-only", "--resolution", "37")
-    assert code == 0 and "1 unreadable: another image stands in" in said.out and "10.png (not an image)" in said.out
-    assert "10 smaller than 37 pixels" in said.out
+    code, said = run("--data", str(data), "--scan-only")
+    assert code == 0 and "note: 10.png (not an image) cannot be read" in said.out
+    assert "; 1 unreadable: another image stands in for each until it is removed: 10.png (not an image)." in said.out
     code, said = run("--data", "nowhere", "--out", "x")
     assert code == 2 and said.err == "error: data folder nowhere does not exist\n"

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from data_files import fill
 
 from minidistill.__main__ import commands, main
 from minidistill.cli import ELSEWHERE, GROUPS, REQUIRED, option, parse, run_command
@@ -33,7 +35,7 @@ class Config:
 
 PRESETS = {
     "toy": {"comment": "20 steps, 5 s on 1 CPU core, 50% of nothing", "steps": 20, "flip": False},
-    "long": {"comment": "a week", "steps": 50_000},
+    "long": {"comment": "long " * 12, "learning_rate": 1e-4, "recipe": "bk-small"},
 }
 PROG = "python -m minidistill.toy"
 
@@ -64,6 +66,7 @@ def test_of_a_flag_given_twice_the_last_counts_but_lora_files_gather():
     assert parsed("--stages", "8,4", "--stages", "1").stages == (1,)
     assert parsed("--steps", "7", "--steps", "9").steps == 9
     assert parsed("--lora", "a,b", "--lora", "c").lora == ("a", "b", "c")
+    assert not parsed("--lora", "none").lora
 
 
 def test_a_preset_gives_values_and_flags_win_in_any_order():
@@ -76,16 +79,13 @@ def test_a_preset_gives_values_and_flags_win_in_any_order():
     ("words", "expected"),
     [
         ("--lerning-rate 1", "unknown flag --lerning-rate (did you mean --learning-rate?)"),
-        ("--lerning-rate=1", "unknown flag --lerning-rate (did you mean --learning-rate?)"),
         ("--step 5", "unknown flag --step (did you mean --steps?)"),  # no abbreviations
-        ("--zzz", "unknown flag --zzz; --help lists every flag"),
         ("word", "unexpected word 'word'"),
         ("--steps many", "--steps takes a whole number, not 'many'"),
-        ("--steps 1.5", "--steps takes a whole number, not '1.5'"),
         ("--steps 0", "--steps must be at least 1, not 0"),
         ("--steps 1000001", "--steps must be at most 1000000, not 1000001"),
-        (f"--lora-rank {2**63}", f"--lora-rank takes a whole number of at most 63 bits, not {2**63}"),
-        (f"--lora-rank -1{'0' * 400}", "--lora-rank takes a whole number of at most 63 bits"),
+        (f"--lora-rank {2**63}", f"--lora-rank must be at most {2**63 - 1}, not {2**63}"),
+        (f"--lora-rank -1{'0' * 400}", f"--lora-rank must be at least -{2**63 - 1}"),
         ("--steps", "--steps: expected one argument"),
         ("--learning-rate nan", "--learning-rate takes a finite number, not 'nan'"),
         ("--recipe bk-smal", "not 'bk-smal' (did you mean bk-small?)"),
@@ -93,7 +93,6 @@ def test_a_preset_gives_values_and_flags_win_in_any_order():
         ("--preset tiny", "--preset takes toy, long, not 'tiny'"),
         ("--learning_rate 1", "--learning_rate is --learning-rate here"),
         ("--max_train_steps 5", "--max_train_steps is --steps here"),
-        ("--num_inference_steps=5", "--num_inference_steps is --steps here"),
         ("--resume_from_checkpoint latest", "--resume_from_checkpoint is --resume here"),
         ("--output-dir x", "--output-dir is --out here"),
         ("--hub_model_id x", "unknown flag --hub_model_id;"),  # which is no flag of this command
@@ -113,6 +112,7 @@ def test_a_required_setting_and_positional_words():
     config = parsed("here", "--prompt", "a red circle", config_class=Convert, presets=None)
     assert config == Convert(source="here", dest="converted", prompt="a red circle")
     assert "--prompt is required: the text" in refusal("here", "there", config_class=Convert, presets=None)
+    assert "did you mean --prompt?" in refusal("here", "--promt", "x", config_class=Convert, presets=None)
     assert "SOURCE" in refusal("--prompt", "x", config_class=Convert, presets=None)
 
 
@@ -133,32 +133,28 @@ def test_help_shows_sections_defaults_choices_and_presets_with_their_comments():
         "(default: 32,8,4)",
         "rank of the LoRA (default: all weights are trained) data:",
         "toy: 20 steps, 5 s on 1 CPU core, 50% of nothing. steps 20, flip off",
+        "learning-rate 0.0001, recipe bk-small",  # by their flags, and no word is torn
     ):
         assert expected in text
     assert "SUPPRESS" not in text and text.count("(default: ") == len(dataclasses.fields(Config))
 
 
+def config_of(name: str):
+    """(module, Config) of a command."""
+    module = importlib.import_module(f"minidistill.{name}")
+    found = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+    return module, found[0]
+
+
 @pytest.mark.parametrize("name", commands())
 def test_the_help_of_every_command_is_plain(name):
-    module = importlib.import_module(f"minidistill.{name}")
-    configs = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
-    text = help_of(lambda: parse(configs[0], getattr(module, "PRESETS", None), ["--help"], PROG, module.__doc__))
+    module, config = config_of(name)
+    text = help_of(lambda: parse(config, getattr(module, "PRESETS", None), ["--help"], PROG, module.__doc__))
     assert not re.search("none (takes|leaves|keeps|goes|trains)|nobody|averages nothing", text)
 
 
-def test_presets_are_listed_by_their_flags_and_words_are_not_torn():
-    presets = {"p": {"comment": "long " * 12, "learning_rate": 1e-4, "recipe": "bk-small", "flip": True}}
-    text = help_of(lambda: parsed("--help", presets=presets))
-    assert "learning-rate 0.0001, recipe bk-small, flip on" in text
-
-
 def test_sections_and_other_tools_names_are_of_flags_that_there_are():
-    names = set()
-    for name in commands():
-        module = importlib.import_module(f"minidistill.{name}")
-        for found in vars(module).values():
-            if dataclasses.is_dataclass(found) and found.__module__ == module.__name__:
-                names |= {field.name for field in dataclasses.fields(found)}
+    names = {field.name for name in commands() for field in dataclasses.fields(config_of(name)[1])}
     assert {name for group in GROUPS.values() for name in group.split()} <= names
     assert set(ELSEWHERE) <= names
 
@@ -173,6 +169,17 @@ def test_every_command_is_listed_without_loading_torch():
         assert said in done.stdout + done.stderr
     assert {"train_kd", "finetune", "generate", "convert", "cache"} <= set(commands())
     assert all(commands().values())
+
+
+@pytest.mark.parametrize("words", [("-m", "minidistill.train_kd"), ("-m", "minidistill", "train_kd"), ("-c", "{}")])
+def test_an_interrupt_while_torch_is_imported_ends_in_one_line(tmp_path, words):
+    script = "import sys, minidistill.__main__ as m; sys.argv = ['minidistill', 'train_kd']; m.main()"  # as installed
+    fill(tmp_path, {"torch/__init__.py": "raise KeyboardInterrupt"})
+    call = [sys.executable, *(word.format(script) for word in words)]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    said = "\ninterrupted before anything was done: run the same command again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", said)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -201,32 +208,29 @@ def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
         open_as_told()
 
 
-def outcome(command, *words, capsys):
+def outcome(error, *words, capsys):
+    """Exit code and stderr of a command that ends with this error, or none."""
+
+    def command(config):
+        if error:
+            raise error
+
     with pytest.raises(SystemExit) as exit_info:
         run_command(command, Config, PRESETS, prog=PROG, argv=words)
     return exit_info.value.code, capsys.readouterr().err
 
 
-def raising(error):
-    def fail(config):
-        raise error
-
-    return fail
-
-
 def test_exit_codes(capsys, tmp_path):
-    assert outcome(lambda config: None, capsys=capsys) == (0, "")
-    assert outcome(raising(InputError("no such teacher")), capsys=capsys) == (2, "error: no such teacher\n")
-    assert outcome(raising(NonFiniteLoss("nan")), capsys=capsys) == (3, "error: nan\n")
-    code, err = outcome(lambda config: None, "--stepz", "3", capsys=capsys)
+    assert outcome(None, capsys=capsys) == (0, "")
+    assert outcome(InputError("no such teacher"), capsys=capsys) == (2, "error: no such teacher\n")
+    assert outcome(NonFiniteLoss("nan"), capsys=capsys) == (3, "error: nan\n")
+    code, err = outcome(None, "--stepz", "3", capsys=capsys)
     assert (code, err.count("\n"), err.startswith("error: unknown flag --stepz")) == (2, 1, True)
-
     out = str(tmp_path / "a run")
-    code, err = outcome(raising(KeyboardInterrupt), "--out", out, capsys=capsys)
+    code, err = outcome(KeyboardInterrupt(), "--out", out, capsys=capsys)
     assert code == 130 and "to start again if nothing was kept: run the same command again" in err
-    (tmp_path / "a run").mkdir()
-    (tmp_path / "a run" / "config.json").write_text(json.dumps({}))
-    code, err = outcome(raising(KeyboardInterrupt), "--out", out, capsys=capsys)
+    fill(tmp_path, {"a run/config.json": {}})
+    code, err = outcome(KeyboardInterrupt(), "--out", out, capsys=capsys)
     assert code == 130 and f"{PROG} --out '{out}' --resume" in err
     with pytest.raises(RuntimeError, match="bug"):  # which keeps its traceback
-        outcome(raising(RuntimeError("bug")), capsys=capsys)
+        outcome(RuntimeError("bug"), capsys=capsys)

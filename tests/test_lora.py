@@ -1,34 +1,30 @@
-"""LoRA: live equals merged equals peft, and files go both ways between us, kohya's names, peft and diffusers.
-
-diffusers and peft are the oracles: what they write has to give their own output here, what we write ours there.
-"""
+"""LoRA: live equals merged equals peft; files of kohya, peft and diffusers, there and back, with both as oracles."""
 
 import copy
-import json
 import re
 from dataclasses import replace
 
-import diffusers
 import peft
 import pytest
+import tiny
 import torch
-import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from test_pipeline import refused
 from torch import nn
 
 from minidistill.distill.block_removal import RECIPES, plan_removal
-from minidistill.errors import InputError
 from minidistill.interop import lora_files
 from minidistill.interop.ldm import swap, unet_pairs
 from minidistill.interop.lora_files import every_name, matched_line, merge_into, read_lora, rewrite_lora, write_lora
 from minidistill.models import lora
-from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
+from minidistill.models.clip import CLIPTextModel
 from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
-from minidistill.weights.files import read_metadata, write_safetensors
+from minidistill.pipeline import load_pipeline
+from minidistill.weights.files import read_metadata
 
 TINY_SD1 = replace(
     SD15,
@@ -42,40 +38,17 @@ TINY_SD1 = replace(
     cross_attention_dim=12,
 )
 TINY_SDXL = replace(
-    SDXL,
+    tiny.TINY_SDXL,
     block_out_channels=(8, 16, 16),
     attention_head_dim=(1, 2, 2),
     transformer_layers_per_block=(1, 1, 2),
     norm_num_groups=4,
-    cross_attention_dim=20,
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=6 * 8 + 12,
 )
-TEXT = {
-    "vocab_size": 50,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 8,
-    "projection_dim": 12,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
-FIRST = "lora_unet_down_blocks_0_attentions_0_proj_in"
+FIRST, DOTTED = "lora_unet_down_blocks_0_attentions_0_proj_in", "unet.down_blocks.0.attentions.0.proj_in"
 RANK, ALPHA = 4, 0.5  # the ratio of SDXL-Lightning's files, 8 / 64
 
 
-def refused(call, *args) -> str:
-    """The message of the InputError that a call ends in; it must be one line."""
-    with pytest.raises(InputError) as info:
-        call(*args)
-    message = str(info.value)
-    assert "\n" not in message
-    return message
-
-
 def make_unet(config: UNetConfig) -> UNet:
-    """Ours alone, with random weights."""
     torch.manual_seed(0)
     return UNet(config).eval()
 
@@ -89,55 +62,33 @@ def make_unets(config: UNetConfig) -> tuple[UNet, UNet2DConditionModel]:
     return ours, theirs
 
 
-def make_text_encoders(width: int, projection: bool) -> tuple[CLIPTextModel, nn.Module]:
-    """Ours and transformers' with the same random weights."""
-    torch.manual_seed(width)
-    config = CLIPTextConfig(**TEXT, hidden_size=width)
-    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    theirs = kind(transformers.CLIPTextConfig(**TEXT, hidden_size=width, hidden_act="quick_gelu")).eval()
-    ours = CLIPTextModel(config, projection).eval()
-    state = {name if "text_" in name else f"text_model.{name}": t for name, t in theirs.state_dict().items()}
-    ours.load_state_dict({name: t for name, t in state.items() if "position_ids" not in name})
-    return ours, theirs
+FOLDERS = {}  # of pipelines by diffusers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folders(sources):
+    FOLDERS.update(sources)
 
 
 def make_pipelines(kind: str) -> tuple[dict[str, nn.Module], StableDiffusionPipeline | StableDiffusionXLPipeline]:
-    """Our networks by part, and a pipeline of diffusers with the same weights; without VAE and tokenizers."""
-    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-    nothing = {"vae": None, "tokenizer": None, "scheduler": scheduler, "feature_extractor": None}
-    text, their_text = make_text_encoders(8, projection=False)
-    if kind == "sd1":
-        unet, their_unet = make_unets(TINY_SD1)
-        pipe = StableDiffusionPipeline(
-            unet=their_unet, text_encoder=their_text, safety_checker=None, requires_safety_checker=False, **nothing
-        )
-        return {"unet": unet, "text_encoder": text}, pipe
-    unet, their_unet = make_unets(TINY_SDXL)
-    text_2, their_text_2 = make_text_encoders(12, projection=True)
-    pipe = StableDiffusionXLPipeline(
-        unet=their_unet, text_encoder=their_text, text_encoder_2=their_text_2, tokenizer_2=None, **nothing
-    )
-    return {"unet": unet, "text_encoder": text, "text_encoder_2": text_2}, pipe
+    """Our networks by part, and a pipeline of diffusers with the same weights."""
+    theirs = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind]
+    return load_pipeline(FOLDERS[kind]).networks, theirs.from_pretrained(FOLDERS[kind])
 
 
 def make_sdxl() -> dict[str, nn.Module]:
-    """Our networks of an SDXL by part, with random weights."""
-    torch.manual_seed(0)
-    return {
-        "unet": make_unet(TINY_SDXL),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT, hidden_size=8)),
-        "text_encoder_2": CLIPTextModel(CLIPTextConfig(**TEXT, hidden_size=12), projection=True),
-    }
+    return make_pipelines("sdxl")[0]
 
 
 def unet_inputs(config: UNetConfig, dtype=torch.float32) -> tuple:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, 8, 8, generator=g).to(dtype)
-    context = torch.randn(2, 5, config.cross_attention_dim, generator=g).to(dtype)
+    context = torch.randn(2, 5, config.cross_attention_dim, generator=g).to(dtype) / 16  # the weights are large there
     added = None
     if config.addition_embed_type:
         sizes = torch.tensor([[64, 48, 0, 8, 64, 64], [33, 99, 7, 0, 32, 48]])
-        added = {"text_embeds": torch.randn(2, 12, generator=g).to(dtype), "time_ids": sizes.float()}
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.randn(2, pooled, generator=g).to(dtype), "time_ids": sizes.float()}
     return x, torch.tensor([3, 999]), context, added
 
 
@@ -189,6 +140,29 @@ def assert_same_weights(found: dict[str, LoRAWeights], expected: dict[str, LoRAW
         assert found[name].alpha == alpha
 
 
+def spelled(weights: dict[str, LoRAWeights], spell) -> dict[str, torch.Tensor]:
+    """The tensors of a file in kohya's form, with the layers' names as `spell` makes them."""
+    tensors = {}
+    for name, (down, up, alpha) in weights.items():
+        key = spell(name)
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
+    return tensors
+
+
+def flat(name: str) -> str:
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def sgm_file(path, weights: dict[str, LoRAWeights], config: UNetConfig) -> None:
+    """A kohya file with the block names of Stability AI's code."""
+    pairs = unet_pairs(config)
+    save_file(spelled(weights, lambda name: flat(swap(name, pairs))), path)
+
+
+def kohya_tensors(unet: UNet) -> dict[str, torch.Tensor]:
+    return spelled(random_lora(unet, ("attn2.to_k", "proj_in")), flat)
+
+
 def peft_unet(config: UNetConfig, **settings) -> tuple[UNet, UNet2DConditionModel]:
     """Ours, plain, and diffusers' with a random adapter of peft on every layer of the blocks."""
     ours, theirs = make_unets(config)
@@ -220,9 +194,6 @@ def randomise(network: nn.Module) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * (0.5 if "lora_B" in name else 0.2))
 
 
-# live and merged
-
-
 def test_live_equals_merged_at_any_scale_and_alpha_counts():
     live = make_unet(TINY_SDXL)
     merged, stronger = copy.deepcopy(live), copy.deepcopy(live)
@@ -235,6 +206,9 @@ def test_live_equals_merged_at_any_scale_and_alpha_counts():
     assert lora.merge_weights(merged, weights, scale=0.7) == len(weights)
     assert_moved(output(live), before)
     assert_close(output(merged), output(live))
+    lora.set_scale(live, 0)
+    assert torch.equal(output(live), before)
+    lora.set_scale(live, 0.7)
     # scale * alpha / r is all there is: W + 0.7 * 0.5 / 4 * up @ down
     doubled = {name: w._replace(alpha=2 * w.alpha) for name, w in weights.items()}
     lora.merge_weights(stronger, doubled, scale=0.35)
@@ -244,22 +218,10 @@ def test_live_equals_merged_at_any_scale_and_alpha_counts():
     change = 0.7 * 0.5 / 4 * torch.einsum("orxy,rikl->oikl", up, down)
     original = make_unet(TINY_SDXL).get_submodule(name).weight
     assert_close(merged.get_submodule(name).weight, original + change, 1e-6)
-
-
-def test_scale_can_be_set_and_zero_is_the_base():
-    unet = make_unet(TINY_SD1)
-    before, weights = output(unet), random_lora(unet)
-    expected = copy.deepcopy(unet)
-    lora.merge_weights(expected, weights, scale=-0.5)
-    lora.attach_lora(unet, weights)
-    lora.set_scale(unet, 0)
-    assert torch.equal(output(unet), before)
-    lora.set_scale(unet, -0.5)
-    assert_close(output(unet), output(expected))
-    with torch.no_grad():
-        for layer in lora.lora_layers(unet).values():
-            layer.lora_up.zero_()
-    assert all(w.up.any() for w in weights.values())  # a network trains its own copy
+    expected = output(live)
+    assert lora.merge_lora(live) == len(weights)
+    assert live.state_dict().keys() == merged.state_dict().keys() and not lora.lora_layers(live)
+    assert_close(output(live), expected)
 
 
 def test_a_fresh_lora_changes_nothing_and_removing_gives_the_base_back():
@@ -271,39 +233,26 @@ def test_a_fresh_lora_changes_nothing_and_removing_gives_the_base_back():
     assert torch.equal(output(unet), before)
     assert all(w.alpha == 3 and w.down.std() > 0 and not w.up.any() for w in lora.lora_weights(unet).values())
     assert list(lora.base_state(unet)) == names
-    assert {**lora.base_state(unet), **lora.lora_state(unet)}.keys() == unet.state_dict().keys()
-    UNet(TINY_SD1).load_state_dict(lora.base_state(unet), strict=True)
+    other = make_unet(TINY_SD1)
+    lora.attach_lora(other, random_lora(other, rank=3, alpha=3))
+    unet.load_state_dict({**lora.base_state(unet), **lora.lora_state(other)}, strict=True)
+    assert torch.equal(output(unet), output(other)), "training continues from a saved state"
     assert lora.remove_lora(unet) == count
     assert {name: (type(m), str(m)) for name, m in unet.named_modules()} == modules
     assert torch.equal(output(unet), before) and list(unet.state_dict()) == names
 
 
-def test_merging_a_live_lora_gives_a_plain_network_with_the_same_output():
-    unet = make_unet(TINY_SDXL)
-    names = list(unet.state_dict())
-    lora.attach_lora(unet, random_lora(unet), scale=0.8)
-    expected = output(unet)
-    lora.merge_lora(unet)
-    assert list(unet.state_dict()) == names and not lora.lora_layers(unet)
-    assert_close(output(unet), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_merging_in_low_precision_sums_in_float32_and_rounds_once(dtype):
-    layer = nn.Sequential(nn.Linear(64, 64)).to(dtype)
-    weights = random_lora(layer, ("0",), rank=16)
-    exact = layer[0].weight.float() + ALPHA / 16 * weights["0"].up @ weights["0"].down
-    lora.merge_weights(layer, {"0": LoRAWeights(weights["0"].down, weights["0"].up, ALPHA)})
-    assert torch.equal(layer[0].weight, exact.to(dtype))
-
-
-def test_a_bfloat16_network_runs_with_a_live_float32_lora():
+def test_low_precision_is_merged_in_float32_and_rounded_once_and_runs_with_a_float32_lora():
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = nn.Sequential(nn.Linear(64, 64)).to(dtype)
+        [found] = random_lora(layer, ("0",), rank=16).values()
+        exact = layer[0].weight.float() + ALPHA / 16 * found.up @ found.down
+        lora.merge_weights(layer, {"0": found})
+        assert torch.equal(layer[0].weight, exact.to(dtype))
     unet = make_unet(TINY_SD1)
-    weights = random_lora(unet)
-    merged = copy.deepcopy(unet)
+    weights, merged = random_lora(unet), copy.deepcopy(unet)
     lora.merge_weights(merged, weights)
-    unet = unet.bfloat16()
-    lora.attach_lora(unet, weights, dtype=torch.float32)
+    lora.attach_lora(unet.bfloat16(), weights, dtype=torch.float32)
     assert all(w.down.dtype == torch.float32 for w in lora.lora_weights(unet).values())
     assert output(unet).dtype == torch.bfloat16
     assert_close(output(unet).float(), output(merged), 0.05)
@@ -312,20 +261,30 @@ def test_a_bfloat16_network_runs_with_a_live_float32_lora():
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
 
 
-# which layers
-
-
-def test_the_full_set_is_that_of_lightning_788_layers_of_sdxl():
+@pytest.fixture(scope="module")
+def sdxl() -> UNet:
+    """On meta; not to be changed."""
     with torch.device("meta"):
-        unet = UNet(SDXL)
-    names = lora.find_targets(unet, lora.ALL)
+        return UNet(SDXL)
+
+
+def test_the_full_set_is_that_of_lightning_788_layers_of_sdxl(sdxl, tmp_path):
+    names = lora.find_targets(sdxl, lora.ALL)
     blocks = ("down_blocks.", "mid_block.", "up_blocks.")
-    assert names == [name for name in lora.candidates(unet) if name.startswith(blocks)]
+    assert names == [name for name in lora.candidates(sdxl) if name.startswith(blocks)]
+    unet, path = copy.deepcopy(sdxl), tmp_path / "lightning.safetensors"
     assert lora.add_lora(unet, lora.ALL, rank=64, alpha=8) == 788
     assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == 196_751_360
-    assert len(lora.find_targets(UNet(TINY_SDXL), lora.ATTENTION)) == 4 * sum(
-        name.endswith(("attn1", "attn2")) for name, _ in UNet(TINY_SDXL).named_modules()
-    )
+    weights = {}
+    for name in names:
+        shape = sdxl.get_submodule(name).weight.shape
+        up = torch.zeros(shape[0], 1, *[1] * (len(shape) - 2))
+        weights[name] = LoRAWeights(torch.zeros(1, *shape[1:]).half(), up.half(), 8.0)
+    write_lora(path, {"unet": weights})
+    assert len(load_file(path)) == 2364
+    counts = merge_into({"unet": sdxl}, read_lora(path, {"unet": sdxl}))
+    assert matched_line(counts) == "788/788 modules matched"
+    assert matched_line(counts | {"text_encoder": 1}) == "789/789 modules matched (unet 788, text_encoder 1)"
 
 
 def test_targets_are_whole_ends_of_names_and_unknown_ones_are_refused():
@@ -338,8 +297,8 @@ def test_targets_are_whole_ends_of_names_and_unknown_ones_are_refused():
         with pytest.raises(ValueError, match=rf"no layer of UNet is called {named}$"):
             lora.find_targets(unet, targets)
     text = make_sdxl()["text_encoder_2"]
-    assert len(lora.find_targets(text, lora.TEXT_ATTENTION)) == 8
-    assert len(lora.find_targets(text, lora.TEXT_ALL)) == 12
+    assert len(lora.find_targets(text, lora.TEXT_ATTENTION)) == 12
+    assert len(lora.find_targets(text, lora.TEXT_ALL)) == 18
 
 
 def test_wrong_settings_and_a_second_live_lora_are_refused_with_nothing_changed():
@@ -359,9 +318,6 @@ def test_wrong_settings_and_a_second_live_lora_are_refused_with_nothing_changed(
             call(unet, bad)
     lora.add_lora(unet, ["to_k"], rank=2)  # another layer may have one of its own
     assert all(p.requires_grad == ("lora_" in name) for name, p in unet.named_parameters())
-
-
-# training
 
 
 def loss_of(network: nn.Module) -> torch.Tensor:
@@ -415,7 +371,7 @@ def test_a_fresh_lora_is_drawn_as_pefts_is():
         assert torch.equal(layer.lora_down, again.get_submodule(name).lora_down)
 
 
-def test_gradients_survive_checkpointing_copying_and_autocast():
+def test_gradients_survive_checkpointing_copying_autocast_and_ddp(tmp_path):
     unet = make_unet(TINY_SDXL)
     lora.attach_lora(unet, random_lora(unet))
     expected = gradients(unet)
@@ -433,32 +389,13 @@ def test_gradients_survive_checkpointing_copying_and_autocast():
     largest = max(g.abs().max() for g in expected.values())
     assert all((low[name] - gradient).abs().max() < 0.05 * largest for name, gradient in expected.items())
     assert {g.dtype for g in low.values()} == {torch.float32}
-
-
-def test_trains_under_ddp(tmp_path):
-    unet = make_unet(TINY_SDXL)
-    lora.attach_lora(unet, random_lora(unet))
-    expected = gradients(unet)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         found = gradients(nn.parallel.DistributedDataParallel(unet))
     finally:
         torch.distributed.destroy_process_group()
-    assert found.keys() == {f"module.{name}" for name in expected}
     for name, gradient in expected.items():
         torch.testing.assert_close(found[f"module.{name}"], gradient)
-
-
-def test_training_goes_on_from_a_saved_state():
-    unet = make_unet(TINY_SD1)
-    lora.attach_lora(unet, random_lora(unet))
-    other = make_unet(TINY_SD1)
-    lora.add_lora(other, lora.ALL, RANK, ALPHA)
-    other.load_state_dict({**lora.base_state(other), **lora.lora_state(unet)}, strict=True)
-    assert torch.equal(output(other), output(unet))
-
-
-# what peft and diffusers write
 
 
 # No two of alpha_pattern fit one layer: PEFT takes the first, and diffusers writes them sorted.
@@ -469,41 +406,34 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize(
-    ("config", "settings"),
+    ("config", "settings", "form"),
     [
-        (TINY_SD1, {"init_lora_weights": "orthogonal", "target_modules": list(lora.ATTENTION)}),  # linear layers only
-        (TINY_SD1, {"use_rslora": True}),
-        (TINY_SDXL, PATTERNS),
+        (TINY_SD1, {"init_lora_weights": "orthogonal", "target_modules": list(lora.ATTENTION)}, "diffusers"),
+        (TINY_SD1, {"use_rslora": True}, "diffusers"),
+        (TINY_SDXL, PATTERNS, "diffusers"),
+        (TINY_SD1, PATTERNS, "peft"),
+        (TINY_SD1, {"lora_alpha": RANK}, "raw"),
     ],
-    ids=["orthogonal", "rslora", "patterns"],
+    ids=["orthogonal", "rslora", "patterns", "peft", "raw"],
 )
-def test_adapters_saved_by_diffusers_give_its_output(config, settings, tmp_path):
+def test_adapters_of_peft_give_their_output(config, settings, form, tmp_path):
     ours, theirs = peft_unet(config, **settings)
     before = output(ours)
-    theirs.save_lora_adapter(tmp_path)  # the settings go in the header
-    loras = read_lora(tmp_path / "pytorch_lora_weights.safetensors", {"unet": ours})
-    merge_into({"unet": ours}, loras)
+    if form == "diffusers":
+        theirs.save_lora_adapter(tmp_path)  # the settings go in the header
+    elif form == "peft":
+        ours, theirs = make_unets(config)
+        settings = {"r": RANK, "lora_alpha": 1, "target_modules": list(lora.ALL), **settings}
+        model = peft.get_peft_model(theirs, peft.LoraConfig(**settings))
+        randomise(model)
+        model.save_pretrained(tmp_path)  # base_model.model.*, and adapter_config.json
+    else:  # with the adapter's name, as in a state dict
+        raw = {name: p.detach() for name, p in theirs.named_parameters() if ".lora_" in name}
+        assert any(name.endswith(".lora_A.default.weight") for name in raw)
+        save_file(raw, tmp_path / "x.safetensors")
+    [path] = tmp_path.glob("*.safetensors")
+    merge_into({"unet": ours}, read_lora(path, {"unet": ours}))
     assert_moved(output(ours), before)
-    assert_close(output(ours), output(theirs))
-
-
-@pytest.mark.parametrize("settings", [{}, PATTERNS], ids=["plain", "patterns"])
-def test_adapters_saved_by_peft_give_its_output(settings, tmp_path):
-    ours, theirs = make_unets(TINY_SD1)
-    config = peft.LoraConfig(**{"r": RANK, "lora_alpha": 1, "target_modules": list(lora.ALL)} | settings)
-    model = peft.get_peft_model(theirs, config)
-    randomise(model)
-    model.save_pretrained(tmp_path)  # base_model.model.*, and adapter_config.json
-    attach({"unet": ours}, read_lora(tmp_path / "adapter_model.safetensors", {"unet": ours}))
-    assert_close(output(ours), output(theirs))
-
-
-def test_a_raw_state_of_peft_with_its_adapters_name_is_read(tmp_path):
-    ours, theirs = peft_unet(TINY_SD1, lora_alpha=RANK)
-    raw = {name: p.detach() for name, p in theirs.named_parameters() if ".lora_" in name}
-    assert any(name.endswith(".lora_A.default.weight") for name in raw)
-    save_file(raw, tmp_path / "x.safetensors")
-    merge_into({"unet": ours}, read_lora(tmp_path / "x.safetensors", {"unet": ours}))
     assert_close(output(ours), output(theirs))
 
 
@@ -533,16 +463,12 @@ def test_pipelines_saved_by_diffusers_give_their_output(kind, with_metadata, spe
         assert_close(output(network), output(getattr(pipe, part)))
 
 
-# what we write
-
-
-@pytest.mark.parametrize("form", ["kohya", "peft"])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_diffusers_reads_what_we_write(kind, form, tmp_path):
+def test_diffusers_reads_what_we_write(kind, tmp_path):
+    """In kohya's form; PEFT's is below. In this diffusers loses the alphas of a text encoder where they differ."""
     networks, pipe = make_pipelines(kind)
-    # of kohya's form diffusers loses the alphas of a text encoder's layers where they differ
-    loras = random_loras(networks, text_alpha=2.5 if form == "peft" else ALPHA)
-    write_lora(tmp_path / "x.safetensors", loras, form)
+    loras = random_loras(networks, text_alpha=ALPHA)
+    write_lora(tmp_path / "x.safetensors", loras)
     pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
     before = {part: output(network) for part, network in networks.items()}
     attach(networks, loras)
@@ -553,184 +479,86 @@ def test_diffusers_reads_what_we_write(kind, form, tmp_path):
 
 @pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_what_is_written_comes_back(form, tmp_path):
-    networks = make_sdxl()
+    networks, path = make_sdxl(), tmp_path / "deep" / "x.safetensors"
     targets = {"unet": (*lora.ALL, "conv_in", "linear_1"), "text_encoder": lora.TEXT_ALL}
     targets["text_encoder_2"] = (*lora.TEXT_ALL, "text_projection")
     loras = {part: random_lora(network, targets[part]) for part, network in networks.items()}
     loras["unet"]["conv_in"] = random_lora(networks["unet"], ["conv_in"], rank=2, alpha=1.5)["conv_in"]
-    write_lora(tmp_path / "deep" / "x.safetensors", loras, form, metadata={"steps": "4"})
-    found = read_lora(tmp_path / "deep" / "x.safetensors", networks)
+    write_lora(path, loras, form, metadata={"steps": "4"})
+    found = read_lora(path, networks)
     assert found.keys() == loras.keys()
     for part, weights in loras.items():
         assert_same_weights(found[part], weights)
-    assert read_metadata(tmp_path / "deep" / "x.safetensors")["steps"] == "4"
-
-
-def test_a_live_lora_is_written_in_the_dtype_asked_for(tmp_path):
-    unet = make_unet(TINY_SD1)
-    weights = random_lora(unet)
-    lora.attach_lora(unet, weights, scale=0.3)  # a wish of this moment: the file holds the LoRA itself
-    write_lora(tmp_path / "x.safetensors", {"unet": unet}, dtype=torch.float16)
-    found = read_lora(tmp_path / "x.safetensors", {"unet": make_unet(TINY_SD1)})["unet"]
-    assert {w.down.dtype for w in found.values()} == {torch.float16}
-    assert torch.equal(found["mid_block.resnets.0.conv1"].up, weights["mid_block.resnets.0.conv1"].up.half())
-
-
-def test_kohya_files_have_kohyas_names_and_header(tmp_path):
-    networks = make_sdxl()
-    with torch.device("meta"):
-        sdxl = UNet(SDXL)
-    one = {
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": LoRAWeights(
-            torch.ones(4, 2048), torch.ones(640, 4), 2
-        )
-    }
-    text = {"text_model.encoder.layers.0.mlp.fc1": random_lora(networks["text_encoder"], ["fc1"]).popitem()[1]}
-    write_lora(tmp_path / "xl.safetensors", {"unet": one, "text_encoder": text, "text_encoder_2": {}})
-    names = load_file(tmp_path / "xl.safetensors")
-    key = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
-    assert {f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"} < names.keys()
-    assert names[f"{key}.alpha"].item() == 2 and names[f"{key}.alpha"].shape == ()
-    assert "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha" in names
-    header = read_metadata(tmp_path / "xl.safetensors")
-    assert header["ss_network_module"] == "networks.lora" and header["ss_v2"] == "False"
-    assert header["ss_base_model_version"].startswith("sdxl_")  # or A1111 lists it among those for SD 1.x
-    assert read_lora(tmp_path / "xl.safetensors", {**networks, "unet": sdxl}).keys() == {"unet", "text_encoder"}
-    write_lora(tmp_path / "sd.safetensors", {"text_encoder": text})
-    assert "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha" in load_file(tmp_path / "sd.safetensors")
-    assert "there is no LoRA" in refused(write_lora, tmp_path / "no.safetensors", {"unet": networks["unet"]})
+    assert read_metadata(path)["steps"] == "4"
+    unet = networks["unet"]  # a live one: the file holds the LoRA itself, without the scale set here
+    lora.attach_lora(unet, loras["unet"], scale=0.3)
+    write_lora(path, {"unet": unet}, form, dtype=torch.float16)
+    half = {name: LoRAWeights(down.half(), up.half(), alpha) for name, (down, up, alpha) in loras["unet"].items()}
+    assert_same_weights(read_lora(path, make_sdxl())["unet"], half)
+    assert "there is no LoRA" in refused(write_lora, tmp_path / "no.safetensors", make_sdxl())
     assert not (tmp_path / "no.safetensors").exists()
 
 
-# kohya's names, and older ones
+def test_kohya_files_have_kohyas_names_and_header(tmp_path, sdxl):
+    networks, path = make_sdxl() | {"unet": sdxl}, tmp_path / "x.safetensors"
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    one = {name: LoRAWeights(torch.ones(4, 2048), torch.ones(640, 4), 2)}
+    text = random_lora(networks["text_encoder"], ["layers.0.mlp.fc1"])
+    write_lora(path, {"unet": one, "text_encoder": text, "text_encoder_2": {}})
+    names, key = load_file(path), "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert {f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"} < names.keys()
+    assert names[f"{key}.alpha"].item() == 2 and names[f"{key}.alpha"].shape == ()
+    assert "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha" in names
+    header = read_metadata(path)
+    assert header["ss_network_module"] == "networks.lora" and header["ss_v2"] == "False"
+    assert header["ss_base_model_version"].startswith("sdxl_")  # or A1111 lists it among those for SD 1.x
+    assert read_lora(path, networks).keys() == {"unet", "text_encoder"}
+    write_lora(path, {"text_encoder": text})
+    assert "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha" in load_file(path)
 
 
-def sgm_file(path, weights: dict[str, LoRAWeights], config: UNetConfig) -> None:
-    """A kohya file with the block names of Stability AI's code."""
-    pairs, tensors = unet_pairs(config), {}
-    for name, (down, up, alpha) in weights.items():
-        key = "lora_unet_" + swap(name, pairs).replace(".", "_")
-        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
-    write_safetensors(path, tensors)
+OLD = {  # of diffusers
+    "unet": {"to_q": "processor.to_q_lora", "to_out.0": "processor.to_out_lora"},
+    "text_encoder": {"q_proj": "to_q_lora", "out_proj": "to_out_lora", "fc1": "fc1.lora_linear_layer"},
+}
+CLIP = {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer."}
 
 
-def test_sgm_style_files_give_the_output_they_give_in_diffusers(tmp_path):
-    networks, pipe = make_pipelines("sdxl")
-    weights = random_lora(networks["unet"])
-    sgm_file(tmp_path / "x.safetensors", weights, TINY_SDXL)
-    pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
-    found = read_lora(tmp_path / "x.safetensors", networks)
-    assert_same_weights(found["unet"], weights)
-    attach(networks, found)
-    assert_close(output(pipe.unet), output(networks["unet"]))
-
-
-@pytest.mark.parametrize("style", ["diffusers", "sgm"])
-def test_a_file_like_lightnings_matches_788_of_788(style, tmp_path):
-    with torch.device("meta"):
-        unet = UNet(SDXL)
-    weights = {}
-    for name in lora.find_targets(unet, lora.ALL):
-        shape = unet.get_submodule(name).weight.shape
-        up = torch.zeros(shape[0], 1, *[1] * (len(shape) - 2))
-        weights[name] = LoRAWeights(torch.zeros(1, *shape[1:]).half(), up.half(), 8.0)
-    path = tmp_path / "lightning.safetensors"
-    if style == "sgm":
-        sgm_file(path, weights, SDXL)
-    else:
-        write_lora(path, {"unet": weights})
-    loras = read_lora(path, {"unet": unet})
-    assert len(load_file(path)) == 2364
-    assert matched_line(loras, merge_into({"unet": unet}, loras)) == "788/788 modules matched"
-    attach({"unet": unet}, loras)
-    parts = {"unet": loras["unet"], "text_encoder": {"a": None}}
-    assert matched_line(parts, {"unet": 788, "text_encoder": 1}) == "789/789 modules matched (unet 788, text_encoder 1)"
-
-
-def test_no_two_layers_share_a_spelling():
-    with torch.device("meta"):
-        names = list(lora.candidates(UNet(SDXL)))
-    pairs = unet_pairs(SDXL)
-    spelled = [s for name in names for s in set(lora_files._spellings("unet", name, pairs))]
-    assert len(spelled) == len(set(spelled))
-
-
-UNET_TO_OLD = {"to_q": "processor.to_q_lora", "to_out.0": "processor.to_out_lora"}
-TEXT_TO_OLD = {"q_proj": "to_q_lora", "out_proj": "to_out_lora", "fc1": "fc1.lora_linear_layer"}
-
-
-def test_diffusers_first_spellings_are_read(tmp_path):
-    networks = make_sdxl()
-    loras = {
-        "unet": random_lora(networks["unet"], tuple(UNET_TO_OLD), alpha=float(RANK)),
-        "text_encoder": random_lora(networks["text_encoder"], tuple(TEXT_TO_OLD), alpha=float(RANK)),
-    }
-    tensors = {}
-    for part, table in (("unet", UNET_TO_OLD), ("text_encoder", TEXT_TO_OLD)):
-        for name, (down, up, _) in loras[part].items():
-            end = next(end for end in table if name.endswith(end))
-            key = f"{part}.{name.removesuffix(end)}{table[end]}"
+@pytest.mark.parametrize("program", ["diffusers", "comfyui", "lycoris"])
+def test_the_spellings_of_other_programs_are_read(program, tmp_path):
+    """diffusers' first; ComfyUI's, under the names its checkpoints have; those of LyCORIS' wrapper."""
+    networks, pairs = make_sdxl(), unet_pairs(make_sdxl()["unet"].config)
+    loras, tensors = random_loras(networks if program == "comfyui" else {"unet": networks["unet"]}), {}
+    if program == "diffusers":
+        loras = {part: random_lora(networks[part], tuple(table), alpha=float(RANK)) for part, table in OLD.items()}
+    for part, weights in loras.items():
+        for name, (down, up, _) in weights.items() if program == "diffusers" else ():
+            end = next(end for end in OLD[part] if name.endswith(end))
+            key = f"{part}.{name.removesuffix(end)}{OLD[part][end]}"
             tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+        if program == "comfyui":
+            prefix = CLIP.get(part, "diffusion_model.")
+            tensors |= spelled(weights, lambda n, p=prefix, unet=part == "unet": p + (swap(n, pairs) if unet else n))
+        if program == "lycoris":
+            tensors |= spelled(weights, lambda name: "lycoris_" + name.replace(".", "_"))
     save_file(tensors, tmp_path / "x.safetensors")
     found = read_lora(tmp_path / "x.safetensors", networks)
     for part, weights in loras.items():
         assert_same_weights(found[part], weights)
 
 
-@pytest.mark.parametrize("program", ["comfyui", "lycoris"])
-def test_the_spellings_of_comfyui_and_lycoris_are_read(program, tmp_path):
-    """The first extracts LoRAs under the names its checkpoints have, the second names layers after its wrapper."""
-    networks, pairs = make_sdxl(), unet_pairs(TINY_SDXL)
-    if program == "lycoris":
-        networks = {"unet": networks["unet"]}
-    loras, tensors = random_loras(networks), {}
-    encoders = {
-        "text_encoder": "text_encoders.clip_l.transformer.",
-        "text_encoder_2": "text_encoders.clip_g.transformer.",
-    }
-    for part, weights in loras.items():
-        for name, (down, up, alpha) in weights.items():
-            key = encoders[part] + name if part in encoders else "diffusion_model." + swap(name, pairs)
-            if program == "lycoris":
-                key = "lycoris_" + name.replace(".", "_")
-            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-            tensors[f"{key}.alpha"] = torch.tensor(alpha)
-    save_file(tensors, tmp_path / "x.safetensors")
-    found = read_lora(tmp_path / "x.safetensors", networks)
-    for part, weights in loras.items():
-        assert_same_weights(found[part], weights)
-
-
-def kohya_tensors(unet: UNet, targets=("attn2.to_k", "proj_in")) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, (down, up, _) in random_lora(unet, targets).items():
-        key = "lora_unet_" + name.replace(".", "_")
-        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(ALPHA)}
-    return tensors
-
-
-def test_an_absent_alpha_is_the_rank_and_a_half_precision_one_counts(tmp_path):
-    unet = make_unet(TINY_SD1)
-    tensors = kohya_tensors(unet)
-    half = {name: t.half() for name, t in tensors.items()}
-    save_file(half, tmp_path / "half.safetensors")
-    assert {w.alpha for w in read_lora(tmp_path / "half.safetensors", {"unet": unet})["unet"].values()} == {ALPHA}
-    save_file({n: t for n, t in tensors.items() if not n.endswith("alpha")}, tmp_path / "none.safetensors")
-    assert {w.alpha for w in read_lora(tmp_path / "none.safetensors", {"unet": unet})["unet"].values()} == {RANK}
-
-
-def test_a_1x1_convolution_may_be_stored_as_a_linear_layer(tmp_path):
-    unet = make_unet(TINY_SD1)
+def test_alphas_and_1x1_convolutions_are_read_as_others_store_them(tmp_path):
+    unet, path = make_unet(TINY_SD1), tmp_path / "x.safetensors"
     tensors = kohya_tensors(unet)
     assert any(t.dim() == 4 for t in tensors.values())
-    flat = {name: t[:, :, 0, 0] if t.dim() == 4 else t for name, t in tensors.items()}
-    save_file(tensors, tmp_path / "conv.safetensors")
-    save_file(flat, tmp_path / "linear.safetensors")
-    conv, linear = (read_lora(tmp_path / f"{name}.safetensors", {"unet": unet})["unet"] for name in ("conv", "linear"))
-    assert_same_weights(linear, conv)
-
-
-# from form to form, without the model
+    save_file(tensors, path)
+    conv = read_lora(path, {"unet": unet})["unet"]
+    save_file({name: t[:, :, 0, 0] if t.dim() == 4 else t for name, t in tensors.items()}, path)
+    assert_same_weights(read_lora(path, {"unet": unet})["unet"], conv)
+    save_file({name: t.half() for name, t in tensors.items()}, path)
+    assert {w.alpha for w in read_lora(path, {"unet": unet})["unet"].values()} == {ALPHA}
+    save_file({n: t for n, t in tensors.items() if not n.endswith("alpha")}, path)
+    assert {w.alpha for w in read_lora(path, {"unet": unet})["unet"].values()} == {RANK}, "if absent it is the rank"
 
 
 @pytest.mark.parametrize(
@@ -742,10 +570,12 @@ def test_every_spelling_of_every_layer_is_known_without_the_model(teacher, recip
     config = plan_removal(teacher, RECIPES[recipe].remove).student if recipe else teacher
     with torch.device("meta"):
         names = list(lora.candidates(UNet(config)))
-    pairs = {} if recipe else unet_pairs(config)
+    pairs, seen = {} if recipe else unet_pairs(config), set()
     for name in names:
-        for spelling in lora_files._spellings("unet", name, pairs):
-            assert every_name()[spelling] == ("unet", name)
+        spellings = set(lora_files._spellings("unet", name, pairs))
+        assert not spellings & seen, "no two layers share one"
+        assert {every_name()[spelling] for spelling in spellings} == {("unet", name)}
+        seen |= spellings
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
@@ -783,145 +613,107 @@ def test_sgm_names_become_diffusers_names(config, form, tmp_path):
     assert_same_weights(read_lora(tmp_path / "x.safetensors", {"unet": unet})["unet"], weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
-def test_values_and_shapes_stay_those_of_the_file_whatever_the_type_of_alpha(dtype, tmp_path):
-    tensors = {name: t[:, :, 0, 0] if t.dim() == 4 else t for name, t in kohya_tensors(make_unet(TINY_SD1)).items()}
-    tensors = {n: torch.tensor(8).to(dtype) if n.endswith(".alpha") else t.half() for n, t in tensors.items()}
-    save_file(tensors, tmp_path / "x.safetensors")
-    rewrite_lora(tmp_path / "x.safetensors", tmp_path / "again.safetensors", "kohya")
-    found = load_file(tmp_path / "again.safetensors")
-    assert found.keys() == tensors.keys() and all(
-        torch.equal(found[name], t.to(found[name].dtype)) for name, t in tensors.items()
-    )
-    rewrite_lora(tmp_path / "x.safetensors", tmp_path / "full.safetensors", "kohya", dtype=torch.float32)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "full.safetensors").values()} == {torch.float32}
+def test_values_and_shapes_stay_those_of_the_file_whatever_the_type_of_alpha(tmp_path):
+    path, again = tmp_path / "x.safetensors", tmp_path / "again.safetensors"
+    flat = {name: t[:, :, 0, 0] if t.dim() == 4 else t for name, t in kohya_tensors(make_unet(TINY_SD1)).items()}
+    for dtype in (torch.bfloat16, torch.int64):
+        tensors = {n: torch.tensor(8).to(dtype) if n.endswith(".alpha") else t.half() for n, t in flat.items()}
+        save_file(tensors, path)
+        rewrite_lora(path, again, "kohya")
+        found = load_file(again)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], t.to(found[name].dtype)) for name, t in tensors.items())
+    rewrite_lora(path, again, "kohya", dtype=torch.float32)
+    assert {tensor.dtype for tensor in load_file(again).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("sign", ["header", "width", "none"])
-def test_the_first_text_encoder_is_te1_where_anything_says_sdxl(sign, tmp_path):
-    loras = {"text_encoder": random_lora(make_sdxl()["text_encoder"], ["q_proj"])}
-    if sign == "width":
-        key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-        loras["unet"] = {key: LoRAWeights(torch.ones(4, 2048), torch.ones(640, 4), 2)}
-    metadata = {"ss_base_model_version": "sdxl_base_v1-0"} if sign == "header" else {}
-    write_lora(tmp_path / "peft.safetensors", loras, "peft", metadata=metadata)
-    rewrite_lora(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors", "kohya")
-    prefixes = {name.split("_text_model")[0] for name in load_file(tmp_path / "kohya.safetensors") if "text" in name}
-    assert prefixes == {"lora_te" if sign == "none" else "lora_te1"}
-    tensors = load_file(tmp_path / "kohya.safetensors").items()
-    renamed = {name.replace("lora_te_", "lora_te1_"): tensor for name, tensor in tensors}
-    save_file(renamed, tmp_path / "te1.safetensors")  # its own names are a sign too
-    rewrite_lora(tmp_path / "te1.safetensors", tmp_path / "again.safetensors", "kohya")
-    assert load_file(tmp_path / "again.safetensors").keys() == renamed.keys()
+def test_the_first_text_encoder_is_te1_where_anything_says_sdxl(tmp_path):
+    in_peft, kohya = tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors"
+    text = {"text_encoder": random_lora(make_sdxl()["text_encoder"], ["q_proj"])}
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    wide = {"unet": {name: LoRAWeights(torch.ones(4, 2048), torch.ones(640, 4), 2)}}
+    header = {"ss_base_model_version": "sdxl_base_v1-0"}
+    for loras, metadata, prefix in ((text, header, "lora_te1"), (text | wide, {}, "lora_te1"), (text, {}, "lora_te")):
+        write_lora(in_peft, loras, "peft", metadata=metadata)
+        rewrite_lora(in_peft, kohya, "kohya")
+        assert {name.split("_text_model")[0] for name in load_file(kohya) if "text" in name} == {prefix}
+    renamed = {name.replace("lora_te_", "lora_te1_"): tensor for name, tensor in load_file(kohya).items()}
+    save_file(renamed, kohya)  # its own names are a sign too
+    rewrite_lora(kohya, in_peft, "kohya")
+    assert load_file(in_peft).keys() == renamed.keys()
 
 
-# refusals
+EDITS = [  # what is put in the file in place of None, a tensor left out; what is said
+    ({f"{FIRST}.lora_up.weight": None}, r"of 1 of 12 modules a half.* is missing or .*proj_in"),
+    ({f"{FIRST}.lora_up.weight": torch.ones(8, 3)}, "does not fit the other"),
+    ({f"{FIRST}.lora_down.weight": torch.tensor(1.0)}, "does not fit the other"),
+    ({f"{FIRST}_extra.lora_up.weight": torch.ones(2)}, r"12 of 13 modules matched, others do not exist .*extra"),
+    ({f"{FIRST}.bias": torch.ones(2)}, r"1 of 37 tensors are no part of .*LoRA .*proj_in.bias"),
+    ({f"{FIRST}.alpha": torch.tensor(float("nan"))}, "alpha of .* is nan"),
+    ({f"{FIRST}.alpha": torch.ones(2)}, "alpha of .* cannot be read"),
+    *(({f"{FIRST}.{end}": torch.ones(2)}, rf"plain LoRA .*{end}") for end in ("dora_scale", "hada_w1_a", "diff")),
+    ({f"{FIRST}.lora_mid.weight": torch.ones(2)}, r"plain LoRA .*lora_mid"),
+    ({f"{DOTTED}.lora_A.weight": torch.ones(4, 8), f"{DOTTED}.lora_B.weight": torch.ones(8, 4)}, "is there twice"),
+    ({f"{FIRST}.lora_A.{name}.weight": torch.ones(2) for name in ("one", "two")}, "of two adapters"),
+]
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda t: t.pop(f"{FIRST}.lora_up.weight"), r"of 1 of 12 modules a half.* is missing or .*proj_in"),
-        (lambda t: t.update({f"{FIRST}.lora_up.weight": torch.ones(8, 3)}), "does not fit the other"),
-        (lambda t: t.update({f"{FIRST}.lora_down.weight": torch.tensor(1.0)}), "does not fit the other"),
-        (lambda t: t.update({f"{FIRST}_extra.lora_up.weight": torch.ones(2)}), r"1 of 13 modules do not exist .*extra"),
-        (lambda t: t.update({f"{FIRST}.bias": torch.ones(2)}), r"1 of 37 tensors are no part of .*LoRA .*proj_in.bias"),
-        (lambda t: t.update({f"{FIRST}.alpha": torch.tensor(float("nan"))}), "alpha of .* is nan"),
-        (lambda t: t.update({f"{FIRST}.alpha": torch.ones(2)}), "alpha of .* cannot be read"),
-        (lambda t: t.update({f"{FIRST}.dora_scale": torch.ones(2)}), r"plain LoRA .*dora_scale"),
-        (lambda t: t.update({f"{FIRST}.hada_w1_a": torch.ones(2)}), r"plain LoRA .*hada_w1_a"),
-        (lambda t: t.update({f"{FIRST}.lora_mid.weight": torch.ones(2)}), r"plain LoRA .*lora_mid"),
-        (lambda t: t.update({f"{FIRST}.diff": torch.ones(2)}), r"plain LoRA .*diff"),
-        (lambda t: [t.pop(name) for name in list(t)], "is not a LoRA"),
-    ],
-)  # fmt: skip
-def test_a_file_that_is_not_used_to_its_last_tensor_is_refused(edit, message, tmp_path):
+def test_a_file_that_is_not_used_to_its_last_tensor_is_refused(tmp_path):
     unet, path = make_unet(TINY_SD1), tmp_path / "x.safetensors"
-    tensors = kohya_tensors(unet)
-    edit(tensors)
-    save_file(tensors, path)
-    for found in (
-        refused(read_lora, path, {"unet": unet}),
-        refused(rewrite_lora, path, tmp_path / "new.safetensors", "peft"),
-    ):
-        assert found.startswith(str(path)) and re.search(message, found), found
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-def test_a_lora_of_other_shapes_is_refused(tmp_path):
-    unet = make_unet(TINY_SD1)
-    save_file(kohya_tensors(unet) | {f"{FIRST}.lora_down.weight": torch.ones(4, 9)}, tmp_path / "x.safetensors")
-    found = refused(read_lora, tmp_path / "x.safetensors", {"unet": unet})
-    assert re.search(r"1 of 12 modules have another shape .*proj_in", found)
-
-
-def test_one_layer_in_two_spellings_is_refused(tmp_path):
-    unet = make_unet(TINY_SD1)
-    name = "down_blocks.0.attentions.0.proj_in"
-    down, up, _ = random_lora(unet, [name])[name]
-    tensors = kohya_tensors(unet) | {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
-    save_file(tensors, tmp_path / "x.safetensors")
-    assert "is there twice" in refused(read_lora, tmp_path / "x.safetensors", {"unet": unet})
-    save_file(
-        {f"{name}.lora_A.{a}.weight": down.clone() for a in ("one", "two")} | {f"{name}.lora_B.one.weight": up},
-        tmp_path / "y.safetensors",
-    )
-    assert "of two adapters" in refused(read_lora, tmp_path / "y.safetensors", {"unet": unet})
+    for edit, message in EDITS:
+        tensors = kohya_tensors(unet) | edit
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+        for found in (
+            refused(read_lora, path, {"unet": unet}),
+            refused(rewrite_lora, path, tmp_path / "new.safetensors", "peft"),
+        ):
+            assert found.startswith(str(path)) and re.search(message, found), found
+        assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_what_is_no_lora_is_said_to_be_none(tmp_path):
-    unet = make_unet(TINY_SD1)
-    write_safetensors(tmp_path / "unet.safetensors", unet.state_dict())
-    write_safetensors(tmp_path / "whole.safetensors", {"model.diffusion_model.out.2.weight": torch.ones(2)})
-    save_file({}, tmp_path / "empty.safetensors")
-    for name, shown in (("unet", "conv_in"), ("whole", "model.diffusion_model"), ("empty", "none")):
-        found = refused(read_lora, tmp_path / f"{name}.safetensors", {"unet": unet})
+    unet, path = make_unet(TINY_SD1), tmp_path / "x.safetensors"
+    whole = {"model.diffusion_model.out.2.weight": torch.ones(2)}
+    for tensors, shown in ((unet.state_dict(), "conv_in"), (whole, "model.diffusion"), ({}, "none")):
+        save_file(tensors, path)
+        found = refused(read_lora, path, {"unet": unet})
         assert "is not a LoRA" in found and shown in found
     assert "no such file" in refused(read_lora, tmp_path / "absent.safetensors", {"unet": unet})
 
 
-def test_a_lora_for_another_model_is_told_from_its_shapes_and_names(tmp_path):
+def test_a_lora_for_another_model_is_told_from_its_shapes_and_names(tmp_path, sdxl):
     with torch.device("meta"):
-        sd15, sd21, sdxl = UNet(SD15), UNet(SD21), UNet(SDXL)
-        student = UNet(replace(SD15, mid_block_type=None))
+        sd15, sd21, student = UNet(SD15), UNet(SD21), UNet(replace(SD15, mid_block_type=None))
     path = tmp_path / "x.safetensors"
     sgm_file(path, random_lora(sdxl, ["attn2.to_k"], rank=1), SDXL)
-    found = refused(read_lora, path, {"unet": sd15})
-    assert re.search(r"\d+ of 70 modules do not exist in this model \(lora_unet_input_blocks_", found)
-    assert found.endswith("): it is a LoRA for SDXL, this model is SD 1.x")
+    assert refused(read_lora, path, {"unet": sd15}).endswith("the LoRA is SDXL, the model SD 1.x")
     # SD 1.x and 2.x have the same names, and differ in shapes alone
     write_lora(path, {"unet": random_lora(sd21, ["attn2.to_k"], rank=1)})
-    found = refused(read_lora, path, {"unet": sd15})
-    assert "16 of 16 modules have another shape" in found
-    assert found.endswith("it is a LoRA for SD 2.x, this model is SD 1.x")
-    write_lora(path, {"unet": random_lora(sd15, ["attn2.to_k"], rank=1)})
+    assert refused(read_lora, path, {"unet": sd15}).endswith("the LoRA is SD 2.x, the model SD 1.x")
+    tensors = spelled(random_lora(sd15, ["attn2.to_k"], rank=1), flat)
+    save_file(tensors, path)
     found = refused(read_lora, path, {"unet": student})
-    assert "1 of 16 modules do not exist in this model (lora_unet_mid_block_" in found
-    assert found.endswith("it is a LoRA for SD 1.x, as this model is, but for one with other layers")
-    both = {"lora_A.weight": torch.ones(1, 3), "lora_B.weight": torch.ones(3, 1)}
-    save_file({f"transformer.blocks.0.to_q.{end}": t for end, t in both.items()}, path)
+    assert "15 of 16 modules matched, others do not exist in this model (lora_unet_mid_block_" in found
+    down = [name for name in tensors if name.endswith("lora_down.weight")][-1]
+    save_file(tensors | {down: torch.ones(1, 769)}, path)
+    assert "has another shape in this model" in refused(read_lora, path, {"unet": sd15})
+    save_file({name.replace("lora_unet", "other"): tensor for name, tensor in tensors.items()}, path)
     found = refused(read_lora, path, {"unet": sd15})
-    assert found.endswith("0 of 1 modules matched (transformer.blocks.0.to_q)"), "of what is not known nothing is said"
-    other = {name.replace("lora_unet", "other"): tensor for name, tensor in kohya_tensors(sd15, ["attn2.to_k"]).items()}
-    save_file(other, path)
-    found = refused(read_lora, path, {"unet": sd15})
-    assert re.search(r"0 of 16 modules matched \(other_down_blocks_[^)]*\)$", found), "SD 1.x's layers, but other names"
+    assert "0 of 16 modules matched, others do not exist in this model (other_down" in found
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ("{", "lora_adapter_metadata in its header cannot be read"),
-        ("[]", "a dict is needed"),
-        ({"lora_alpha": "much"}, "alpha of .* cannot be read"),
-        ({"lora_alpha": 1, "alpha_pattern": {"(": 2}}, "alpha of .* cannot be read"),
-        ({"lora_alpha": 1, "init_lora_weights": "pissa"}, "LORA started by pissa, which is not supported"),
-        ({"peft_type": "LOHA"}, "LOHA .*not supported"),
-    ],
-)
-def test_settings_of_peft_that_cannot_be_honoured_are_refused(config, message, tmp_path):
-    unet = make_unet(TINY_SD1)
-    path = tmp_path / "x.safetensors"
-    text = config if isinstance(config, str) else json.dumps(config)
-    write_lora(path, {"unet": random_lora(unet)}, "peft", metadata={"lora_adapter_metadata": text})
-    assert re.search(message, refused(read_lora, path, {"unet": unet}))
+SETTINGS = [
+    ("{", "lora_adapter_metadata in its header cannot be read"),
+    ("[]", "lora_adapter_metadata in its header cannot be read"),
+    ('{"lora_alpha": "much"}', "alpha of .* cannot be read"),
+    ('{"lora_alpha": 1, "alpha_pattern": {"(": 2}}', "alpha of .* cannot be read"),
+    ('{"lora_alpha": 1, "init_lora_weights": "pissa"}', "LORA started by pissa, which is not supported"),
+    ('{"peft_type": "LOHA"}', "LOHA .*not supported"),
+]
+
+
+def test_settings_of_peft_that_cannot_be_honoured_are_refused(tmp_path):
+    unet, path = make_unet(TINY_SD1), tmp_path / "x.safetensors"
+    for text, message in SETTINGS:
+        write_lora(path, {"unet": random_lora(unet)}, "peft", metadata={"lora_adapter_metadata": text})
+        assert re.search(message, refused(read_lora, path, {"unet": unet})), text

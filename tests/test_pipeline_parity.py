@@ -18,7 +18,18 @@ import pytest
 import torch
 from PIL import Image
 from test_tokenizer import official_tokenizer
-from tiny import PROMPTS, TINY, TINY_SD21, TINY_SDXL_DEEP, save_like_official
+from tiny import (
+    PROMPTS,
+    SCHEDULERS,
+    TINY,
+    TINY_SD21,
+    TINY_SDXL_DEEP,
+    apart,
+    levels,
+    load_oracle,
+    noise,
+    save_like_official,
+)  # fmt: skip
 
 from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
 from minidistill.errors import InputError
@@ -29,7 +40,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = 2  # of 255: maximum difference of equal images
 FAR = 3 * LEVELS  # minimum difference of images with different settings
 LATENTS = 0.01  # maximum difference of equal latents: the samplers differ by less than 3 levels
-SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
 NEGATIVES = ["a blue ground", "a green ring"]
 
 TEACHERS = {"sd1": (TINY, "epsilon"), "sd2": (TINY_SD21, "v_prediction"), "sdxl": (TINY_SDXL_DEEP, "epsilon")}
@@ -80,10 +90,6 @@ def load(tmp_path_factory):
     return make
 
 
-def noise(count: int = 2, height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.randn(count, 4, height, width, generator=torch.Generator().manual_seed(5))
-
-
 def one_noise(count: int) -> torch.Tensor:
     """The same noise for all, so that images differ by their prompts."""
     return noise(1).expand(count, -1, -1, -1)
@@ -108,16 +114,6 @@ def draw_theirs(both: Both, prompts, negatives, latents, steps, guidance) -> tup
         callback_on_step_end=keep,
     ).images
     return images, seen
-
-
-def levels(images) -> np.ndarray:
-    """Images -> (B, H, W, 3) int."""
-    return np.stack([np.asarray(image, dtype=int) for image in images])
-
-
-def apart(one, other) -> list[int]:
-    """The largest difference of each pair of images, in levels of 255."""
-    return np.abs(levels(one) - levels(other)).max(axis=(1, 2, 3)).tolist()
 
 
 def photos(count: int, width: int, height: int) -> list[Image.Image]:
@@ -165,9 +161,7 @@ def test_a_student_built_and_saved_here_gives_the_same_images_in_diffusers(load,
     unet = build_student(plan_removal(teacher.unet.config, RECIPES[recipe].remove), teacher.unet)
     parts = unet, teacher.vae, teacher.text_encoders, teacher.tokenizers, teacher.schedule
     Pipeline(*parts, zero_unconditional=teacher.zero_unconditional).save(tmp_path)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    theirs.set_progress_bar_config(disable=True)
-    expected, _ = draw_theirs(Both(theirs, teacher, {}, tmp_path), PROMPTS, NEGATIVES, noise(), 3, 5.0)
+    expected, _ = draw_theirs(Both(load_oracle(tmp_path), teacher, {}, tmp_path), PROMPTS, NEGATIVES, noise(), 3, 5.0)
     sampler = "euler" if teacher.is_sdxl else "ddim"
     settings = {"latents": noise(), "steps": 3, "guidance": 5.0, "sampler": sampler}
     assert max(apart(load_pipeline(tmp_path)(PROMPTS, NEGATIVES, **settings), expected)) <= LEVELS
@@ -285,9 +279,7 @@ def test_eps_prediction_from_zero_terminal_snr_is_sampled_and_saved_with_euler(l
     pipe = Pipeline(*parts, replace(both.ours.schedule, **zero))
     assert max(apart(pipe(PROMPTS, NEGATIVES, latents=noise(), steps=3, guidance=5.0), expected)) <= LEVELS
     pipe.save(tmp_path)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    theirs.set_progress_bar_config(disable=True)
-    saved, _ = draw_theirs(Both(theirs, pipe, {}, tmp_path), PROMPTS, NEGATIVES, noise(), 3, 5.0)
+    saved, _ = draw_theirs(Both(load_oracle(tmp_path), pipe, {}, tmp_path), PROMPTS, NEGATIVES, noise(), 3, 5.0)
     assert max(apart(saved, expected)) <= LEVELS
     with pytest.raises(InputError, match="alpha_bar = 0"):
         pipe(PROMPTS, sampler="ddim", steps=3)
@@ -299,12 +291,9 @@ def test_a_scheduler_config_without_later_keys_gives_the_images_of_diffusers(loa
     shutil.copytree(load("sd1").folder, tmp_path / "old")
     path = tmp_path / "old/scheduler/scheduler_config.json"
     config = json.loads(path.read_text())
-    old = {
-        key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "_class_name")
-    }
-    path.write_text(json.dumps(old | {"set_alpha_to_one": False}))
-    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "old")
-    theirs.set_progress_bar_config(disable=True)
+    old = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "_class_name")
+    path.write_text(json.dumps({key: config[key] for key in old} | {"set_alpha_to_one": False}))
+    theirs = load_oracle(tmp_path / "old")
     if sampler == "euler":  # not for ddim: `from_config` would revert what the pipeline has set
         theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config)
     both = Both(theirs, load_pipeline(tmp_path / "old"), {}, tmp_path)
@@ -313,14 +302,6 @@ def test_a_scheduler_config_without_later_keys_gives_the_images_of_diffusers(loa
     with pytest.warns(UserWarning, match="clip_sample = True"):
         found = both.ours(PROMPTS, NEGATIVES, output="latents", **settings)
     assert (found - states[-1]).abs().max() < LATENTS
-
-
-def test_ignored_settings_of_the_scheduler_are_named_when_sampling(load, tmp_path):
-    parts = load("sd1").ours
-    schedule = replace(parts.schedule, ignored=("clip_sample = True", "use_karras_sigmas = True"))
-    pipe = Pipeline(parts.unet, parts.vae, parts.text_encoders, parts.tokenizers, schedule)
-    with pytest.warns(UserWarning, match="clip_sample = True, use_karras_sigmas = True"):
-        pipe(PROMPTS, steps=1)
 
 
 @every_sampler

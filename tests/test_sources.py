@@ -2,30 +2,30 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import change_json, levels, load_oracle, refused
+from test_pipeline import change_json, levels, load_oracle, refused, run_generate
 from test_sdxl import noise, oracle_of
 from tiny import PROMPTS
 
 from minidistill import convert
 from minidistill.cli import run_command
 from minidistill.diffusion.sampling import Sampling, sampling_metadata
-from minidistill.distill.block_removal import RECIPES, plan_removal
-from minidistill.errors import InputError
 from minidistill.interop.lora_files import write_lora
 from minidistill.interop.replace import merge_loras, replace_unet, replace_vae
-from minidistill.models.lora import ATTENTION, add_lora
+from minidistill.interop.single_file import write_single_file
+from minidistill.models.lora import ALL, ATTENTION, LoRAWeights, add_lora, find_targets
 from minidistill.models.taesd import AutoencoderTiny
-from minidistill.models.unet import UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.weights.files import read_metadata
 from minidistill.weights.folders import find_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS = {"latents": noise(), "steps": 2}
@@ -67,9 +67,6 @@ def altered(folder, new, seed: int = 3):
     return new
 
 
-# single files
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file_is_the_pipeline_it_was_made_of_to_the_bit(sources, files, tmp_path, kind):
     folder, file = load_pipeline(sources[kind]), load_pipeline(files[kind])
@@ -88,62 +85,29 @@ def assert_same_folders(one, other) -> None:
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    contents = [
-        {path.relative_to(folder): json.loads(path.read_text()) for path in folder.rglob("*.json")}
-        for folder in (one, other)
-    ]
-    assert contents[0] == contents[1]
+    for path in [*one.rglob("*.json"), *other.rglob("*.json")]:
+        name = path.relative_to(one if path.is_relative_to(one) else other)
+        assert json.loads((one / name).read_text()) == json.loads((other / name).read_text())
 
 
-@pytest.mark.parametrize("recipe", ["koala-700m", "segmind-vega"])
-def test_sdxls_students_come_back_from_a_file_bit_by_bit_with_their_configs(sources, tmp_path, recipe):
-    pipe = load_pipeline(sources["sdxl"])
-    # Deeper than any recipe leaves it, so that each has something to cut.
-    teacher = replace(pipe.unet.config, layers_per_block=2, transformer_layers_per_block=(1, 2, 7))
-    config = plan_removal(teacher, RECIPES[recipe].remove).student
-    assert config.transformer_depths() != teacher.transformer_depths()
-    torch.manual_seed(0)
-    pipe.unet = UNet(config)
-    pipe.save(tmp_path / "student")
-    assert run_convert(tmp_path / "student", tmp_path / "student.safetensors") == 0
-    assert run_convert(tmp_path / "student.safetensors", tmp_path / "again") == 0
-    assert_same_folders(tmp_path / "student", tmp_path / "again")
-    assert load_pipeline(tmp_path / "student.safetensors").unet.config == config
-
-
-def test_the_miniature_goes_through_a_single_file_in_its_own_precision(tmp_path):
+def test_the_miniature_goes_through_a_single_file_in_its_own_precision_and_another_on_request(tmp_path):
+    assert run_convert("miniature", tmp_path / "full", "--dtype", "fp32") == 0
+    assert {tensor.dtype for tensor in all_tensors(tmp_path / "full").values()} == {torch.float32}
     assert run_convert("miniature", tmp_path / "m.safetensors") == 0
     assert {tensor.dtype for tensor in load_file(tmp_path / "m.safetensors").values()} == {torch.float16}
-    one, other = load_pipeline("miniature"), load_pipeline(tmp_path / "m.safetensors")
-    assert same(one("a red circle", steps=2), other("a red circle", steps=2))
+    load_pipeline("miniature", dtype=None, vae_dtype=None).save(tmp_path / "one")
+    load_pipeline(tmp_path / "m.safetensors", dtype=None, vae_dtype=None).save(tmp_path / "other")
+    assert_same_folders(tmp_path / "one", tmp_path / "other")
 
 
-def test_convert_changes_precision_only_on_request(sources, tmp_path):
-    assert run_convert(sources["sd1"], tmp_path / "half", "--dtype", "fp16") == 0
-    assert {tensor.dtype for tensor in all_tensors(tmp_path / "half").values()} == {torch.float16}
-    full, half = load_pipeline(sources["sd1"]), load_pipeline(tmp_path / "half")
-    assert torch.equal(half.unet.conv_in.weight, full.unet.conv_in.weight.half().float())
-
-
-def test_a_single_file_without_a_vocabulary_takes_the_one_beside_it(sources, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("minidistill.weights.hub.fetch_files", offline)
-    for kind in KINDS:
-        metadata = {k: v for k, v in read_metadata(files[kind]).items() if k != "minidistill.tokenizers"}
-        save_file(load_file(files[kind]), tmp_path / f"{kind}.safetensors", metadata)
-    assert "put the vocab.json and merges.txt" in refused(load_pipeline, tmp_path / "sd1.safetensors")
+def test_a_single_file_without_a_vocabulary_takes_the_one_beside_it(sources, files, tmp_path):
     shutil.copytree(sources["sd1"] / "tokenizer", tmp_path / "tokenizer")
     for kind in ("sd1", "sd2"):
-        found = load_pipeline(tmp_path / f"{kind}.safetensors")
-        expected = load_pipeline(sources[kind])
+        metadata = {k: v for k, v in read_metadata(files[kind]).items() if k != "minidistill.tokenizers"}
+        save_file(load_file(files[kind]), tmp_path / f"{kind}.safetensors", metadata)
+        found, expected = load_pipeline(tmp_path / f"{kind}.safetensors"), load_pipeline(sources[kind])
         assert [t.pad for t in found.tokenizers] == [t.pad for t in expected.tokenizers]
-        assert same(found(PROMPTS, **SETTINGS), expected(PROMPTS, **SETTINGS))
-
-
-def offline(*_):
-    raise InputError("offline")
-
-
-# parts that are replaced
+        assert found.tokenizers[0].merges == expected.tokenizers[0].merges
 
 
 def edited(source, unet=None, vae=None, loras=(), ema=False, dtype=torch.float32):
@@ -157,38 +121,16 @@ def edited(source, unet=None, vae=None, loras=(), ema=False, dtype=torch.float32
     return pipe
 
 
-def test_another_unet_replaces_that_of_a_model(sources, tmp_path):
+def test_another_unet_replaces_that_of_a_model_which_is_not_read(sources, files, tmp_path):
     other, file = altered(sources["sd1"], tmp_path / "other"), tmp_path / "other.safetensors"
     assert run_convert(other, file) == 0
-    expected, base = (load_pipeline(f)(PROMPTS, **SETTINGS) for f in (other, sources["sd1"]))
-    for source in (other, other / "unet", file):
-        found = edited(sources["sd1"], unet=source)(PROMPTS, **SETTINGS)
-        assert same(found, expected) and not same(found, base), source
-
-
-def test_a_network_that_is_replaced_is_not_read(sources, files, tmp_path):
     copy = shutil.copytree(sources["sd1"], tmp_path / "copy")
     (copy / UNET).unlink()
-    for source in (copy, files["sd1"]):
-        pipe = load_pipeline(source, without=("unet",))
-        assert all(weight.is_meta for weight in pipe.unet.parameters())
-        assert not any(weight.is_meta for weight in pipe.vae.parameters())
-
-
-def test_a_lightning_unet_brings_its_settings(sources, files, tmp_path):
-    name = tmp_path / "sdxl_lightning_2step_unet.safetensors"
-    tensors = {n: t for n, t in load_file(files["sdxl"]).items() if n.startswith("model.diffusion_model.")}
-    config = read_metadata(files["sdxl"])["minidistill.unet_config"]
-    save_file(tensors, name, {"format": "pt", "minidistill.unet_config": config})
-    pipe = edited(sources["sdxl"], unet=name)
-    assert pipe.sampling == Sampling(2)
-    oracle = oracle_of(sources["sdxl"])
-    oracle.scheduler = diffusers.EulerDiscreteScheduler.from_config(
-        oracle.scheduler.config, timestep_spacing="trailing"
-    )
-    expected = oracle(PROMPTS, latents=noise(), num_inference_steps=2, guidance_scale=0, height=32, width=32).images
-    assert np.abs(levels(pipe(PROMPTS, latents=noise())) - levels(expected)).max() <= 2
-    assert "--unet" in refused(load_pipeline, name), "alone it makes no images"
+    expected = load_pipeline(other)(PROMPTS, **SETTINGS)
+    for base, source in ((sources["sd1"], other), (copy, other / "unet"), (files["sd1"], file)):
+        assert same(edited(base, unet=source)(PROMPTS, **SETTINGS), expected), source
+        assert all(weight.is_meta for weight in load_pipeline(base, without=("unet",)).unet.parameters())
+    assert not same(load_pipeline(sources["sd1"])(PROMPTS, **SETTINGS), expected)
 
 
 @pytest.fixture(scope="module")
@@ -221,17 +163,15 @@ def test_an_sdxl_file_that_predicts_v_has_the_marks_of_other_programs(files, vel
         new.unlink()
 
 
-def test_another_unet_brings_what_it_predicts(sources, velocity):
+def test_another_unet_brings_what_it_predicts(sources, velocity, tmp_path, capsys):
     whole = load_pipeline(velocity["folder"])
     expected = whole(PROMPTS, **SETTINGS)
     for kind, source in velocity.items():
         pipe = edited(sources["sdxl"], unet=source)
         assert pipe.schedule == whole.schedule and same(pipe(PROMPTS, **SETTINGS), expected), kind
-
-
-def test_a_folder_has_no_place_for_what_a_unet_alone_predicts_and_that_is_said(velocity, tmp_path, capsys):
+    assert "--unet" in refused(load_pipeline, velocity["unet alone"]), "alone it makes no images"
     assert run_convert(velocity["unet alone"], tmp_path / "new") == 0
-    assert "v_prediction" in capsys.readouterr().err
+    assert "v_prediction" in capsys.readouterr().err, "a folder has no place for it"
 
 
 def test_settings_survive_conversion(sources, tmp_path):
@@ -240,9 +180,8 @@ def test_settings_survive_conversion(sources, tmp_path):
     pipe.save(tmp_path / "folder")
     assert run_convert(tmp_path / "folder", tmp_path / "one.safetensors") == 0
     assert run_convert(tmp_path / "one.safetensors", tmp_path / "again") == 0
-    for source in ("one.safetensors", "again"):
-        found = load_pipeline(tmp_path / source)
-        assert found.sampling == pipe.sampling and found.schedule.prediction_type == "sample"
+    found = load_pipeline(tmp_path / "again")
+    assert found.sampling == pipe.sampling and found.schedule.prediction_type == "sample"
     assert sampling_metadata(pipe.sampling).items() <= read_metadata(tmp_path / "again" / UNET).items()
 
 
@@ -268,9 +207,6 @@ def test_a_file_without_a_vae_takes_that_of_another_model(sources, files, tmp_pa
     assert "--vae" in refused(load_pipeline, tmp_path / "file.safetensors")
 
 
-# refusals
-
-
 def test_convert_touches_nothing_that_is_there(sources, files, tmp_path, capsys):
     before = files["sd1"].read_bytes()
     assert run_convert(sources["sd1"], files["sd1"]) == 2
@@ -280,27 +216,12 @@ def test_convert_touches_nothing_that_is_there(sources, files, tmp_path, capsys)
     assert run_convert(sources["sd1"], tmp_path / "full") == 2
     assert run_convert(sources["sd1"], tmp_path / "name.ckpt", "--layout", "single-file") == 2
     assert ".safetensors" in capsys.readouterr().err
-    assert run_convert("nowhere", tmp_path / "new") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
-
-
-def test_sources_of_the_wrong_kind_are_refused_with_the_way_out(sources, files, tmp_path):
-    (tmp_path / "page.safetensors").write_text("<html>404</html>")
-    (tmp_path / "cut.safetensors").write_bytes(files["sd1"].read_bytes()[:5000])
-    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "lora.safetensors")
-    assert "web page" in refused(load_pipeline, tmp_path / "page.safetensors")
-    assert "cut short" in refused(load_pipeline, tmp_path / "cut.safetensors")
-    assert "--lora" in refused(load_pipeline, tmp_path / "lora.safetensors")
-    assert "not a VAE" in refused(edited, sources["sd1"], vae=tmp_path / "lora.safetensors")
-    for option in ({"unet": files["sd1"]}, {"loras": [(tmp_path / "none.safetensors", 1.0)]}):
-        assert refused(edited, sources["sdxl"], **option)
 
 
 def test_a_part_or_a_file_of_a_model_given_for_another_is_told_apart(sources):
     sd1 = sources["sd1"]
-    assert "AutoencoderKL" in refused(edited, sd1, unet=sd1 / "vae") and "--vae" in refused(
-        edited, sd1, unet=sd1 / "vae"
-    )
+    assert "it is a AutoencoderKL (give it as --vae)" in refused(edited, sd1, unet=sd1 / "vae")
     assert "--unet" in refused(edited, sd1, vae=sd1 / "unet")
     assert "CLIPTextModel" in refused(edited, sd1, vae=sd1 / "text_encoder")
     assert f"its pipeline may be {sd1}" in refused(load_pipeline, sd1 / "unet")
@@ -333,3 +254,111 @@ def test_a_folder_of_one_file_is_that_file_as_on_the_hub(sources, tmp_path):
     edited(sources["sd1"], loras=[(tmp_path / "lora", 1.0)])
     write_lora(tmp_path / "lora/other.safetensors", {"unet": pipe.unet})
     assert "other.safetensors" in refused(edited, sources["sd1"], loras=[(tmp_path / "lora", 1.0)])
+
+
+# SDXL-Lightning's files in the forms they are published in, float16, random and with few layers:
+#     sdxl_lightning_4step_unet.safetensors      a U-Net in diffusers' names, for the place of SDXL's
+#     sdxl_lightning_4step_lora.safetensors      a LoRA in kohya's names with diffusers' blocks: rank 64, alpha 8
+#     sdxl_lightning_4step.safetensors           a whole model in sgm's names
+#     sdxl_lightning_1step_unet_x0.safetensors   a U-Net that puts out x0; 1step_x0 is the whole model with it
+NAME = "sdxl_lightning_{}.safetensors"
+RANK, ALPHA = 64, 8.0
+SIZE = 32  # pixels; the latents' is a quarter of that
+AS_MADE = ["--steps", "4", "--sampler", "euler", "--spacing", "trailing", "--guidance", "0"]
+MADE_FOR = "this model is made for 4 steps of euler with trailing timesteps, guidance off; you ask for "
+
+
+@pytest.fixture(scope="module")
+def lightning(sources, tmp_path_factory):
+    """base/ is the pipeline folder; beside it lie the files, and the noise.safetensors all start from."""
+    folder = tmp_path_factory.mktemp("lightning")
+    assert run_convert(sources["sdxl"], folder / "base", "--dtype", "fp16") == 0
+    pipe, lora = load_pipeline(folder / "base", dtype=None, vae_dtype=None), {}
+    torch.manual_seed(0)
+    for name in find_targets(pipe.unet, ALL):
+        out, into, *kernel = pipe.unet.get_submodule(name).weight.shape
+        down, up = torch.randn(RANK, into, *kernel), torch.randn(out, RANK, *[1 for _ in kernel])
+        lora[name] = LoRAWeights(0.3 * down, 0.1 * up, ALPHA)
+    write_lora(folder / NAME.format("4step_lora"), {"unet": lora}, dtype=torch.float16)
+    with torch.no_grad():
+        for weight in pipe.unet.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    whole = folder / NAME.format("4step")
+    write_single_file(whole, pipe)
+    # The sizes, in place of those that all SDXLs have; nothing on sampling
+    header = {key: text for key, text in read_metadata(whole).items() if "config" in key or "tokenizers" in key}
+    for name in ("4step_unet", "1step_unet_x0"):
+        save_file(pipe.unet.state_dict(), folder / NAME.format(name), header)
+    tensors = {name: tensor.clone() for name, tensor in load_file(whole).items()}
+    tensors["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6).half()
+    for name in ("4step", "1step_x0"):
+        save_file(tensors, folder / NAME.format(name), header)
+    save_file({"latents": torch.randn(1, 4, SIZE // 4, SIZE // 4)}, folder / "noise.safetensors")
+    return folder
+
+
+def draw(folder, form: str, *words: str) -> np.ndarray:
+    """The image of the command for the U-Net, the LoRA, the whole file or the folder alone: (1, H, W, 3)."""
+    file, base = str(folder / NAME.format(form)), ["--model", str(folder / "base")]
+    model = {"base": base, "unet": [*base, "--unet", file], "lora": [*base, "--lora", file], "whole": ["--model", file]}
+    kind = next((kind for kind in ("base", "unet", "lora") if kind in form), "whole")
+    out = folder / "image.png"
+    common = ["--prompt", PROMPTS[0], "--latents", str(folder / "noise.safetensors"), "--out", str(out)]
+    assert run_generate(*model[kind], *common, *words) == 0
+    return levels([Image.open(out)])
+
+
+def draw_oracle(folder, form: str, steps: int, **scheduler: str) -> np.ndarray:
+    """The same of diffusers, by the lines on SDXL-Lightning's model card."""
+    pipe = oracle_of(folder / "base").to(torch.float32)
+    file = folder / NAME.format(form)
+    if "lora" in form:
+        pipe.load_lora_weights(str(folder), weight_name=file.name)
+        pipe.fuse_lora()
+    else:
+        pipe.unet.load_state_dict(load_file(file))
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", **scheduler
+    )
+    latents = load_file(folder / "noise.safetensors")["latents"]
+    settings = {"num_inference_steps": steps, "guidance_scale": 0, "height": SIZE, "width": SIZE}
+    return levels(pipe(PROMPTS[0], latents=latents, **settings).images)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    return np.abs(one - other).max()
+
+
+def test_the_unet_and_the_whole_file_draw_one_image_and_diffusers_the_same(lightning, recwarn):
+    unet, whole = draw(lightning, "4step_unet"), draw(lightning, "4step")
+    assert np.array_equal(unet, whole)
+    assert difference(unet, draw_oracle(lightning, "4step_unet", 4)) <= 2
+    assert np.array_equal(draw(lightning, "4step_unet", *AS_MADE), unet)
+    assert not [warning for warning in recwarn if "made for" in str(warning.message)]
+    assert difference(draw(lightning, "base", *AS_MADE), unet) > 20, "the file's weights must be seen in its image"
+
+
+def test_the_lora_draws_what_it_draws_in_diffusers(lightning, capsys):
+    lora = draw(lightning, "4step_lora")
+    count = len(load_file(lightning / NAME.format("4step_lora"))) // 3
+    assert f"4step_lora.safetensors: {count}/{count} modules matched" in capsys.readouterr().err
+    assert difference(lora, draw_oracle(lightning, "4step_lora", 4)) <= 2
+    assert difference(draw(lightning, "base", *AS_MADE), lora) > 20
+
+
+def test_the_files_of_one_step_put_out_the_image_itself(lightning):
+    found = draw(lightning, "1step_unet_x0")
+    assert np.array_equal(found, draw(lightning, "1step_x0"))
+    assert difference(found, draw_oracle(lightning, "1step_unet_x0", 1, prediction_type="sample")) <= 2
+    assert difference(found, draw_oracle(lightning, "1step_unet_x0", 1)) > 20, "read as noise it is another image"
+
+
+def test_a_flag_against_the_file_is_warned_of_once(lightning, recwarn):
+    for form, words, asked in (
+        ("4step_lora", "--guidance 7.5", "4 steps of euler with trailing timesteps, guidance 7.5"),
+        ("4step_unet", "--steps 5 --guidance 3 --sampler ddim", "5 steps of ddim with trailing timesteps, guidance 3"),
+    ):
+        recwarn.clear()
+        draw(lightning, form, *words.split())
+        assert [str(warning.message) for warning in recwarn] == [MADE_FOR + asked + ": expect poor images"]

@@ -42,7 +42,6 @@ def test_an_exponential_decay_is_a_falling_straight_line(tmp_path):
     "entries",
     [
         [],
-        [entry(10, loss=1.0)],
         [entry(10, loss=1.0), entry(20, loss=1.0)],
         [entry(10, loss=0.0, task=-3.0), entry(20, loss=2.0, task=5.0)],
         [entry(10, loss=0.0), entry(20, loss=0.0)],
@@ -56,12 +55,9 @@ def test_every_log_a_run_can_leave_is_drawn(tmp_path, entries):
     assert draw(tmp_path, entries).getextrema() != ((255, 255),) * 3
 
 
-def test_a_single_point_is_a_dot_that_can_be_seen(tmp_path):
+def test_a_single_point_is_a_dot_that_can_be_seen_and_a_missing_log_is_drawn_as_nothing_yet(tmp_path):
     rgb = np.asarray(draw(tmp_path, [entry(6, loss=1.0)]).crop((0, 66, 700, 500)), dtype=int)
     color = [int(curves.COLORS[0][i : i + 2], 16) for i in (1, 3, 5)]
     assert (np.abs(rgb - color).max(axis=-1) < 24).sum() >= 30
-
-
-def test_a_missing_log_is_drawn_as_nothing_yet(tmp_path):
-    draw_curves(tmp_path / "absent", tmp_path / "c.png")
-    assert (tmp_path / "c.png").exists()
+    draw_curves(tmp_path / "absent", tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").exists()

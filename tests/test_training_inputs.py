@@ -12,7 +12,6 @@ from minidistill.errors import InputError
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.pipeline import load_pipeline
 from minidistill.training.inputs import check_training, smallest_map, weights_fingerprint
-from minidistill.training.optim import adamw
 
 
 @pytest.mark.parametrize("command", [train_kd, finetune])
@@ -23,12 +22,6 @@ def test_a_learning_rate_that_trains_nothing_is_refused_and_one_that_is_not_reac
     assert not recwarn
     with pytest.warns(UserWarning, match="--warmup 40 is longer than --steps 20: 50% of --learning-rate is all"):
         check_training(command.Config(steps=20, warmup=40))
-
-
-@pytest.mark.parametrize("rate", [0.0, -1e-3])
-def test_no_optimizer_is_made_with_a_learning_rate_of_zero_or_below(rate):
-    with pytest.raises(InputError, match="--learning-rate must be above 0"):
-        adamw([torch.nn.Parameter(torch.ones(1))], lr=rate)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +58,8 @@ def test_the_fingerprint_is_of_the_content_alone(pipe, tiny_sd1, tmp_path):
     assert all(weights_fingerprint(load_pipeline(path)) == found for path in (tmp_path / "copy", tiny_sd1))
     laid_out = changed(pipe, "unet", lambda net: net.to(memory_format=torch.channels_last))
     assert weights_fingerprint(laid_out) == found and len(found) == 16
-
-
-def test_another_schedule_is_another_model(pipe):
-    other = copy.copy(pipe)
-    other.schedule = SimpleNamespace(prediction_type="v_prediction")
-    assert weights_fingerprint(other) != weights_fingerprint(pipe)
+    laid_out.schedule = SimpleNamespace(prediction_type="v_prediction")
+    assert weights_fingerprint(laid_out) != found
 
 
 @pytest.mark.parametrize("side", [3, 4, 5, 8, 9, 16])

@@ -10,13 +10,9 @@ from minidistill.errors import InputError
 from minidistill.training.log import MetricsLog, bin_by_timestep, format_line, format_table, read_metrics
 
 
-def test_bins_hold_the_mean_of_their_samples():
-    loss = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
-    t = torch.tensor([0, 99, 100, 999, 950])
+def test_bins_hold_means_and_cover_every_timestep_once_also_when_they_do_not_divide():
+    loss, t = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), torch.tensor([0, 99, 100, 999, 950])
     assert bin_by_timestep(loss, t) == {"0-99": 2.0, "100-199": 5.0, "900-999": 8.0}
-
-
-def test_bins_cover_every_timestep_once_also_when_they_do_not_divide():
     for total, bins in ((1000, 10), (1000, 7), (25, 10), (4, 10)):
         t = torch.arange(total)
         means = bin_by_timestep(t.float(), t, total, bins)
@@ -58,39 +54,30 @@ def test_all_micro_batches_count_and_a_part_is_averaged_over_when_it_came(tmp_pa
     assert read_metrics(tmp_path / "m")[0]["loss"] == 1.5 and read_metrics(tmp_path / "m")[0]["penalty"] == 8
 
 
-def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
+def test_resuming_drops_later_lines_and_a_torn_one_and_names_a_damaged_one(tmp_path):
     path = tmp_path / "m"
     with MetricsLog(path, total=10, every=1) as log:
         log_steps(log, 0, 6)
+    assert read_metrics(tmp_path / "absent") == []
     with path.open("a") as file:
         file.write('{"step": 7, "lo')
     with MetricsLog(path, total=10, every=1, start=4) as log:
         log_steps(log, 4, 10)
     assert [line["step"] for line in read_metrics(path)] == list(range(1, 11))
-
-
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "m").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(InputError, match="line 2"):
-        read_metrics(tmp_path / "m")
-    assert read_metrics(tmp_path / "absent") == []
+        read_metrics(path)
 
 
-def test_an_infinite_gradient_norm_is_null_in_valid_json(tmp_path):
-    with MetricsLog(tmp_path / "m", total=1) as log:
-        log.add({"loss": 1.0})
-        log.end_step(1, lr=0.1, grad_norm=math.inf)
-    line = json.loads((tmp_path / "m").read_text(), parse_constant=pytest.fail)
-    assert line["grad_norm"] is None
-
-
-def test_a_loss_part_cannot_take_a_reserved_name_and_the_log_keeps_no_graph(tmp_path):
+def test_a_line_has_no_infinity_no_reserved_name_and_keeps_no_graph(tmp_path):
     weight = torch.ones(2, requires_grad=True)
-    with MetricsLog(tmp_path / "m", total=2, every=2) as log:
+    with MetricsLog(tmp_path / "m", total=1) as log:
         with pytest.raises(ValueError, match="lr"):
             log.add({"lr": 1.0})
         log.add({"loss": weight.sum()}, weight * 2, torch.tensor([1, 2]))
         assert not log._sums["loss"].requires_grad and not log._by_sample[0][0].requires_grad
+        log.end_step(1, lr=0.1, grad_norm=math.inf)
+    assert json.loads((tmp_path / "m").read_text(), parse_constant=pytest.fail)["grad_norm"] is None
 
 
 def test_untimed_work_is_not_time_per_step(tmp_path, monkeypatch):

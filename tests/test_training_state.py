@@ -110,25 +110,14 @@ def test_a_plain_set_of_tensors_is_a_part_and_can_be_trained():
     assert_same_bits(parts, other)
 
 
-def test_an_optimizer_before_its_first_step_comes_back_without_state():
-    tensors, meta = pack(make_parts())
-    other = make_parts(seed=1)
-    train(other, 0, 1)
-    unpack(tensors, meta, other)
-    assert not other["optimizer"].state
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t, m: t.pop("student/0.weight"), "lacks student/0.weight"),
-        (lambda t, m: t.pop("ema/0.weight"), "lacks ema/0.weight"),
-        (lambda t, m: t.update({"student/extra": torch.ones(1)}), "only the checkpoint has student/extra"),
-        (lambda t, m: t.update({"teacher/x": torch.ones(1)}), "only the checkpoint has teacher/x"),
-        (lambda t, m: t.update({"scaler/x": torch.ones(1)}), "only the checkpoint has scaler/x"),
+        (lambda t, m: t.pop("student/0.weight"), r"student/0.weight is nothing, not \(torch"),
+        (lambda t, m: t.update({"teacher/x": torch.ones(1)}), r"its teacher/x is \(.*, not nothing"),
+        (lambda t, m: t.update({"scaler/x": torch.ones(1)}), "its scaler/x is"),
         (lambda t, m: t.update({"student/scale": torch.ones(2)}), "student/scale"),
         (lambda t, m: t.update({"student/scale": torch.tensor(1).half()}), "student/scale"),
-        (lambda t, m: t.pop("optimizer/student.0.weight/exp_avg"), "incomplete"),
         (lambda t, m: t.update({"optimizer/student.3.bias/exp_avg": torch.ones(3)}), "optimizer"),
         (lambda t, m: m["optimizer"]["groups"][0].reverse(), "optimizer trains other parameters"),
         (lambda t, m: m["optimizer"]["settings"][0].pop("lr"), "optimizer"),
@@ -147,8 +136,11 @@ def test_what_does_not_fit_is_refused_by_name(change, named):
         unpack(tensors, meta, make_parts())
 
 
-def test_an_optimizer_over_an_unpacked_network_is_refused():
-    parts = make_parts()
+def test_an_optimizer_before_its_first_step_has_no_state_and_one_over_an_unpacked_network_is_refused():
+    parts, other = make_parts(), make_parts(seed=1)
+    train(other, 0, 1)
+    unpack(*pack(parts), other)
+    assert not other["optimizer"].state
     del parts["student"]
     with pytest.raises(ValueError, match="not among the parts"):
         pack(parts)

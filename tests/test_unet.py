@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from tiny import TINY, TINY_SD21, TINY_SDXL
+from tiny import SMALL, TINY, TINY_SD21, TINY_SDXL, TINY_SSD, assert_close, randomize, run_hooked
+from tiny import run_diffusers as run_theirs
+from tiny import unet_inputs as make_inputs
 from torch import nn
 
+from minidistill.distill.block_removal import RECIPES, plan_removal
 from minidistill.metrics.cost import count_macs
 from minidistill.models import layers
 from minidistill.models.layers import Attention, timestep_embedding
@@ -23,18 +26,9 @@ from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def bk(config, kind):
-    """The BK-SDM student of a config, as in its official config.json."""
-    config = replace(config, layers_per_block=1)
-    if kind != "base":
-        config = replace(config, mid_block_type=None)
-    if kind != "tiny":
-        return config
-    return replace(
-        config, block_out_channels=config.block_out_channels[:3], down_block_types=config.down_block_types[:3],
-        up_block_types=config.up_block_types[1:], attention_head_dim=config.attention_head_dim[:3], layers_per_block=1,
-        transformer_layers_per_block=1,
-    )  # fmt: skip
+def bk(config, recipe):
+    """The BK-SDM student of a config."""
+    return plan_removal(config, RECIPES[f"bk-{recipe}"].remove).student
 
 
 KINDS = {
@@ -47,12 +41,7 @@ KINDS = {
     "bk-v2-tiny": bk(TINY_SD21, "tiny"),
     "inpainting": replace(TINY, in_channels=9),
     "uneven-layers": replace(TINY, layers_per_block=(1, 2, 1, 3)),
-    "ssd-1b": replace(
-        TINY_SDXL,
-        mid_block_type="UNetMidBlock2D",
-        transformer_layers_per_block=(1, (2, 1), (1, 3)),
-        reverse_transformer_layers_per_block=((1, 3, 2), (2, 1, 1), 1),
-    ),
+    "ssd-1b": TINY_SSD,
     "koala": replace(TINY_SDXL, layers_per_block=1, mid_block_type=None, transformer_layers_per_block=(0, 2, 3)),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -61,63 +50,23 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @functools.cache
 def make_pair(kind, dtype=torch.float32):
     """Our U-Net and diffusers' with the same random weights, norms included; not to be changed."""
-    theirs = UNet2DConditionModel.from_config(KINDS[kind].to_dict())
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            # Large enough that each part of the network affects the output.
-            spread = 0.3 if p.dim() == 1 else 1.2 / p[0].numel() ** 0.5
-            p.copy_(torch.randn(p.shape, generator=generator) * spread + 0.5 * (p.dim() == 1))
+    # Large enough that each part of the network affects the output.
+    theirs = randomize(UNet2DConditionModel.from_config(KINDS[kind].to_dict()), spread=1.2)
     ours = UNet(KINDS[kind])
     ours.load_state_dict(theirs.state_dict())
     return ours.to(dtype), theirs.to(dtype)
 
 
-def make_inputs(config, size=(8, 8), dtype=torch.float32):
-    """(x, t, context, added_cond) for a batch of two with different timesteps."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, config.in_channels, *size, generator=generator).to(dtype)
-    context = torch.randn(2, 7, config.cross_attention_dim, generator=generator).to(dtype)
-    added = None
-    if config.addition_embed_type:
-        pooled = torch.randn(2, 12, generator=generator).to(dtype)
-        sizes = torch.tensor([[1024, 768, 0, 16, 1024, 1024], [333, 1999, 7, 0, 512, 768]])
-        added = {"text_embeds": pooled, "time_ids": sizes.float()}  # bfloat16 would round pixels
-    return x, torch.tensor([3, 999]), context, added
-
-
-def run_theirs(unet, x, t, context, added):
-    return unet(x, t, context, added_cond_kwargs=added).sample
-
-
-def assert_close(ours, theirs, tolerance):
-    """The largest difference, relative to the largest value."""
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    assert error <= tolerance, f"relative error {error:.2e}"
-
-
 def diffusers_features(unet, inputs):
-    """The outputs of diffusers' blocks under our names, from forward hooks, and the output of the network."""
-    features, hooks = {}, []
-
-    def keep(name, module):
-        def hook(module, args, output):
-            features[name] = output[0] if isinstance(output, tuple) else output
-
-        hooks.append(module.register_forward_hook(hook))
-
+    """diffusers' prediction, and the outputs of its blocks under our names."""
+    modules = {"mid": "mid_block"} if unet.mid_block is not None else {}
     for side in ("down", "up"):
         for i, block in enumerate(getattr(unet, f"{side}_blocks")):
-            keep(f"{side}.{i}", block)
+            modules[f"{side}.{i}"] = f"{side}_blocks.{i}"
             if hasattr(block, "attentions"):
-                keep(f"{side}.{i}.proj_out", block.attentions[-1].proj_out)
-    if unet.mid_block is not None:
-        keep("mid", unet.mid_block)
-    out = run_theirs(unet, *inputs)
-    for hook in hooks:
-        hook.remove()
-    return out, features
+                modules[f"{side}.{i}.proj_out"] = f"{side}_blocks.{i}.attentions.{len(block.attentions) - 1}.proj_out"
+    out, caught = run_hooked(unet, modules.values(), inputs)
+    return out, {ours: caught[theirs] for ours, theirs in modules.items()}
 
 
 @every_kind
@@ -222,11 +171,7 @@ def test_checkpointing_gives_identical_gradients_through_every_feature(kind):
 
 
 def test_compiles_without_graph_breaks():
-    config = replace(
-        TINY, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, transformer_layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    ours, inputs = UNet(config), make_inputs(config)
+    ours, inputs = UNet(SMALL), make_inputs(SMALL)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     with torch.no_grad():
         out, features = compiled(*inputs, return_features=True)
@@ -234,19 +179,11 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(out, expected) and set(features) == set(expected_features)
 
 
-SIZES = {  # parameters and tensors of the official files
+SIZES = {  # parameters and tensors of the official files; those of students are in test_block_removal.py
     "sd15": (SD15, 859_520_964, 686),
-    "bk-base": (bk(SD15, "base"), 579_384_964, 442),
-    "bk-small": (bk(SD15, "small"), 482_346_884, 396),
-    "bk-tiny": (bk(SD15, "tiny"), 323_384_964, 358),
     "sd21": (SD21, 865_910_724, 686),
-    "bk-v2-base": (bk(SD21, "base"), 583_480_964, 442),
-    "bk-v2-small": (bk(SD21, "small"), 485_787_524, 396),
-    "bk-v2-tiny": (bk(SD21, "tiny"), 326_825_604, 358),
     "sdxl": (SDXL, 2_567_463_684, 1680),
 }
-
-
 HEADS = {"sd15": [8] * 4, "sd21": [5, 10, 20, 20], "sdxl": [None, 10, 20]}  # per down stage
 
 
@@ -257,23 +194,22 @@ def test_full_size_models_have_the_official_sizes_names_and_heads(model):
         ours = UNet(config)
         shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
         assert sum(p.numel() for p in ours.parameters()) == parameters and len(shapes) == tensors
-        if model in HEADS:
-            theirs = UNet2DConditionModel.from_config(config.to_dict())
-            assert shapes == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
-            for block, count in zip(ours.down_blocks, HEADS[model], strict=True):
-                assert {m.heads for m in block.modules() if isinstance(m, Attention)} <= {count}
+        theirs = UNet2DConditionModel.from_config(config.to_dict())
+        assert shapes == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+        for block, count in zip(ours.down_blocks, HEADS[model], strict=True):
+            assert {m.heads for m in block.modules() if isinstance(m, Attention)} <= {count}
     if model == "sd15":
         assert Counter(m.eps for m in ours.modules() if isinstance(m, nn.GroupNorm)) == {1e-5: 45, 1e-6: 16}
         assert Counter(m.eps for m in ours.modules() if isinstance(m, nn.LayerNorm)) == {1e-5: 48}
 
 
-MACS = {"sd15": (338.6, 63.0), "bk-base": (223.7, 37.8), "bk-tiny": (205.0, 37.8)}  # of one call, in 10^9
-
-
-@pytest.mark.parametrize("model", MACS)
-def test_macs_are_those_of_the_paper(model):
-    macs = count_macs(SIZES[model][0], 64, 64)
-    assert (round(macs["conv_linear"] / 1e9, 1), round(macs["attention"] / 1e9, 1)) == MACS[model]
+@pytest.mark.parametrize(
+    ("config", "expected"),  # of one call, in 10^9
+    [(SD15, (338.6, 63.0)), (bk(SD15, "base"), (223.7, 37.8)), (bk(SD15, "tiny"), (205.0, 37.8))],
+)
+def test_macs_are_those_of_the_paper(config, expected):
+    macs = count_macs(config, 64, 64)
+    assert (round(macs["conv_linear"] / 1e9, 1), round(macs["attention"] / 1e9, 1)) == expected
 
 
 def test_timesteps_and_sizes_are_embedded_in_float32_under_bfloat16_weights():

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from tiny import assert_close, assert_same_gradients
 from torch import nn
 
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
@@ -30,33 +31,20 @@ def pair(config: VAEConfig, seed: int = 0) -> tuple[AutoencoderKL, diffusers.Aut
     return ours, oracle
 
 
-def assert_close(a: torch.Tensor, b: torch.Tensor, relative: float = 1e-5) -> None:
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= relative * b.abs().max()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
-def test_encode_and_decode_equal_diffusers(name):
-    ours, oracle = pair(CONFIGS[name])
-    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    with torch.no_grad():
-        mean, logvar = ours.encode(images)
-        posterior = oracle.encode(images).latent_dist
-        assert_close(mean, posterior.mean)
-        assert_close(logvar, posterior.parameters.chunk(2, 1)[1])
-        assert_close(ours.decode(mean), oracle.decode(mean).sample)
-    assert mean.shape[2:] == (32 // CONFIGS[name].downscale, 48 // CONFIGS[name].downscale)
-
-
-def test_odd_image_sizes_equal_diffusers():
+def test_encode_and_decode_equal_diffusers_at_even_and_odd_sizes(name):
     """Padding on the right and at the bottom only gives these values and sizes."""
-    ours, oracle = pair(CONFIGS["four stages"])
-    for size in ((37, 50), (31, 8), (9, 65)):
-        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(2))
+    ours, oracle = pair(CONFIGS[name])
+    for size in ((32, 48), (37, 50), (9, 65)):
+        images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
         with torch.no_grad():
-            mean, _ = ours.encode(images)
-            assert_close(mean, oracle.encode(images).latent_dist.mean)
+            mean, logvar = ours.encode(images)
+            posterior = oracle.encode(images).latent_dist
+            assert_close(mean, posterior.mean)
+            assert_close(logvar, posterior.parameters.chunk(2, 1)[1])
             assert_close(ours.decode(mean), oracle.decode(mean).sample)
+        if size == (32, 48):
+            assert mean.shape[2:] == (32 // CONFIGS[name].downscale, 48 // CONFIGS[name].downscale)
 
 
 def test_gradients_of_all_parameters_and_of_the_image_equal_diffusers():
@@ -69,13 +57,7 @@ def test_gradients_of_all_parameters_and_of_the_image_equal_diffusers():
     loss = oracle.decode(posterior.mean).sample.square().mean()
     (loss + posterior.parameters.chunk(2, 1)[1].square().mean()).backward()
     assert_close(x.grad, y.grad, 1e-4)
-    theirs = dict(oracle.named_parameters())
-    for key, parameter in ours.named_parameters():
-        if key.endswith("to_k.bias"):  # zero but for rounding: softmax is invariant to it
-            assert parameter.grad.abs().max() < 1e-5
-        else:
-            assert parameter.grad.abs().max() > 0, key
-            assert_close(parameter.grad, theirs[key].grad, 1e-4)
+    assert_same_gradients(ours, dict(oracle.named_parameters()))
 
 
 def test_the_norms_have_the_official_eps():
@@ -126,7 +108,7 @@ def test_a_sample_is_finite_for_any_log_variance():
     assert_close(latents, (mean + torch.e**10) * scale)
 
 
-def test_a_config_of_any_version_is_read():
+def test_a_config_of_any_version_is_read_and_round_trips_through_diffusers():
     first_release = {
         "_class_name": "AutoencoderKL", "_diffusers_version": "0.2.2", "act_fn": "silu",
         "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -138,9 +120,6 @@ def test_a_config_of_any_version_is_read():
     assert newest["shift_factor"] is None
     assert (VAEConfig.from_dict(newest).scaling_factor, VAEConfig.from_dict(newest).norm_num_groups) == (0.13025, 16)
     assert VAEConfig.from_dict({}) == VAEConfig()
-
-
-def test_config_round_trip_through_diffusers():
     for config in CONFIGS.values():
         assert VAEConfig.from_dict(config.to_dict()) == config
         oracle = diffusers.AutoencoderKL.from_config(config.to_dict())

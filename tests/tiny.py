@@ -1,8 +1,9 @@
-"""Tiny models that several test files share: configs of U-Nets, and random pipelines saved by diffusers."""
+"""What several test files share: tiny U-Net configs, random pipelines saved by diffusers, and comparisons."""
 
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from conftest import CAPTIONS
@@ -32,8 +33,106 @@ TINY_SDXL = replace(
     projection_class_embeddings_input_dim=6 * 8 + 12,
 )
 
+TINY_SSD = replace(  # transformers of different depths within a stage, as in SSD-1B
+    TINY_SDXL,
+    mid_block_type="UNetMidBlock2D",
+    transformer_layers_per_block=(1, (2, 1), (1, 3)),
+    reverse_transformer_layers_per_block=((1, 3, 2), (2, 1, 1), 1),
+)
+SMALL = replace(  # two stages of one layer
+    TINY,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_head_dim=2,
+    transformer_layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+
 PROMPTS = ["a red circle on a blue ground", "two green squares above a ring"]
+SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
 TOKENS, XL_TOKENS = 32, 24
+
+
+@torch.no_grad()
+def randomize(network: torch.nn.Module, spread: float = 1.0, seed: int = 0) -> torch.nn.Module:
+    """Random weights that make every part matter: newly initialised norms and biases would be ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in network.parameters():
+        scale = 0.3 if p.dim() == 1 else spread / p[0].numel() ** 0.5
+        p.copy_(torch.randn(p.shape, generator=generator) * scale + 0.5 * (p.dim() == 1))
+    return network
+
+
+def unet_inputs(config: UNetConfig, size: tuple[int, int] = (8, 8), dtype: torch.dtype = torch.float32):
+    """(x, t, context, added_cond) for a batch of two with different timesteps."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, config.in_channels, *size, generator=generator).to(dtype)
+    context = torch.randn(2, 7, config.cross_attention_dim, generator=generator).to(dtype)
+    added = None
+    if config.addition_embed_type:
+        pooled = torch.randn(2, 12, generator=generator).to(dtype)
+        sizes = torch.tensor([[1024, 768, 0, 16, 1024, 1024], [333, 1999, 7, 0, 512, 768]])
+        added = {"text_embeds": pooled, "time_ids": sizes.float()}  # bfloat16 would round pixels
+    return x, torch.tensor([3, 999]), context, added
+
+
+def run_diffusers(unet: diffusers.UNet2DConditionModel, x, t, context, added=None) -> torch.Tensor:
+    """diffusers' U-Net, called as ours."""
+    return unet(x, t, context, added_cond_kwargs=added).sample
+
+
+def run_hooked(unet: diffusers.UNet2DConditionModel, names, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """diffusers' prediction, and what forward hooks on its modules of these names catch."""
+    caught, hooks, modules = {}, [], dict(unet.named_modules())
+    for name in names:
+
+        def keep(_module, _inputs, output, name=name):
+            caught[name] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(modules[name].register_forward_hook(keep))
+    with torch.no_grad():
+        out = run_diffusers(unet, *inputs)
+    for hook in hooks:
+        hook.remove()
+    return out, caught
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 1e-5) -> None:
+    """The largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= relative, f"relative error {error:.2e}"
+
+
+def assert_same_gradients(ours: torch.nn.Module, theirs: dict[str, torch.Tensor], relative: float = 1e-4) -> None:
+    """theirs: parameters by our names. No gradient is zero, but for those of key biases: softmax ignores them."""
+    for name, p in ours.named_parameters():
+        if name.endswith(("k_proj.bias", "to_k.bias")):
+            assert p.grad.abs().max() < 1e-5
+        else:
+            assert p.grad.abs().max() > 0, name
+            assert_close(p.grad, theirs[name].grad, relative)
+
+
+def noise(count: int = 2, height: int = 8, width: int = 8) -> torch.Tensor:
+    return torch.randn(count, 4, height, width, generator=torch.Generator().manual_seed(5))
+
+
+def levels(images) -> np.ndarray:
+    """Images -> (B, H, W, 3) int."""
+    return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
+def apart(one, other) -> list[int]:
+    """The largest difference of each pair of images, in levels of 255."""
+    return np.abs(levels(one) - levels(other)).max(axis=(1, 2, 3)).tolist()
+
+
+def load_oracle(folder) -> diffusers.DiffusionPipeline:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 SCHEDULER = {  # of all Stable Diffusions

@@ -7,7 +7,9 @@
         shown                    (n,): which example the image is of, another one where a file could not be read
         stat, digest             (n, 2) bytes and time of the last change, (n, 16) BLAKE2b of the file's content
         text                     JSON in UTF-8: names, captions
-    text-00000.safetensors       text states of the captions, if they are cached too (text_cache.py)
+    text-00000.safetensors       text states of the captions, of "" and of None (no prompt), if they are cached too:
+        context, pooled          (n, L, D), and for SDXL (n, D')
+        text                     JSON in UTF-8: captions
 
 The draw from the posterior is left to training. A shard is written under another name and renamed, so what is there is
 whole, and an interrupted run resumes after the last one. Shards are memory-mapped: an example costs its own bytes.
@@ -20,15 +22,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.data.listing import fingerprint
-from minidistill.data.text_cache import TextCache, hash_weights, text_digest
 from minidistill.errors import InputError
-from minidistill.pipeline import Origin, Pipeline
+from minidistill.pipeline import Origin, Pipeline, TextStates
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
 
 FORMAT = "minidistill latents, version 2"
@@ -58,18 +60,28 @@ class LatentCache:
     damaged shard, or data that have changed: if the folder it was made from is still there, it is compared.
     """
 
-    def __init__(self, path: str | Path, resolution: int | None = None, *, unfinished: bool = False) -> None:
-        """resolution: that training asks for. unfinished: take the shards there are, and look at no data folder."""
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int | None = None,
+        split: str | None = None,
+        caption_column: str | None = None,
+        *,
+        unfinished: bool = False,
+    ) -> None:
+        """resolution, split, caption_column: that training asks for; None: any.
+
+        unfinished: take the shards there are, and look at no data folder.
+        """
         self.path = Path(path)
         self.index = read_index(self.path)
         self.key: CacheKey = self.index["key"]
         if not unfinished and not self.index["complete"]:
             raise InputError(f"{self.path}: this cache is not finished: give the command that makes it once more")
-        if resolution not in (None, self.key.resolution):
-            raise InputError(
-                f"{self.path} holds latents of {self.key.resolution}-pixel images and the training asks for "
-                f"{resolution}: give --resolution {self.key.resolution}, or {AGAIN}"
-            )
+        asked = {"resolution": resolution, "split": split, "caption_column": caption_column}
+        for name, value in asked.items():
+            if value not in (None, made := getattr(self.key, name)):
+                raise InputError(f"{self.path} was made with {name} {made or 'not set'}, not {value}: {AGAIN}")
         self.text: TextCache | None = None
         self._shards: list[dict[str, Tensor]] = []
         self.names: list[str] = []
@@ -79,7 +91,7 @@ class LatentCache:
             if unfinished and not file.exists():
                 break
             self._shards.append(read_safetensors(file))
-            text = json.loads(self._shards[-1]["text"].numpy().tobytes())
+            text = from_json(self._shards[-1]["text"])
             self.names += text["names"]
             self._captions += text["captions"]
         if unfinished:
@@ -163,24 +175,44 @@ class LatentCache:
         return f"{self.path}: latents of {made_of}{also}."
 
 
-def open_data(
-    path: str | Path, resolution: int, split: str | None = None, caption_column: str | None = None
-) -> ImageFolder | LatentCache:
-    """A data folder, or a cache made from one. InputError: a cache made of another split or column than asked for."""
+class TextCache:
+    """The text states of all captions of a cache."""
+
+    def __init__(self, path: Path, count: int, shard: int) -> None:
+        """path: folder of the cache. count: of captions, `shard` in a file. InputError: a shard cannot be read."""
+        self._shards: list[dict[str, Tensor]] = []
+        self._places: dict[str | None, tuple[int, int]] = {}  # caption -> shard and row
+        for number in range(-(-count // shard)):
+            tensors = read_safetensors(text_path(path, number))
+            for row, caption in enumerate(from_json(tensors["text"])["captions"]):
+                self._places[caption] = (number, row)
+            self._shards.append(tensors)
+
+    def text_states(self, captions: Sequence[str | None]) -> TextStates:
+        """Text states of captions of this cache, "" and None; float32 on the CPU."""
+        found = [(self._shards[shard], row) for shard, row in (self._places[caption] for caption in captions)]
+        parts = {
+            name: torch.stack([shard[name][row] for shard, row in found]).float()
+            for name in TextStates._fields
+            if name in self._shards[0]
+        }
+        return TextStates(parts["context"], parts.get("pooled"))
+
+
+def is_cache(path: str | Path) -> bool:
+    """Whether a folder is a cache, of any version, and not one of images."""
     file = Path(path) / INDEX_NAME
-    is_cache = file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
-    if not is_cache:
-        return ImageFolder(path, resolution, split, caption_column)
-    latents = LatentCache(path, resolution)
-    for name, asked in (("split", split), ("caption_column", caption_column)):
-        if asked not in (None, made := getattr(latents.key, name)):
-            raise InputError(f"{path} was made with {name} {made or 'not set'}, not {asked}: {AGAIN}")
-    return latents
+    return file.is_file() and str(read_json(file).get("format", "")).startswith("minidistill latents")
 
 
 def shard_path(path: Path, number: int) -> Path:
     """The file of one shard of latents."""
     return path / f"latents-{number:05d}.safetensors"
+
+
+def text_path(path: Path, number: int) -> Path:
+    """The file of one shard."""
+    return path / f"text-{number:05d}.safetensors"
 
 
 def read_index(path: Path) -> dict:
@@ -206,26 +238,43 @@ def write_shard(
 ) -> None:
     """Write shard `number`, from its samples and their posteriors (n, 1 or 2, C, h, w), float32."""
     numbers = range(number * key.shard, number * key.shard + len(samples))
-    dtype = DTYPES[key.store]
     stat = [folder.stat(i) for i in numbers]  # before the content is read: what changes later, looks changed
-    digests = [list(_digest(folder, i)) for i in numbers]
     text = {"names": [folder.name(i) for i in numbers], "captions": [list(sample.captions) for sample in samples]}
-    content = bytearray(json.dumps(text, ensure_ascii=False).encode())
     tensors = {
-        "mean": mean.to(dtype),
-        "std": std.to(dtype),
+        "mean": mean.to(DTYPES[key.store]),
+        "std": std.to(DTYPES[key.store]),
         "original": torch.tensor([sample.original for sample in samples], dtype=torch.int32),
         "crop": torch.tensor([sample.crop for sample in samples], dtype=torch.int32),
         "shown": torch.tensor([sample.number for sample in samples]),
         "stat": torch.tensor(stat, dtype=torch.int64),
-        "digest": torch.tensor(digests, dtype=torch.uint8),
-        # A tensor: safetensors writes its own metadata in a random order, and the same data should be the same bytes.
-        "text": torch.frombuffer(content, dtype=torch.uint8),
+        "digest": torch.tensor([list(_digest(folder, i)) for i in numbers], dtype=torch.uint8),
+        "text": to_json(text),
     }
     if not tensors["mean"].isfinite().all():
         worst = samples[int(mean.flatten(1).abs().amax(1).argmax())].name
         raise InputError(f"the latents of {worst} are too large for --store {key.store}: use --store fp32")
     write_safetensors(shard_path(path, number), tensors)
+
+
+def write_text_shard(
+    path: Path, number: int, captions: Sequence[str | None], states: TextStates, dtype: torch.dtype
+) -> None:
+    """Write one shard. InputError: a value is not finite in `dtype`."""
+    parts = {name: part.to(dtype) for name, part in states._asdict().items() if part is not None}
+    for name, part in parts.items():
+        if not part.isfinite().all():
+            raise InputError(f"the text states ({name}) of shard {number} are not finite in {dtype}: use --store fp32")
+    write_safetensors(text_path(path, number), {**parts, "text": to_json({"captions": list(captions)})})
+
+
+def to_json(content: object) -> Tensor:
+    """JSON in UTF-8 as a tensor: safetensors has metadata for text, but writes them in a random order."""
+    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
+
+
+def from_json(text: Tensor) -> Any:
+    """What `to_json` made a tensor of."""
+    return json.loads(text.numpy().tobytes())
 
 
 def vae_digest(vae: nn.Module) -> str:
@@ -234,6 +283,26 @@ def vae_digest(vae: nn.Module) -> str:
     digest = hashlib.sha256(repr(vae.config).encode())
     hash_weights(digest, weights)
     return digest.hexdigest()
+
+
+def text_digest(pipe: Pipeline) -> str:
+    """SHA-256 of the tokenizers and text encoders, with all that decides what they make of a caption."""
+    digest = hashlib.sha256(repr((pipe.is_sdxl, pipe.zero_unconditional)).encode())
+    for tokenizer in pipe.tokenizers:
+        known = (sorted(tokenizer.vocab.items()), tokenizer.merges, tokenizer.max_length, tokenizer.pad_token)
+        digest.update(repr(known).encode())
+    for encoder in pipe.text_encoders:
+        digest.update(repr(encoder.config).encode())
+        hash_weights(digest, encoder.state_dict())
+    return digest.hexdigest()
+
+
+def hash_weights(digest: hashlib._Hash, weights: Mapping[str, Tensor]) -> None:
+    """Add the name, dtype, shape and every byte of all weights to a digest, in the order of their names."""
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
 
 
 def _digest(folder: ImageFolder, i: int) -> bytes:

@@ -1,7 +1,7 @@
 """Folders of captioned images, as images for training: decoded, cropped to a square, resized.
 
 `listing.py` says how captions are given. Opening a folder decodes nothing; broken files are found when they are read,
-another example stands in for each, and they are named. `scan` decodes everything once and lists the broken files.
+another example stands in for each, and they are named.
 """
 
 import io
@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from huggingface_hub.utils import tqdm
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from minidistill.data.listing import FolderReport, find_examples, fingerprint, printable, some
+from minidistill.data.listing import find_examples, fingerprint, printable, some
 from minidistill.errors import InputError
-from minidistill.weights.files import write_json
 
-SCAN_NAME = "minidistill_scan.json"  # the report of `scan`, in the data folder
 MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
 UNREADABLE = "unreadable: another image stands in for each until it is removed"
-MOST_NAMED = 20  # broken files named one by one while training
 
 
 class Sample(NamedTuple):
@@ -55,7 +51,7 @@ class ImageFolder:
             raise InputError(f"resolution must be at least 1 pixel, got {resolution}")
         self.resolution = resolution
         self.report = find_examples(path, split, caption_column)
-        self._broken: dict[int, str] = {}
+        self._broken: set[int] = set()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -126,44 +122,17 @@ class ImageFolder:
         return Sample(to_square(image, self.resolution), self.captions(i), self.name(i), i, original, (top, left))
 
     def _note_broken(self, i: int, reason: str) -> None:
-        """Remember and name an unreadable file. InputError if there are too many."""
+        """Remember and name an unreadable file. InputError if there are too many for it to be chance."""
         with self._lock:
             if i in self._broken:
                 return
-            self._broken[i] = f"{self.name(i)} ({reason})"
-            _refuse_too_many(self.report.path, list(self._broken.values()), len(self))
-            if (left := MOST_NAMED - len(self._broken)) >= 0:
-                last = "; no more of them will be named, a scan finds them all" if left == 0 else ""
-                print(f"note: {self._broken[i]} cannot be read, the next image stands in for it{last}", flush=True)
-
-
-def scan(
-    path: str | Path, resolution: int | None = None, split: str | None = None, caption_column: str | None = None
-) -> FolderReport:
-    """Find the captioned images under `path` and decode each once, with a progress bar on terminals.
-
-    The report, every name in it, is also written into the folder. `resolution` only makes it name the images with a
-    shorter side. InputError: as `find_examples`, or more than 10 % of the images unreadable.
-    """
-    folder = ImageFolder(path, resolution or 1, split, caption_column)
-    report = folder.report
-
-    def attempt(i: int) -> tuple[str, str]:
-        name = report.examples[i].name
-        try:
-            image, _ = folder.load(i)
-        except Exception as error:  # decoders raise anything on broken bytes
-            return UNREADABLE, f"{name} ({_reason(error)})"
-        return f"smaller than {resolution} pixels, enlarged" * (min(image.size) < folder.resolution), name
-
-    numbers = list({example.name: i for i, example in enumerate(report.examples)}.values())  # some have several rows
-    for what, name in tqdm(read_ahead(attempt, numbers, 256), "scan", len(numbers), disable=None):
-        if what:
-            report.remark(what, name)
-    # Before anything is refused: it is the list of what to repair.
-    write_json(Path(path) / SCAN_NAME, {"images": len(numbers), "examples": len(report.examples), **report.remarks})
-    _refuse_too_many(report.path, report.remarks.get(UNREADABLE, []), len(numbers))
-    return report
+            self._broken.add(i)
+            self.report.remark(UNREADABLE, f"{self.name(i)} ({reason})")
+            named, total = self.report.remarks[UNREADABLE], len(self)
+            if len(named) > MOST_UNREADABLE * total:
+                found = f"{len(named)} of {total} images cannot be read"
+                raise InputError(f"{self.report.path}: {found}: repair or remove {some(named)}")
+            print(f"note: {named[-1]} cannot be read, the next image stands in for it", flush=True)
 
 
 Item, Read = TypeVar("Item"), TypeVar("Read")
@@ -179,13 +148,6 @@ def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], ahead: int) 
                 yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()
-
-
-def _refuse_too_many(path: str, unreadable: list[str], total: int) -> None:
-    """InputError if that many of `total` unreadable images can be no chance."""
-    if len(unreadable) > MOST_UNREADABLE * total:
-        found = f"{len(unreadable)} of {total} images cannot be read"
-        raise InputError(f"{path}: {found}: repair or remove {some(unreadable)}")
 
 
 def _reason(error: Exception) -> str:
@@ -221,7 +183,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_square(image: Image.Image, resolution: int) -> Image.Image:
     """The largest square in the middle, resized with Lanczos.
 
-    The same as resizing the short side and then cropping, without the huge image that a image grid would become.
+    The same as resizing the short side and then cropping, without the huge image that a panorama would become.
     """
     side = min(image.size)
     left, top = ((length - side) / 2 for length in image.size)

@@ -1,15 +1,16 @@
 """Samplers: from standard-normal noise to clean latents, as pure functions of a model(x, t).
 
-A model takes the noisy latents x_t (B, ...) and t (B,) and returns eps, x0 or v. The state is float32; the model gets
-the dtype of the noise, and the x0 latents are returned in that dtype. Time grids: `schedule.time_grid`.
+A model takes noisy latents x_t (B, ...) and timesteps t (B,) and predicts eps, x0 or v. Its input has the dtype of the
+noise, as has the result; the state of the sampler is float32. Time grids: `schedule.time_grid`.
 
 DDIM updates x_t. Euler solves dx/dsigma = (x - x0) / sigma for x = x_t / sqrt(abar_t), sigma = sqrt((1 - abar) / abar).
 Both make the same step: x0 + sigma' eps, divided by sqrt(sigma'^2 + 1), is sqrt(abar') x0 + sqrt(1 - abar') eps. They
 differ in the scale of the initial noise, in the last step, and in that Euler accepts fractional timesteps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,73 +31,36 @@ def ddim(
     alpha_bar: Tensor,
     prediction: str = "epsilon",
     *,
-    eta: float = 0.0,
     final_alpha_bar: float = 1.0,
-    generators: Sequence[torch.Generator] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502, eq. 12 and 16): noise (B, ...) -> x0 latents (B, ...).
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with eta = 0): noise (B, ...) -> x0 latents (B, ...).
 
-    timesteps: descending int64 grid. Each step goes to the next entry of the grid, the last one to
-    `final_alpha_bar`: 1 (clean), or abar_0 as in Stable Diffusion's scheduler (`schedule.final_alpha_bar`). The
-    DDIMScheduler of diffusers goes to t - T // steps instead. That is the same grid with leading spacing, but not with
-    linspace, nor with trailing where steps do not divide T: the miniature's latents, guidance 7.5, differ by 3.4 % of
-    their norm with linspace at 25 steps, and by 0.5 % with trailing at 30.
-    eta: 0 deterministic, 1 as DDPM; above 0 it needs one generator per sample, so that samples do not depend on the
-    batch they are in.
-    ValueError: an invalid grid or eta, missing generators, or eps-prediction at abar = 0.
+    timesteps: descending int64 grid. Each step leads to the next entry of the grid, the last one to
+    `final_alpha_bar`: 1 (clean), or abar_0 as in Stable Diffusion's scheduler (`schedule.final_alpha_bar`).
+
+    The DDIMScheduler of diffusers steps to t - T // steps instead. That is the same grid with leading spacing, but not
+    with linspace, nor with trailing where steps do not divide T: the miniature's latents, guidance 7.5, differ by 3.4 %
+    of their norm with linspace at 25 steps, and by 0.5 % with trailing at 30.
+
+    ValueError: an invalid grid, or eps-prediction at abar = 0.
     """
     _check_grid(timesteps, len(alpha_bar))
     if timesteps.is_floating_point():
         raise ValueError("ddim needs integer timesteps: time_grid(..., fractional=False)")
     if prediction == "epsilon" and float(alpha_bar[timesteps[0].item()]) == 0:
         raise ValueError("eps-prediction is undefined at alpha_bar = 0: use euler or leading spacing")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be 0 .. 1, got {eta}")
-    if eta > 0 and (generators is None or len(generators) != len(noise)):
-        raise ValueError(f"eta > 0 needs one generator for each of the {len(noise)} samples")
     x, alpha_bar = _wide(noise), alpha_bar.to(noise.device)
     grid = timesteps.tolist()
     for i, (t, t_next) in enumerate(zip(grid, [*grid[1:], -1], strict=True)):
         out = _wide(model(x.to(noise.dtype), _batch_of(timesteps[i], x)))
-        fresh = _fresh_noise(x, generators) if eta > 0 else None
-        x_next, x0 = ddim_step(
-            x,
-            out,
-            t,
-            t_next,
-            alpha_bar,
-            prediction=prediction,
-            eta=eta,
-            final_alpha_bar=final_alpha_bar,
-            fresh=fresh,
-        )
+        x0 = to_x0(out, x, t, alpha_bar, prediction)
+        eps = to_eps(out, x, t, alpha_bar, prediction)
         if callback is not None:
             callback({"i": i, "t": t, "x": x, "x0": x0})
-        x = x_next
+        a_next = alpha_at(alpha_bar, t_next, x) if t_next >= 0 else torch.full_like(x0[:1], final_alpha_bar)
+        x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
     return x.to(noise.dtype)
-
-
-def ddim_step(
-    x: Tensor,
-    out: Tensor,
-    t: int,
-    t_next: int,
-    alpha_bar: Tensor,
-    *,
-    prediction: str = "epsilon",
-    eta: float = 0.0,
-    final_alpha_bar: float = 1.0,
-    fresh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step to t_next < t, or to `final_alpha_bar` for -1: (x_t_next, predicted x0). fresh: noise for eta > 0."""
-    a = alpha_at(alpha_bar, t, x)
-    a_next = alpha_at(alpha_bar, t_next, x) if t_next >= 0 else torch.full_like(a, final_alpha_bar)
-    x0 = to_x0(out, x, t, alpha_bar, prediction)
-    eps = to_eps(out, x, t, alpha_bar, prediction)
-    std = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).clamp(min=0).sqrt()  # eq. 16
-    x_next = a_next.sqrt() * x0 + (1 - a_next - std**2).clamp(min=0).sqrt() * eps
-    return (x_next if fresh is None else x_next + std * fresh), x0
 
 
 @torch.no_grad()
@@ -115,8 +79,9 @@ def euler(
     timesteps: descending grid, int64, or float32 from `time_grid(..., fractional=True)`: sigma is interpolated linearly
     in t. The last step goes to sigma = 0. At zero terminal SNR, where sigma is infinite, abar is set to 2^-24.
 
-    pure_noise: the first input of the network. True: the noise itself (diffusers with leading spacing; training of
-    SDXL-Lightning). False: sqrt(1 - abar) times the noise, 0.99767 at t = 999 (diffusers with trailing and linspace).
+    pure_noise: whether the first input of the network is the noise itself (diffusers with leading spacing; training of
+    SDXL-Lightning) or sqrt(1 - abar) times it, 0.99767 at t = 999 (diffusers with trailing and linspace spacing).
+    ValueError: an invalid grid or prediction.
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
@@ -159,32 +124,27 @@ def guide(
 ) -> Model:
     """A model(x, t) with classifier-free guidance from unet_fn(x, t, context) (arXiv 2207.12598, eq. 6).
 
-    context, uncond: (B, L, D). Both are evaluated as one batch, [uncond, cond], and give u + scale (c - u). scale <= 1
-    disables guidance, and only the conditional half is evaluated ("guidance 0" in the model card of a distilled model
-    means off, not unconditional). added_cond: SDXL's conditions (text_embeds, time_ids), passed as fourth argument.
+    context, uncond: (B, L, D), evaluated as one batch, [uncond, cond], to give u + scale (c - u). A scale of 1 or less
+    disables guidance: only the conditional half is evaluated ("guidance 0" on the model card of a distilled model means
+    off, not unconditional). added_cond: SDXL's text_embeds and time_ids, the fourth argument of the U-Net.
     ValueError: a condition of the unconditional half is missing or has another shape.
     """
     if scale <= 1:
-        return lambda x, t: _call(unet_fn, x, t, context, added_cond)
+        return lambda x, t: unet_fn(x, t, context, *(() if added_cond is None else (added_cond,)))
     if uncond is None or uncond.shape != context.shape:
         raise ValueError("guidance above 1 needs an unconditional context of the same shape as the context")
     if (added_cond is None) != (uncond_added_cond is None):
         raise ValueError("guidance above 1 needs added conditions for both halves, or for none")
-    both = torch.cat([uncond, context])  # (2B, L, D)
-    both_added: dict[str, Tensor] | None = None
+    both: list[Any] = [torch.cat([uncond, context])]  # (2B, L, D)
     if added_cond is not None and uncond_added_cond is not None:
-        both_added = {name: torch.cat([uncond_added_cond[name], added_cond[name]]) for name in added_cond}
+        both.append({name: torch.cat([uncond_added_cond[name], added_cond[name]]) for name in added_cond})
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         x2, t2 = torch.cat([x, x]), (torch.cat([t, t]) if t.ndim else t)
-        u, c = _wide(_call(unet_fn, x2, t2, both, both_added)).chunk(2)
+        u, c = _wide(unet_fn(x2, t2, *both)).chunk(2)
         return u + scale * (c - u)
 
     return guided
-
-
-def _call(unet_fn: Callable[..., Tensor], x: Tensor, t: Tensor, context: Tensor, added: dict | None) -> Tensor:
-    return unet_fn(x, t, context) if added is None else unet_fn(x, t, context, added)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -194,12 +154,6 @@ def _wide(x: Tensor) -> Tensor:
 
 def _batch_of(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.device).expand(len(x))
-
-
-def _fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard-normal noise (B, ...), sample b from generator b and on the device of that generator."""
-    rows = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype).to(x.device) for g in generators]
-    return torch.stack(rows)
 
 
 def _check_grid(timesteps: Tensor, T: int) -> None:

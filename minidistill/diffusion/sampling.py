@@ -1,9 +1,10 @@
-"""The sampling settings of a distilled model, which gives good images with these only.
+"""How a checkpoint is sampled: the settings a step-distilled model needs, and those of other models.
 
     sdxl_lightning_4step_unet.safetensors      4 Euler steps, trailing timesteps, guidance off
     sdxl_lightning_1step_x0.safetensors        1 step, and the network predicts x0, not eps
 
-Files written by minidistill store them in the metadata of the weights; for SDXL-Lightning they follow from the name.
+A distilled model gives good images with its own settings only. Files written by minidistill store them in the metadata
+of the weights; for SDXL-Lightning they follow from the file name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -86,13 +88,31 @@ def as_distilled(schedule: ScheduleConfig, sampling: Sampling | None) -> Schedul
     return replace(schedule, prediction_type=sampling.prediction, timestep_spacing=sampling.spacing)
 
 
+def choose_settings(
+    schedule: ScheduleConfig, distilled: Sampling | None, asked: Mapping[str, object], steps: int, guidance: float
+) -> Sampling:
+    """The settings asked for; for None those the model was distilled for, or else the defaults.
+
+    asked: steps, guidance, sampler and spacing. steps, guidance: defaults for a model that is not distilled. Warns of
+    settings that a distilled model was not trained for and of settings of the scheduler that are ignored.
+    """
+    if ignored := ", ".join(schedule.ignored):
+        warnings.warn(f"settings of scheduler_config.json not supported in sampling: {ignored}", stacklevel=4)
+    given = {name: value for name, value in asked.items() if value is not None}
+    own = distilled or Sampling(steps, *default_solver(schedule, asked["sampler"], asked["spacing"]), guidance)
+    settings = replace(own, **given)
+    if distilled and str(settings) != str(own):  # by their text: all values of guidance that are off are equal
+        warnings.warn(f"this model is made for {own}; you ask for {settings}: expect poor images", stacklevel=4)
+    return settings
+
+
 def solver(
     schedule: ScheduleConfig, settings: Sampling, callback: Callback | None = None, strength: float | None = None
 ) -> Callable[[Model, Tensor, Tensor | None], Tensor]:
-    """solver(model, noise, started) -> x0 latents, all (B, C, h, w), with everything else decided.
+    """The sampler of these settings: solve(model, noise, init) -> x0 latents, all (B, C, h, w).
 
-    With a `strength`, `started` are clean latents, and only the last steps of the grid are done (arXiv 2108.01073).
-    ValueError, now or when it is called: settings that the schedule, the sampler or the network cannot do.
+    With a `strength`, only that fraction of the steps is done, the last ones, starting from the clean latents `init`
+    with noise added (SDEdit, arXiv 2108.01073). ValueError, here or in the call: settings that are not supported.
     """
     steps, is_euler = settings.steps, settings.sampler == "euler"
     total, offset = schedule.num_train_timesteps, schedule.steps_offset
@@ -101,7 +121,7 @@ def solver(
         valid = isinstance(strength, int | float) and 0 < strength <= 1
         done = min(math.floor(steps * strength), steps) if valid else 0
         if done < 1:
-            raise ValueError(f"strength must be above 0, at most 1 and 1 step at least: got {strength} of {steps}")
+            raise ValueError(f"strength must be above 0, at most 1 and give 1 step or more: got {strength} of {steps}")
         grid = grid[steps - done :]
     alpha_bar = make_alpha_bar(schedule)
     if is_euler:
@@ -112,20 +132,20 @@ def solver(
     solve = partial(solve, timesteps=grid, alpha_bar=alpha_bar, prediction=schedule.prediction_type, callback=callback)
     sigma = sigmas_at(alpha_bar, grid[:1]).item()
 
-    def solved(model: Model, noise: Tensor, started: Tensor | None = None) -> Tensor:
-        if started is not None:
-            noise = (started.to(noise.device) + sigma * noise) / math.hypot(1, sigma)
+    def sample(model: Model, noise: Tensor, init: Tensor | None = None) -> Tensor:
+        if init is not None:
+            noise = (init.to(noise.device) + sigma * noise) / math.hypot(1, sigma)
         return solve(model, noise)
 
-    return solved
+    return sample
 
 
 def default_solver(schedule: ScheduleConfig, sampler: str | None = None, spacing: str | None = None) -> tuple[str, str]:
-    """(sampler, spacing) where the user (`sampler`, `spacing`) or the schedule does not determine them.
+    """Defaults (sampler, spacing) for what the user (`sampler`, `spacing`) and the schedule leave open.
 
     The sampler is ddim, or euler for eps-prediction where the first timestep has alpha_bar = 0 (zero terminal SNR with
-    trailing or linspace spacing): there DDIM is not defined. A spacing that the schedule does not have is the default
-    of the sampler in diffusers, as after a change of the scheduler by `from_config`. Unknown names are not used.
+    trailing or linspace spacing), for which DDIM is undefined. A spacing absent from the schedule is the default of the
+    sampler in diffusers, as after `from_config` with another scheduler. Unknown names are ignored.
     """
     spacing = spacing if spacing in SPACINGS else schedule.timestep_spacing
     if sampler not in SAMPLERS:

@@ -24,9 +24,9 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
-# Settings that change the noise or the timesteps given to the network, with the only supported value.
+# Settings that change the noise or the timesteps given to the network, with their only supported values.
 _NOISE_SETTINGS = {"trained_betas": None, "use_flow_sigmas": False, "timestep_type": "discrete"}
-# Settings of solvers, which are not used here, with the value that has no effect.
+# Settings of diffusers' solvers that are not supported, with the values that have no effect.
 _SOLVER_SETTINGS = {
     "clip_sample": False, "thresholding": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
     "use_beta_sigmas": False, "use_lu_lambdas": False, "interpolation_type": "linear", "final_sigmas_type": "zero",
@@ -48,7 +48,7 @@ class ScheduleConfig:
     set_alpha_to_one: bool = False
     timestep_spacing: str | None = "leading"  # None: not in the file, so the default of the sampler
     rescale_betas_zero_snr: bool = False
-    ignored: tuple[str, ...] = field(default=(), compare=False)  # the file's settings of solvers, to be named
+    ignored: tuple[str, ...] = field(default=(), compare=False)  # settings of solvers in the file
 
     def __post_init__(self) -> None:
         _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
@@ -64,34 +64,25 @@ class ScheduleConfig:
         """From the scheduler_config.json of any diffusers scheduler.
 
         Absent keys take the defaults of the class that wrote the file (`_class_name`), not those of Stable Diffusion.
-        Settings of solvers (`clip_sample`, `use_karras_sigmas`, ...) are not needed for training or conversion;
-        `ignored` lists them for sampling. LCM and TCD schedulers give a warning. ValueError: a setting that changes the
-        noise (`trained_betas`, ...), or a flow-matching or EDM scheduler.
+        Settings of solvers (`clip_sample`, `use_karras_sigmas`, ...) do not matter for training and conversion; they
+        are listed in `ignored`. Warns of LCM and TCD schedulers. ValueError: a setting that changes the noise
+        (`trained_betas`, ...), or a flow-matching or EDM scheduler.
         """
         writer = config.get("_class_name", "DDIMScheduler")
         if "FlowMatch" in writer or "EDM" in writer:
-            raise ValueError(f"scheduler config: {writer} is not a DDPM-style noise schedule, which is what is needed")
+            raise ValueError(f"scheduler config: {writer} is not supported; a DDPM noise schedule is needed")
         for key, only in _NOISE_SETTINGS.items():
             if key in config and config[key] not in (only, None):
                 raise ValueError(f"scheduler config: {key} = {config[key]!r} is not supported; set it to {only!r}")
         if writer in ("LCMScheduler", "TCDScheduler"):
-            warnings.warn(
-                f"{writer}: this model is distilled for consistency sampling in a few steps, which is not supported: "
-                "expect poor images here",
-                stacklevel=2,
-            )
+            what = "this model is distilled for consistency sampling in a few steps"
+            warnings.warn(f"{writer}: {what}, which is not supported: expect poor images here", stacklevel=2)
         solver = {"clip_sample": config.get("_class_name", "").startswith(_CLIPPING), **config}
         ignored = [
             f"{key} = {solver[key]}" for key, off in _SOLVER_SETTINGS.items() if solver.get(key) not in (off, None)
         ]
-        absent = {
-            "beta_start": 0.0001,
-            "beta_end": 0.02,
-            "beta_schedule": "linear",
-            "steps_offset": 0,
-            "set_alpha_to_one": writer != "PNDMScheduler",
-            "timestep_spacing": None,
-        }
+        absent = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0}
+        absent |= {"set_alpha_to_one": writer != "PNDMScheduler", "timestep_spacing": None}
         names = [field.name for field in fields(cls) if field.name != "ignored"]
         return cls(**(absent | {name: config[name] for name in names if name in config}), ignored=tuple(ignored))
 
@@ -164,7 +155,7 @@ def to_x0(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predicti
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "epsilon":
-        _refuse_zero(a, "x0 cannot be had from eps where alpha_bar = 0 (zero terminal SNR): use v_prediction")
+        _refuse_zero(a, "eps does not determine x0 where alpha_bar = 0 (zero terminal SNR): use v_prediction")
         return (x_t - (1 - a).sqrt() * out) / a.sqrt()
     if prediction == "v_prediction":
         return a.sqrt() * x_t - (1 - a).sqrt() * out
@@ -176,23 +167,10 @@ def to_eps(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, predict
     _check_choice("prediction", prediction, PREDICTIONS)
     a = alpha_at(alpha_bar, t, x_t)
     if prediction == "sample":
-        _refuse_zero(1 - a, "eps cannot be had from x0 where alpha_bar = 1 (t = -1, clean): there is no noise")
+        _refuse_zero(1 - a, "x0 does not determine eps where alpha_bar = 1 (t = -1, clean)")
         return (x_t - a.sqrt() * out) / (1 - a).sqrt()
     if prediction == "v_prediction":
         return a.sqrt() * out + (1 - a).sqrt() * x_t
-    return out.to(torch.promote_types(out.dtype, a.dtype))
-
-
-def to_v(out: Tensor, x_t: Tensor, t: int | Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """Model output -> v. Undefined for eps at abar = 0 and for x0 at abar = 1."""
-    _check_choice("prediction", prediction, PREDICTIONS)
-    a = alpha_at(alpha_bar, t, x_t)
-    if prediction == "epsilon":
-        _refuse_zero(a, "v cannot be had from eps where alpha_bar = 0 (zero terminal SNR)")
-        return (out - (1 - a).sqrt() * x_t) / a.sqrt()
-    if prediction == "sample":
-        _refuse_zero(1 - a, "v cannot be had from x0 where alpha_bar = 1 (t = -1, clean)")
-        return (a.sqrt() * x_t - out) / (1 - a).sqrt()
     return out.to(torch.promote_types(out.dtype, a.dtype))
 
 
@@ -208,14 +186,9 @@ def training_target(x0: Tensor, eps: Tensor, t: int | Tensor, alpha_bar: Tensor,
 
 
 def move(
-    x_t: Tensor,
-    out: Tensor,
-    t: int | Tensor,
-    t_next: int | Tensor,
-    alpha_bar: Tensor,
-    prediction: str = "epsilon",
+    x_t: Tensor, out: Tensor, t: int | Tensor, t_next: int | Tensor, alpha_bar: Tensor, prediction: str = "epsilon"
 ) -> Tensor:
-    """x_t moved along the probability flow to t_next, -1 = clean (SDXL-Lightning eq. 5; DDIM with eta = 0)."""
+    """x_t moved along the probability flow from t to t_next, -1 = clean (SDXL-Lightning eq. 5; DDIM with eta = 0)."""
     a_next = alpha_at(alpha_bar, t_next, x_t)
     x0 = to_x0(out, x_t, t, alpha_bar, prediction)
     if isinstance(t_next, int) and t_next == -1:

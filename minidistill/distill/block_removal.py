@@ -1,19 +1,19 @@
-"""Block removal: the architecture edit of BK-SDM (arXiv 2305.15798, section 3), as data.
+"""Block removal: the compact architectures of BK-SDM (arXiv 2305.15798, section 3) as lists of blocks to remove.
 
-Stage i of a Stable Diffusion U-Net's down path has layers down.i.0 and down.i.1, stage i of its up path layers up.i.0,
-up.i.1 and up.i.2: a resnet each, and a transformer where the stage reads the text. A recipe lists the blocks to remove:
+Stage i of a Stable Diffusion U-Net's encoder has layers down.i.0 and down.i.1, stage i of its decoder layers up.i.0,
+up.i.1 and up.i.2. A layer is a resnet, followed by a transformer where the stage attends to the text. Blocks:
 
     down.1.1   up.2.1     one layer           mid   the mid block
-    stage.3               a resolution level: its down stage, its up stage, and the downsampler that leads to it
+    stage.3               a resolution level: its down stage, its up stage, and the downsampler before it
     down.2.0@6   mid@6    all but the first 6 blocks of one transformer; those of SDXL have up to 10
     mid@0                 the transformer and the second resnet of the mid block, as in SSD-1B
 
-From this list follow the student's config, the teacher weight that initialises each student weight, the features
-compared in distillation, and a table of what was removed. No live network is modified.
+Such a list determines the student's config, the teacher weight that initialises each student weight, the features
+compared in distillation, and a table of what is removed. The teacher itself is not modified.
 
-Of the three layers of an up stage the middle one is removed. The student's two layers read two skip connections: that
-of the down layer kept, and that of the previous stage. In the teacher, layer 0 reads one of the first kind and layer 2
-one of the second, so their channel counts match; layer 1 would not fit.
+Of the three layers of an up stage the middle one is removed. The two layers kept read two skip connections: that of the
+down layer kept, and that of the previous stage. In the teacher, layer 0 reads one of the first kind and layer 2 one of
+the second, so their channel counts match; those of layer 1 would not.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
+import numpy as np
 import torch
 
 from minidistill.errors import InputError
-from minidistill.metrics.cost import macs_by_module
+from minidistill.metrics.cost import format_count, macs_by_module
 from minidistill.models.unet import UNet, UNetConfig
 
 PAIRINGS = ("nota", "segmind")
@@ -44,7 +45,7 @@ def shorten_to(depth: int, *layers: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Blocks to remove, which features to compare, and the weights of the three losses (task, output, feature)."""
+    """Blocks to remove, pairing of the features compared, weights of the three losses (task, output, feature)."""
 
     remove: tuple[str, ...]
     pairing: str = "nota"
@@ -60,8 +61,8 @@ RECIPES = {
     # Segmind's "small" is BK-SDM's *Base*: it keeps the mid block. Segmind has no BK-Small.
     "segmind-small": Recipe(SECOND_LAYERS, "segmind", (1.0, 0.5, 0.5)),
     "segmind-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3"), "segmind", (1.0, 0.5, 0.5)),
-    # SDXL: KOALA (arXiv 2312.04005), SSD-1B and Vega (arXiv 2401.02677), the architectures. The papers compare features
-    # inside the layers, KOALA those of self-attention; here the outputs of stages and mid block are compared.
+    # SDXL: the architectures of KOALA (arXiv 2312.04005), SSD-1B and Vega (arXiv 2401.02677). The papers compare
+    # features inside the layers, KOALA those of self-attention; here the outputs of stages and mid block are compared.
     "koala-1b": Recipe((*SECOND_LAYERS_XL, *shorten_to(6, "down.2.0", "mid", "up.0.0", "up.0.2")), "segmind"),
     "koala-700m": Recipe((*SECOND_LAYERS_XL, "mid", *shorten_to(5, "down.2.0", "up.0.0", "up.0.2")), "segmind"),
     "ssd-1b": Recipe(("mid@0", *shorten_to(4, *LEVEL_2_XL[:4]), *shorten_to(1, *LEVEL_1_XL[3:])), "segmind"),
@@ -71,10 +72,10 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Removal:
-    """A checked edit of one teacher, and the student's config.
+    """A list of blocks to remove, checked against one teacher, and the student's config.
 
-    kept_down[i] and kept_up[i] are the layers that the student's stage i keeps, numbered as in the teacher.
-    stages_removed counts the levels removed: the last down stages and the first up stages.
+    kept_down[i] and kept_up[i] are the layers of the student's stage i, numbered as in the teacher. stages_removed is
+    the number of resolution levels removed: the last down stages and the first up stages.
     """
 
     teacher: UNetConfig
@@ -104,8 +105,11 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
             group.remove(entry)
         else:
             raise InputError(f"this teacher has no {entry!r} to remove; it has {', '.join(chain(*groups))}")
-    kept, lost = len(levels), len(down) - len(levels)
-    kept_down, kept_up = _layer_numbers(down[:kept]), _layer_numbers(up[lost:])
+    kept, dropped = len(levels), len(down) - len(levels)
+    kept_down, kept_up = (
+        tuple(tuple(int(layer.split(".")[2]) for layer in stage) for stage in side)
+        for side in (down[:kept], up[dropped:])
+    )
     _check_stages(levels, kept_down, kept_up, len(down))
     mid_type = "UNetMidBlock2D" if depths.get("mid") == 0 else teacher.mid_block_type
     down_depths, _, up_depths = teacher.transformer_depths()
@@ -115,14 +119,14 @@ def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
         layers_per_block=tuple(map(len, kept_down)),
         attention_head_dim=teacher.attention_head_dim[:kept],
         down_block_types=teacher.down_block_types[:kept],
-        up_block_types=teacher.up_block_types[lost:],
+        up_block_types=teacher.up_block_types[dropped:],
         mid_block_type=mid_type if mid else None,
         **_depth_fields(
             [[depths.get(f"down.{i}.{j}", down_depths[i][j]) for j in stage] for i, stage in enumerate(kept_down)],
-            [[depths.get(f"up.{i}.{j}", up_depths[i][j]) for j in stage] for i, stage in enumerate(kept_up, lost)],
+            [[depths.get(f"up.{i}.{j}", up_depths[i][j]) for j in stage] for i, stage in enumerate(kept_up, dropped)],
         ),
     )
-    removal = Removal(teacher, student, removed, kept_down, kept_up, lost)
+    removal = Removal(teacher, student, removed, kept_down, kept_up, dropped)
     _check_mid(removal, depths.get("mid"))
     _check_shapes(removal)
     return removal
@@ -152,10 +156,6 @@ def _shorten(depths: dict[str, int], entry: str, teacher: UNetConfig) -> None:
     depths[layer] = int(depth)
 
 
-def _layer_numbers(stages: list[list[str]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(name.split(".")[2]) for name in stage) for stage in stages)
-
-
 def _depth_fields(down: list[list[int]], up: list[list[int]]) -> dict:
     """Transformer depths as config fields, in their shortest form: one number for a stage whose layers agree."""
     flat, flat_up = (tuple(stage[0] if len(set(stage)) == 1 else tuple(stage) for stage in side) for side in (down, up))
@@ -176,7 +176,7 @@ def _check_stages(levels: list[str], down: tuple, up: tuple, count: int) -> None
 
 
 def _check_mid(removal: Removal, mid_depth: int | None) -> None:
-    """A config has no heads and depth for the mid block: it takes those of the innermost stage and its first layer."""
+    """InputError: the mid block would change. Configs give it the heads and depth of the innermost down layer."""
     student, first = removal.student, f"down.{len(removal.kept_down) - 1}.{removal.kept_down[-1][0]}"
     heads, depth = student.attention_head_dim[-1], student.transformer_depths()[1]
     changed = (heads, depth) != (removal.teacher.attention_head_dim[-1], mid_depth)
@@ -188,15 +188,14 @@ def _check_mid(removal: Removal, mid_depth: int | None) -> None:
 
 
 def _check_shapes(removal: Removal) -> None:
-    """Every student weight needs a teacher weight of its shape."""
+    """InputError: a student weight has no teacher weight of its shape."""
     teacher, student = weight_shapes(removal.teacher), weight_shapes(removal.student)
     for name, source in weight_map(removal, student).items():
         if teacher.get(source) != student[name]:
-            raise InputError(
-                f"removing {','.join(removal.removed)} does not fit together: {name} needs {tuple(student[name])}, the "
-                f"teacher's {source} is {tuple(teacher.get(source, ())) or 'absent'}; keep the first layer of a down "
-                "stage, the first and last of an up stage, and each stage wider than the one before it"
-            )
+            found = tuple(teacher.get(source, ())) or "absent"
+            misfit = f"{name} needs {tuple(student[name])}, the teacher's {source} is {found}"
+            way = "keep the first layer of a down stage, the first and last of an up stage, and stages of growing width"
+            raise InputError(f"removing {','.join(removal.removed)} does not fit together: {misfit}; {way}")
 
 
 @lru_cache(maxsize=64)
@@ -237,7 +236,7 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
     """Pairs (teacher feature, student feature) for the feature loss, named as by `UNet(..., return_features=True)`.
 
     The output of each stage is compared with that of the same stage of the teacher. The pairings differ in the rest:
-    - "nota" (BK-SDM) does not compare mid blocks. Where stages were removed, the innermost down stage has lost its
+    - "nota" (BK-SDM) does not compare mid blocks. Where stages were removed, the innermost down stage has no
       downsampler, so its output has another size: the output of its last transformer (proj_out) is compared.
     - "segmind" compares mid blocks. Where stages were removed, the innermost down stage is compared with the output of
       the last up stage removed, so that it learns to replace them all.
@@ -247,21 +246,19 @@ def feature_pairs(removal: Removal, pairing: str = "nota") -> list[tuple[str, st
     """
     if pairing not in PAIRINGS:
         raise InputError(f"pairing must be one of {', '.join(PAIRINGS)}, not {pairing!r}")
-    student, lost, last = removal.student, removal.stages_removed, len(removal.kept_down) - 1
+    student, dropped, last = removal.student, removal.stages_removed, len(removal.kept_down) - 1
     down = [(f"down.{i}", f"down.{i}") for i in range(last + 1)]
-    mid = [("mid", "mid")] if pairing == "segmind" and student.mid_block_type and not lost else []
-    up = [(f"up.{i + lost}", f"up.{i}") for i in range(len(removal.kept_up))]
-    if lost and pairing == "segmind":
-        down[last] = (f"up.{lost - 1}", f"down.{last}")
+    mid = [("mid", "mid")] if pairing == "segmind" and student.mid_block_type and not dropped else []
+    up = [(f"up.{i + dropped}", f"up.{i}") for i in range(len(removal.kept_up))]
+    if dropped and pairing == "segmind":
+        theirs, ours = down[last] = (f"up.{dropped - 1}", f"down.{last}")
         widths = removal.teacher.block_out_channels[last + 1], student.block_out_channels[last]
         if widths[0] != widths[1]:
-            raise InputError(
-                f"pairing segmind compares the teacher's up.{lost - 1} with the student's down.{last}, but they have "
-                f"{widths[0]} and {widths[1]} channels: use --pairing nota"
-            )
-    elif lost and student.down_block_types[last] == "CrossAttnDownBlock2D":
+            compared = f"pairing segmind compares the teacher's {theirs} with the student's {ours}"
+            raise InputError(f"{compared}, but they have {widths[0]} and {widths[1]} channels: use --pairing nota")
+    elif dropped and student.down_block_types[last] == "CrossAttnDownBlock2D":
         down[last] = (f"down.{last}.proj_out", f"down.{last}.proj_out")
-    elif lost:
+    elif dropped:
         down.pop()
     return down + mid + up
 
@@ -273,32 +270,31 @@ def removal_rows(removal: Removal, height: int, width: int, tokens: int = 77) ->
     student exactly: what an entry shares with those above it is counted once.
     """
     removed = removal_costs(removal, height, width, tokens)
-    teacher = _total(_module_costs(removal.teacher, height, width, tokens).values())
-    student = tuple(a - b for a, b in zip(teacher, _total(removed.values()), strict=True))
+    teacher = sum(_module_costs(removal.teacher, height, width, tokens).values())
+    student = teacher - sum(removed.values())
     costs = {**removed, "teacher": teacher, "student": student}
     rows = [(name, *map(format_count, cost)) for name, cost in costs.items()]
-    change = [f"{100 * (after / before - 1):+.1f} %" for before, after in zip(teacher, student, strict=True)]
+    change = [f"{percent:+.1f} %" for percent in 100 * (student / teacher - 1)]
     return [("removed", "parameters", "MACs"), *rows, ("change", *change)]
 
 
-def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -> dict[str, tuple[int, int]]:
-    """{entry: (parameters, MACs of one call) that it removes beyond the entries before it}; stages come last."""
-    removed = _module_costs(removal.teacher, height, width, tokens)
-    sources = weight_map(removal, weight_shapes(removal.student)).values()
-    kept = {name: removed.pop(name) for name in {source.rpartition(".")[0] for source in sources}}
-    costs = {}
+def removal_costs(removal: Removal, height: int, width: int, tokens: int = 77) -> dict[str, np.ndarray]:
+    """{entry: [parameters, MACs of one call] that it removes beyond the entries before it}; stages come last."""
+    before = _module_costs(removal.teacher, height, width, tokens)
+    kept = {source.rpartition(".")[0] for source in weight_map(removal, weight_shapes(removal.student)).values()}
+    removed, costs = {name: cost for name, cost in before.items() if name not in kept}, {}
     for entry in sorted(removal.removed, key=lambda entry: entry.startswith("stage")):
         scope = _scope(entry, len(removal.teacher.block_out_channels))
-        costs[entry] = _total([removed.pop(name) for name in list(removed) if f"{name}.".startswith(scope)])
+        names = [name for name in removed if f"{name}.".startswith(scope)]
+        costs[entry] = sum((removed.pop(name) for name in names), np.zeros(2, np.int64))
     if removal.stages_removed and removal.student.mid_block_type:
-        _, before = _total(cost for name, cost in kept.items() if name.startswith("mid_block."))
-        after = macs_by_module(removal.student, height, width, tokens)["mid_block"]
-        costs["(mid on more pixels)"] = (0, before - after)
+        after = _module_costs(removal.student, height, width, tokens)
+        costs["(mid on more pixels)"] = sum(before.values()) - sum(after.values()) - sum(costs.values())
     return costs
 
 
 def _scope(entry: str, stages: int) -> tuple[str, ...]:
-    """Prefixes of the names of the teacher's modules in which an entry removes something."""
+    """Prefixes of the names of the teacher's modules that an entry removes or shortens."""
     kind, *numbers = entry.partition("@")[0].split(".")
     if kind == "mid":
         return ("mid_block.",)
@@ -308,22 +304,10 @@ def _scope(entry: str, stages: int) -> tuple[str, ...]:
     return tuple(f"{kind}_blocks.{i}.{part}.{numbers[1]}." for part in ("resnets", "attentions"))
 
 
-def _module_costs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, tuple[int, int]]:
-    """{name: (parameters, MACs of one call)} of every module that has weights of its own."""
+def _module_costs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, np.ndarray]:
+    """{name: [parameters, MACs of one call]} of every module with weights."""
     parameters: Counter[str] = Counter()
     for name, shape in weight_shapes(config).items():
         parameters[name.rpartition(".")[0]] += shape.numel()
     macs = macs_by_module(config, height, width, tokens)
-    return {name: (count, macs.get(name, 0)) for name, count in parameters.items()}
-
-
-def _total(costs: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    return tuple(map(sum, zip((0, 0), *costs, strict=True)))
-
-
-def format_count(n: float) -> str:
-    """859.5 M, 338.6 G, 12.3 k: three to four digits."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.1f} {unit}" if n < 1e13 else f"{n / size:.0f} {unit}"
-    return f"{n:.0f}"
+    return {name: np.array([count, macs.get(name, 0)]) for name, count in parameters.items()}

@@ -2,20 +2,21 @@
 
     L = w_task L_task + w_out L_out + w_feat L_feat
 
-    L_task = || target - eps_S(x_t, t, c) ||^2              the teacher's own training objective
-    L_out  = || eps_T(x_t, t, c) - eps_S(x_t, t, c) ||^2    the teacher's prediction
-    L_feat = sum_l || f_T^l - f_S^l ||^2                    the teacher's intermediate features, stage by stage
+    L_task = || target - eps_S(x_t, t, c) ||^2              the training objective of diffusion models
+    L_out  = || eps_T(x_t, t, c) - eps_S(x_t, t, c) ||^2    against the teacher's prediction
+    L_feat = sum_l || f_T^l - f_S^l ||^2                    against the teacher's intermediate features f^l
 
-The paper writes squared norms; its code takes the mean over elements, for each stage, and the plain sum over stages. So
-does this. Everything is squared in float32: features reach 1e3, and in float16 a difference of 256 squares to infinity.
+The paper writes squared norms; its code takes the mean over the elements of each feature and the plain sum over
+features, as is done here. Differences are squared in float32: features reach 1e3, and in float16 a difference of 256
+squares to infinity.
 
-Normalised features, L_feat = sum_l || f_T^l - f_S^l ||^2 / || f_T^l ||^2, are an option: the remedy of LAPTOP-Diff
-(arXiv 2404.11098) for stages whose large features outweigh all others. Here each sample is divided by its own norm.
+Normalised features, L_feat = sum_l || f_T^l - f_S^l ||^2 / || f_T^l ||^2, are an option, from LAPTOP-Diff (arXiv
+2404.11098): otherwise the stages with the largest features dominate. Here each sample is divided by its own norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -28,22 +29,22 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 
 def task_loss(student_out: Tensor, target: Tensor) -> Tensor:
-    """The ordinary diffusion loss against noise (or velocity): (B, C, h, w) twice -> (B,)."""
+    """Diffusion loss against the noise (or velocity) of the data: (B, C, h, w), (B, C, h, w) -> (B,)."""
     return mean_square(student_out, target)
 
 
 def output_loss(student_out: Tensor, teacher_out: Tensor) -> Tensor:
-    """Output distillation: (B, C, h, w) twice -> (B,). No gradient reaches the teacher."""
+    """Output distillation: (B, C, h, w), (B, C, h, w) -> (B,). No gradient reaches the teacher."""
     return mean_square(student_out, teacher_out.detach())
 
 
 def feature_loss(
     student: Features, teacher: Features, pairs: Sequence[tuple[str, str]], normalized: bool = False
 ) -> Tensor:
-    """Feature distillation, summed over (teacher feature, student feature) pairs -> (B,).
+    """Feature distillation: the sum over (teacher feature, student feature) pairs -> (B,).
 
-    normalized: divide each pair's loss by the mean square of the teacher's feature, so that all stages weigh alike.
-    ValueError names a pair that is absent or of two shapes, RuntimeError one that alone is cut off from the student.
+    normalized: divide each pair's loss by the mean square of the teacher's feature, so that all have equal weight.
+    ValueError: no pairs, or one that is absent or of two shapes. RuntimeError: one feature alone has no gradient.
     """
     total: Tensor | None = None
     trained = any(student[name].requires_grad for _, name in pairs if name in student)
@@ -56,7 +57,7 @@ def feature_loss(
                 f"teacher {teacher_name} is {tuple(f_teacher.shape)}, student {student_name} {tuple(f_student.shape)}"
             )
         if trained and not f_student.requires_grad:
-            raise RuntimeError(f"student {student_name} is cut off from the student: a constant, not learned from")
+            raise RuntimeError(f"student {student_name} is detached: a constant, not learned from")
         loss = mean_square(f_student, f_teacher)
         if normalized:
             loss = loss / f_teacher.float().square().flatten(1).mean(1).clamp(min=1e-12)
@@ -67,31 +68,16 @@ def feature_loss(
 
 
 def check_gradients(losses: Mapping[str, Tensor], student: nn.Module, teacher: nn.Module) -> None:
-    """RuntimeError unless every loss has a gradient in the student and the teacher is frozen.
+    """RuntimeError unless the teacher is frozen and every loss has a gradient in the student.
 
-    BK-SDM's released recipe for Tiny logs a feature term that is cut off from the student, as its hook sits inside a
-    reentrant checkpoint: a constant that nothing learns from. `feature_loss` checks each pair by itself. Nothing is
-    computed: a loss has a gradient if its graph reaches the student's weights and it is not at its minimum, 0.
+    BK-SDM's released recipe for Tiny logs a feature loss that is detached from the student, as its hook is inside a
+    reentrant checkpoint: a constant that nothing is learned from. `feature_loss` checks each of its pairs. No gradient
+    is computed: with a frozen teacher, a loss that requires one has it in the student, unless it is at its minimum, 0.
     """
     if any(p.requires_grad for p in teacher.parameters()):
         raise RuntimeError("the teacher's parameters require gradients: freeze it")
-    weights = {id(p) for p in student.parameters() if p.requires_grad}
     for name, loss in losses.items():
         if not loss.requires_grad:
-            raise RuntimeError(f"the {name} loss is cut off from the student: it would be logged, not learned from")
-        if not loss.any() or not _graph_reaches(loss, weights):
+            raise RuntimeError(f"the {name} loss is detached from the student: it would be logged, not learned from")
+        if not loss.any():
             raise RuntimeError(f"the {name} loss has no gradient in the student")
-
-
-def _graph_reaches(loss: Tensor, weights: Collection[int]) -> bool:
-    """Whether a backward pass from a loss would arrive at one of these leaf tensors, given by their id."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in weights:  # of an AccumulateGrad, the end of a path
-            return True
-        waiting += [earlier for earlier, _ in node.next_functions]
-    return False

@@ -1,4 +1,4 @@
-"""How much memory a distillation will take, counted on fake tensors."""
+"""Memory that a distillation needs, counted on fake tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def step_peak(
 
         def run() -> None:
             for _ in range(1 + accumulate):  # the second micro-batch already finds gradients
-                with torch.autocast("cpu", torch.float16, enabled=half):  # bfloat16 has a way of its own on CPUs
+                with torch.autocast("cpu", torch.float16, enabled=half):  # not bfloat16: attention of CPUs
                     with torch.no_grad():
                         teacher_out, teacher_features = teacher(x, t, context, added_cond, return_features=True)
                     student_out, student_features = student(x, t, context, added_cond, return_features=True)
@@ -62,7 +62,7 @@ def image_peak(vae: VAE, side: int) -> int:
 def memory_rows(
     removal: Removal, others: Sequence[nn.Module], step: int, image: int, averaged: bool
 ) -> list[tuple[str, str]]:
-    """A table of what is on the device.
+    """Table of the memory needed on the device.
 
     others: the frozen networks besides the teacher; step, image: `step_peak`, `image_peak`; averaged: with an EMA.
     """
@@ -73,7 +73,7 @@ def memory_rows(
         "AdamW's two averages": 2 * student,
         "averaged weights": student * averaged,
         "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
-        # Images are sampled with the averaged weights, while the student's own are kept beside them.
+        # Images are sampled with the averaged weights, in addition to the student's weights.
         "activations, gradients": max(step, image + student * averaged),
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]

@@ -1,7 +1,7 @@
 """Probes: fixed noisy latents on which the predictions of teacher and student are compared.
 
-Their timesteps are spread evenly, not drawn: the error falls by two orders of magnitude from t = 0 to T, so with random
-timesteps the mean over a few dozen samples would measure the draw rather than the student.
+Their timesteps are spaced evenly, not random: the error falls by two orders of magnitude from t = 0 to T, so the mean
+over a few dozen random timesteps would depend more on those than on the student.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Probe(NamedTuple):
 
 @torch.no_grad()
 def make_probes(batches: Batches, numbers: range) -> list[Probe]:
-    """The batches of these numbers, at timesteps spread evenly over all of them, and the predictions of their U-Net."""
+    """The batches of these numbers at evenly spaced timesteps, with the predictions of their pipeline's U-Net."""
     pipe, total = batches.pipe, len(numbers) * batches.batch_size
     T, alpha_bar = pipe.schedule.num_train_timesteps, make_alpha_bar(pipe.schedule).to(pipe.device)
     probes = []

@@ -1,9 +1,10 @@
-"""Random Conditioning (arXiv 2504.02011): a student sees far more captions than there are images.
+"""Random Conditioning (arXiv 2504.02011): distillation on more captions than there are images for.
 
     random conditioning     at timestep t the caption is that of another image, with probability exp(-5 (1 - t/T))
     image-free              x_0 is sampled by the teacher from a caption, with guidance, in place of an encoded image
 
-The teacher predicts for any caption at any x_t. At high t, where x_t shows little of x_0, a caption costs no image.
+The teacher's prediction is a target for any pair of x_t and caption. At high t, x_t contains little of x_0, so the
+caption need not describe its image.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def random_caption_probability(t: Tensor, num_train_timesteps: int = 1000) -> Te
 
 
 class RandomCaptions(Batches):
-    """Batches with random conditioning: the captions of some samples are those of others, drawn by sample number.
+    """Batches with random conditioning: some captions are replaced by those of other samples.
 
-    A sample without a prompt stays so, as in the original, where captions are dropped last.
+    Dropped captions stay dropped, as in the original, where captions are dropped last.
     """
 
     def _shown(self, captions: list[str | None], numbers: Sequence[int], t: Tensor) -> list[str | None]:
@@ -38,7 +39,7 @@ class RandomCaptions(Batches):
         ]
 
     def _other(self, n: int, chance: float) -> str | None:
-        """A caption of the whole data set in place of sample n's, or None: it keeps its own."""
+        """A random caption of the data set for sample n, with probability `chance`, else None."""
         generator = generator_for(self.seed, "random caption", n)
         if float(torch.rand((), generator=generator)) >= chance:
             return None
@@ -49,10 +50,10 @@ class RandomCaptions(Batches):
 def sample_latents(
     teacher: Pipeline, captions: Sequence[str], side: int, seed: int, guidance: float, batch_size: int = 16
 ) -> Latents:
-    """Latents sampled by the teacher, one of each caption, in place of encoded images; their posterior has no spread.
+    """Latents sampled by the teacher, one for each caption, in place of encoded images; posteriors without variance.
 
-    Sampled as the teacher's checkpoint says, else in 25 steps with this guidance. Latent i depends on (seed, i) alone.
-    side: of the square images they stand for, in pixels.
+    A step-distilled teacher is sampled with its own settings, others in 25 steps with this guidance. Latent i depends
+    on (seed, i) alone. side: of the square images, in pixels.
     """
     done = []
     guidance = guidance if teacher.sampling is None else None

@@ -1,19 +1,21 @@
-"""Sensitivity: how much the U-Net's prediction changes when a block is removed, without retraining.
+"""Sensitivity: how much the U-Net's prediction changes when blocks are removed, without retraining.
 
     sensitivity(r) = mean over x_t, t, c of || eps_T(x_t, t, c) - eps_S(x_t, t, c) ||^2 / number of elements
 
-where S is the teacher T without r. LAPTOP-Diff (arXiv 2404.11098) found that the sensitivities of several removals
-nearly add up, so a list of removals can be chosen from the scores of single ones: greedily, the least sensitivity per
-parameter (or MAC, or millisecond) first. As the sum is not exact, `choose` returns the greedy list together with its
-nearest neighbours, to be scored as a whole. What a student recovers in training is not measured.
+where S is the teacher T without the blocks r. LAPTOP-Diff (arXiv 2404.11098) found that the sensitivities of several
+removals are nearly additive, so a list of removals can be chosen from the scores of single ones: greedily, the least
+sensitivity per parameter (or MAC, or millisecond) first. As the sum is not exact, `choose` also returns the lists that
+differ from the greedy one by one removal, to be scored as a whole. What training recovers is not measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
+import numpy as np
 import torch
 
 from minidistill.distill.block_removal import (
@@ -58,7 +60,9 @@ def smallest_removals(teacher: UNetConfig) -> list[Removal]:
     return [removal for removal in (_plan(teacher, remove) for remove in candidates) if removal]
 
 
-def _plan(teacher: UNetConfig, remove: Sequence[str]) -> Removal | None:
+@lru_cache(maxsize=1024)
+def _plan(teacher: UNetConfig, remove: tuple[str, ...]) -> Removal | None:
+    """The removal, or None if what is kept does not fit together."""
     try:
         return plan_removal(teacher, remove)
     except InputError:
@@ -66,7 +70,7 @@ def _plan(teacher: UNetConfig, remove: Sequence[str]) -> Removal | None:
 
 
 def share_weights(removal: Removal, teacher: UNet) -> UNet:
-    """The untrained student, made of the teacher's own tensors: nothing is copied, and it must not be trained."""
+    """The untrained student with the teacher's own tensors, not copies: it must not be trained."""
     with torch.device("meta"):
         student = UNet(removal.student)
     weights, sources = teacher.state_dict(), weight_map(removal, student.state_dict())
@@ -78,14 +82,10 @@ def score(removal: Removal, teacher: UNet, probes: Sequence[Probe]) -> Score:
     """Sensitivity and savings of one removal; MACs are those of a call with the size and the tokens of the probes."""
     height, width, tokens = *probes[0].x_t.shape[-2:], probes[0].context.shape[1]
     costs = removal_costs(removal, height, width, tokens).values()
+    parameters, macs = map(int, sum(costs, np.zeros(2, np.int64)))
     kept = weight_map(removal, weight_shapes(removal.student)).values()
-    return Score(
-        removal.removed,
-        distance_to_teacher(share_weights(removal, teacher), probes),
-        sum(parameters for parameters, _ in costs),
-        sum(macs for _, macs in costs),
-        frozenset(weight_shapes(removal.teacher)) - frozenset(kept),
-    )
+    sensitivity = distance_to_teacher(share_weights(removal, teacher), probes)
+    return Score(removal.removed, sensitivity, parameters, macs, frozenset(weight_shapes(removal.teacher)) - {*kept})
 
 
 def choose(
@@ -93,21 +93,17 @@ def choose(
 ) -> list[tuple[str, ...]]:
     """At most `count` lists of removals that save at least `saving` with little sensitivity.
 
-    by: what is to be saved, "parameters", "macs" or "latency" (latencies add up only roughly).
-    The first list is the greedy one; the others differ from it by one removal, in the order of their summed
-    sensitivities. Which of them has the least sensitivity as a whole, `score` tells.
+    by: what is saved, "parameters", "macs" or "latency" (latencies are additive only roughly).
+    The first list is the greedy one; the others differ from it by one removal, ordered by the sum of their
+    sensitivities. Which has the least sensitivity as a whole is to be found with `score`.
 
     Raises:
         InputError: all removals together save less.
     """
     chosen = _greedy(teacher, scores, saving, by)
-    neighbours = []
-    for old in chosen:
-        rest = [s for s in chosen if s is not old]
-        for new in scores:
-            overlaps = new in chosen or any(s.weights & new.weights for s in rest)
-            if not overlaps and _saved([*rest, new], by) >= saving:
-                neighbours.append([*rest, new])
+    others = [new for new in scores if new not in chosen]
+    neighbours = [[*(s for s in chosen if s is not old), new] for old in chosen for new in others]
+    neighbours = [some for some in neighbours if _are_disjoint(some) and _saved(some, by) >= saving]
     neighbours.sort(key=_sensitivity)
     fitting = (some for some in neighbours if _plan(teacher, _entries(some)))
     return [_entries(some) for some in (chosen, *islice(fitting, count - 1))]
@@ -135,6 +131,10 @@ def _greedy(teacher: UNetConfig, scores: Sequence[Score], saving: float, by: str
         if _saved(rest, by) >= saving and _plan(teacher, _entries(rest)):
             chosen = rest
     return chosen
+
+
+def _are_disjoint(scores: Sequence[Score]) -> bool:
+    return len(frozenset().union(*(s.weights for s in scores))) == sum(len(s.weights) for s in scores)
 
 
 def _saved(scores: Iterable[Score], by: str) -> float:

@@ -1,9 +1,8 @@
 """The names of the original Stable Diffusion code (LDM; sgm for SDXL), which single-file checkpoints have.
 
 LDM numbers the layers of a U-Net in one row: input_blocks.1, .2, ... hold a resnet and perhaps a transformer each,
-or a downsampler alone. Which of them form a stage follows from where the downsamplers are, so one walk along the
-row pairs both spellings (`_pair_row`): along the row that a config asks for when a file is written, and along the
-row found in a file when it is read.
+or a downsampler alone, which ends a stage. So one walk along the row pairs both spellings (`_pair_row`): the row that
+a config asks for when a file is written, the row found in a file when it is read.
 
 Students have fewer layers in a stage, and their files come in two numberings. The dense one is what LDM's own code,
 diffusers' `from_single_file` and ComfyUI make of a network with one layer in a stage. The other keeps the numbers of
@@ -74,20 +73,19 @@ OPEN_CLIP = {
 }
 
 
-# the U-Net
+def to_ldm_unet(tensors: Mapping[str, Tensor], config: UNetConfig) -> Tensors:
+    """A U-Net's state dict in LDM's names, without `model.diffusion_model.`.
 
-
-def to_ldm_unet(tensors: Mapping[str, Tensor], config: UNetConfig, gaps: bool = False) -> Tensors:
-    """A U-Net's state dict in LDM's names, without `model.diffusion_model.`. gaps: as in `unet_pairs`."""
-    pairs = unet_pairs(config, gaps)
+    config: of this U-Net; or of a student's teacher, whose block numbers the student then has, with gaps.
+    """
+    pairs = unet_pairs(config)
     return {swap(name, pairs): tensor for name, tensor in tensors.items()}
 
 
 def from_ldm_unet(tensors: Mapping[str, Tensor]) -> Tensors:
     """A U-Net in LDM's names, either numbering -> our names. InputError: a tensor is there in two spellings.
 
-    Names that are ours already stay: diffusers' conversion script leaves those it does not expect, which in the
-    smallest students are the attentions of up_blocks.0.
+    Names that are ours stay: diffusers' script leaves the attentions of up_blocks.0, which the smallest students have.
     """
     pairs = _pair_row(_row_in(tensors, "input_blocks"), _row_in(tensors, "output_blocks"))
     ours = {theirs: name for name, theirs in pairs.items()}
@@ -100,27 +98,20 @@ def from_ldm_unet(tensors: Mapping[str, Tensor]) -> Tensors:
     return result
 
 
-def unet_pairs(config: UNetConfig, gaps: bool = False) -> Pairs:
-    """{the head of a name: its name in LDM}, for `swap`, which also renames a module of the U-Net.
-
-    gaps: number the blocks as in a network with two layers in each stage, and give an upsampler the place it has there.
-    """
+def unet_pairs(config: UNetConfig) -> Pairs:
+    """{the head of a name: its name in LDM}, for `swap`, which also renames a module of the U-Net."""
     down: list[tuple[int, set[str]]] = []
     up: list[tuple[int, set[str]]] = []
     last = len(config.block_out_channels) - 1
     for i, layers in enumerate(config.layers_per_block):
         parts = {"0", "1"} if config.down_block_types[i].startswith("CrossAttn") else {"0"}
-        first = 3 * i + 1 if gaps else len(down) + 1
-        down += [(first + j, parts) for j in range(layers)]
-        down += [(3 * i + 3 if gaps else first + layers, {"0.op"})] * (i < last)
+        down += [(len(down) + 1 + j, parts) for j in range(layers)]
+        down += [(len(down) + 1, {"0.op"})] * (i < last)
     for i, layers in enumerate(config.layers_per_block[::-1]):
         parts = {"0", "1"} if config.up_block_types[i].startswith("CrossAttn") else {"0"}
-        first = 3 * i if gaps else len(up)
-        up += [(first + j, parts) for j in range(layers + 1)]
-        if i < last and gaps:
-            up.append((3 * i + 2, {"2.conv"} if i else {"1.conv"}))
-        elif i < last:
-            up[-1] = (first + layers, parts | {f"{len(parts)}.conv"})
+        up += [(len(up) + j, parts) for j in range(layers + 1)]
+        if i < last:
+            up[-1] = (up[-1][0], parts | {f"{len(parts)}.conv"})
     return _pair_row(down, up)
 
 
@@ -141,23 +132,18 @@ def _pair_row(down: Row, up: Row) -> Pairs:
     """
     pairs = UNET_ENDS | _pair_resnet("mid_block.resnets.0", "middle_block.0")
     pairs |= _pair_resnet("mid_block.resnets.1", "middle_block.2")
-    i = j = 0
-    for n, parts in down:
-        if "0.op" in parts:
-            pairs[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-            i, j = i + 1, 0
-        else:
-            pairs |= _pair_resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0")
-            pairs[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
+    for ours, theirs, row, sampler in (
+        ("down_blocks", "input_blocks", down, "downsamplers.0.conv"),
+        ("up_blocks", "output_blocks", up, "upsamplers.0.conv"),
+    ):
+        i = j = 0
+        for n, parts in row:
+            pairs |= _pair_resnet(f"{ours}.{i}.resnets.{j}", f"{theirs}.{n}.0")
+            pairs[f"{ours}.{i}.attentions.{j}"] = f"{theirs}.{n}.1"
             j += 1
-    i = j = 0
-    for n, parts in up:
-        pairs |= _pair_resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
-        pairs[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
-        j += 1
-        for part in parts & {"1.conv", "2.conv"}:
-            pairs[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n}.{part}"
-            i, j = i + 1, 0
+            for part in parts & {"0.op", "1.conv", "2.conv"}:
+                pairs[f"{ours}.{i}.{sampler}"] = f"{theirs}.{n}.{part}"
+                i, j = i + 1, 0
     return pairs
 
 
@@ -173,13 +159,10 @@ def swap(name: str, pairs: Mapping[str, str]) -> str:
     return pairs[head] + name[len(head) :] if head else name
 
 
-# the VAE and the text encoders
-
-
 def to_ldm_vae(tensors: Mapping[str, Tensor]) -> Tensors:
     """A VAE's state dict in LDM's names; the matrices of its attention become 1x1 convolutions."""
-    named = _mirror({name: t[:, :, None, None] if ".to_" in name and t.ndim == 2 else t for name, t in tensors.items()})
-    return {_replace(name, VAE): tensor for name, tensor in named.items()}
+    ours = {name: t[:, :, None, None] if ".to_" in name and t.ndim == 2 else t for name, t in tensors.items()}
+    return {_replace(name, VAE): tensor for name, tensor in _mirror(ours).items()}
 
 
 def from_ldm_vae(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -190,12 +173,9 @@ def from_ldm_vae(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def _mirror(tensors: Tensors) -> Tensors:
     """Number the stages of the decoder the other way round: LDM does so from the image inwards."""
-    numbers = {name: re.match(r"decoder\.up_blocks\.(\d{1,3})\.", name) for name in tensors}
-    last = max((int(found[1]) for found in numbers.values() if found), default=0)
-    return {
-        f"decoder.up_blocks.{last - int(found[1])}.{name[found.end() :]}" if (found := numbers[name]) else name: tensor
-        for name, tensor in tensors.items()
-    }
+    stage = re.compile(r"(?<=^decoder\.up_blocks\.)\d{1,3}(?=\.)")
+    last = max((int(found[0]) for found in map(stage.search, tensors) if found), default=0)
+    return {stage.sub(lambda found: str(last - int(found[0])), name): tensor for name, tensor in tensors.items()}
 
 
 def to_open_clip(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -212,8 +192,8 @@ def to_open_clip(tensors: Mapping[str, Tensor]) -> Tensors:
 def from_open_clip(tensors: Mapping[str, Tensor]) -> Tensors:
     """A text encoder in open_clip's names -> our names. InputError: a stack is not of three matrices.
 
-    The text projection may be open_clip's bare parameter (in, out), or diffusers' export of a linear layer,
-    `text_projection.weight`, which is (out, in) as ours. Both are often square: only the name tells them apart.
+    The text projection may be open_clip's bare parameter (in, out), or, as `text_projection.weight`, diffusers' export
+    of a linear layer (out, in). Both are often square: only the name tells them apart.
     """
     ours = {theirs: name for name, theirs in OPEN_CLIP.items()}
     result: Tensors = {}
@@ -235,8 +215,3 @@ def _replace(name: str, table: Mapping[str, str]) -> str:
     for old, new in table.items():
         name = name.replace(old, new)
     return name
-
-
-def first_few(names: Sequence[str]) -> str:
-    """At most three names, for a message."""
-    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])

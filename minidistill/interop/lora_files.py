@@ -7,9 +7,8 @@
     ComfyUI    diffusion_model.input_blocks.1.1....to_q.lora_down.weight; text_encoders.clip_l.transformer....
     LyCORIS    lycoris_down_blocks_..._to_q.lora_down.weight, the names its own wrapper gives (of these, plain LoCon)
 
-kohya's underscores cannot be undone: "to_out_0" may be to_out.0 or to.out_0. So no name is taken apart here. All the
-spellings of all the layers of the networks at hand are written down in a table, and a file's names are looked up in it.
-Where no network is at hand, the table is that of all layers that any Stable Diffusion or student has (`every_name`).
+kohya's underscores cannot be undone: "to_out_0" may be to_out.0 or to.out_0. So a file's names are looked up in a table
+of all spellings of all layers of the networks at hand, or of any Stable Diffusion and student (`every_name`).
 """
 
 import functools
@@ -25,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.errors import InputError
-from minidistill.interop.header import read_config
-from minidistill.interop.ldm import Pairs, first_few, swap, unet_pairs
+from minidistill.interop.configs import read_config
+from minidistill.interop.ldm import Pairs, swap, unet_pairs
 from minidistill.models.clip import SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import LoRAWeights, candidates, fit, lora_weights, merge_weights
 from minidistill.models.unet import SD15, SDXL, UNet
-from minidistill.weights.files import on_meta, read_json, read_metadata, read_tensors, write_safetensors
+from minidistill.weights.files import on_meta, read_json, read_metadata, read_tensors, some, write_safetensors
 
 Modules = dict[str, dict[str, Tensor]]  # the tensors of a file by module, as it spells them, and by role
 Loras = dict[str, dict[str, LoRAWeights]]  # by part of the pipeline ("unet", "text_encoder", ...), by layer
@@ -48,45 +47,27 @@ FLAT = {
     "text_encoder": ("lora_te_", "lora_te1_", "lycoris_"),
     "text_encoder_2": ("lora_te2_", "lycoris_"),
 }
-ROLES = {"down": "down", "A": "down", "up": "up", "B": "up"}
+ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "alpha": "alpha"}
 TENSOR = re.compile(  # the module and the role; PEFT's own state has the adapter's name too: .lora_A.default.weight
-    r"(?P<module>.+?)(?:[._]lora\.|\.lora_linear_layer\.|\.lora_)(?P<role>down|up|A|B)(?:\.[^.]+)?\.weight"
+    r"(?P<module>.+?)(?:(?:[._]lora\.|\.lora_linear_layer\.|\.lora_)(?P<role>down|up|A|B)(?:\.[^.]+)?\.weight|\.alpha)"
 )
 # The end of a layer's name -> what it was in diffusers' first LoRA files, the same for U-Net and text encoder.
 OLD_ENDS = {".to_out.0": ".to_out", ".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out"}
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' since mid-2025: the LoraConfig, as json, in the header of the file
-KEEPS_BASE = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "orthogonal",
-    "eva",
-    "mica",
-)  # PEFT's init_lora_weights that leave the base weights
-
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # init_lora_weights that leave the base
 # By the width of a model's text states: its name, and what A1111 looks for in the header before it lists a file.
-FAMILIES = {
-    768: ("SD 1.x", "sd_v1"),
-    1024: ("SD 2.x", "sd_v2"),
-    1280: ("the SDXL refiner", None),
-    2048: ("SDXL", "sdxl_base_v1-0"),
-}
-
-
-# names
+FAMILIES = {768: ("SD 1.x", "sd_v1"), 1024: ("SD 2.x", "sd_v2"), 2048: ("SDXL", "sdxl_base_v1-0")}
 
 
 def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     """Every spelling of every layer of the networks -> (part, name of the layer)."""
-    table = {}
-    for part in DOTTED:
-        if part in networks:
-            pairs = unet_pairs(networks[part].config) if part == "unet" else {}
-            for name in candidates(networks[part]):
-                for spelling in _spellings(part, name, pairs):
-                    table.setdefault(spelling, (part, name))  # a bare name of both text encoders is the first one's
+    table: dict[str, tuple[str, str]] = {}
+    for part, network in networks.items():
+        pairs = unet_pairs(network.config) if part == "unet" else {}
+        for name in candidates(network):
+            for spelling in _spellings(part, name, pairs):
+                table.setdefault(spelling, (part, name))  # a bare name of both text encoders is the first one's
     return table
 
 
@@ -94,7 +75,7 @@ def name_table(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
 def every_name() -> dict[str, tuple[str, str]]:
     """`name_table` of SD 1.x, 2.x, SDXL and their students at once: they number their blocks alike.
 
-    (sgm's names of a student, which hardly anyone uses, have other numbers; they need the network.)
+    (Not sgm's names of a student: they have other numbers, and need the network.)
     """
     with on_meta():
         encoders = {"text_encoder": CLIPTextModel(SDXL_TEXT_2), "text_encoder_2": CLIPTextModel(SDXL_TEXT_2, True)}
@@ -110,29 +91,21 @@ def _spellings(part: str, name: str, pairs: Pairs) -> Iterator[str]:
     yield from (prefix + spelling.replace(".", "_") for prefix in FLAT[part] for spelling in (name, sgm))
 
 
-# reading
-
-
 def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Loras:
     """Read a LoRA for these networks: {"unet": UNet, "text_encoder": ..., "text_encoder_2": ...}, as many as there are.
 
     Every tensor of the file is used or it is refused. An alpha that is nowhere given is the rank, so that the scale
     alpha / r is 1; PEFT keeps it in the file's header or in an adapter_config.json beside the file.
 
-    Raises:
-        InputError: the file is broken, is no LoRA, is of a kind that is not supported, or is for another model.
+    InputError: the file is broken, is no LoRA, is of a kind that is not supported, or is for another model.
     """
-    modules, loras = _read(Path(path), name_table(networks), networks)
-    misfits = []
+    _, loras = _read(Path(path), name_table(networks), networks)
     for part, layers in loras.items():
         for name, weights in layers.items():
             try:
                 layers[name] = fit(weights, networks[part].get_submodule(name))
             except ValueError as error:
-                misfits.append(f"{part}.{name}: {error}")
-    if misfits:
-        what = f"{len(misfits)} of {len(modules)} modules have another shape in this model ({misfits[0]})"
-        raise InputError(f"{path}: {what}{_verdict(modules, networks)}")
+                raise InputError(f"{path}: {part}.{name} has another shape in this model: {error}") from error
     return loras
 
 
@@ -146,20 +119,14 @@ def rewrite_lora(
     """Write the LoRA of one file into another in kohya's or PEFT's form, without its model: `write_lora` says which.
 
     The tensors are the same, bit by bit, in diffusers' block names, and the header's text is kept. An alpha that is
-    nowhere given, and means the rank, is written out.
-
-    Args:
-        dtype: of the tensors in the file, but for alpha; as they are if not given.
-        metadata: text for the header, beside what is there and what the form needs.
-
-    Raises:
-        InputError: as in `read_lora`; or a layer that is in no Stable Diffusion and no student of one.
+    nowhere given, and means the rank, is written out. dtype, metadata: as in `write_lora`.
+    InputError: as in `read_lora`; or a layer that is in no Stable Diffusion and no student of one.
     """
     source = Path(source)
     modules, loras = _read(source, every_name(), {})
-    header = read_metadata(source) if source.suffix == ".safetensors" else {}
+    header = read_metadata(source)
     if (
-        _text_width({name: roles["down"] for name, roles in modules.items()}) == SDXL.cross_attention_dim
+        _text_width(modules) == SDXL.cross_attention_dim
         or any(name.startswith("lora_te1_") for name in modules)
         or header.get("ss_base_model_version", "").startswith("sdxl")
     ):
@@ -169,23 +136,18 @@ def rewrite_lora(
 
 
 def _read(path: Path, table: Mapping[str, tuple[str, str]], networks: Mapping[str, nn.Module]) -> tuple[Modules, Loras]:
-    """The modules of a file as it spells them, and the same by the names in `table`, in the shapes of the file.
-
-    networks: those that the table is of, for messages; none if it is `every_name`.
-    """
+    """The modules of a file as it spells them, and by the names in `table`, which is of `networks` or `every_name`."""
     tensors = read_tensors(path)
     try:
         modules = _by_module(tensors)
-        unknown = [spelling for spelling in modules if spelling not in table]
-        if unknown:
-            some, where = len(unknown) < len(modules), "this model" if networks else "any Stable Diffusion or student"
-            what = f"{len(unknown)} of {len(modules)} modules do not exist in {where}"
-            what = what if some else f"0 of {len(modules)} modules matched"
-            raise InputError(f"{what} ({first_few(unknown)}){_verdict(modules, networks, some)}")
-        torn = [spelling for spelling, roles in modules.items() if not _halves_fit(**roles)]
-        if torn:
+        _check_family(modules, networks)
+        if unknown := [spelling for spelling in modules if spelling not in table]:
+            where = "this model" if networks else "any Stable Diffusion or student"
+            what = f"{len(modules) - len(unknown)} of {len(modules)} modules matched"
+            raise InputError(f"{what}, others do not exist in {where} ({some(unknown, 3)})")
+        if torn := [spelling for spelling, roles in modules.items() if not _halves_fit(**roles)]:
             what = f"of {len(torn)} of {len(modules)} modules a half, down or up, is missing or does not fit the other"
-            raise InputError(f"{what} ({first_few(torn)}); download or save it again")
+            raise InputError(f"{what} ({some(torn, 3)}); download or save it again")
         config = _peft_config(path, any(".lora_A." in name for name in tensors))
         loras: Loras = {}
         for spelling, roles in modules.items():
@@ -205,20 +167,19 @@ def _by_module(tensors: Mapping[str, Tensor]) -> Modules:
     foreign = []
     for key, tensor in tensors.items():
         match = TENSOR.fullmatch(key)
-        if match is None and not key.endswith(".alpha"):
+        if match is None:
             foreign.append(key)
             continue
-        spelled, role = (match["module"], ROLES[match["role"]]) if match else (key.removesuffix(".alpha"), "alpha")
-        roles = modules.setdefault(spelled.replace("base_model.model.", "").replace(".processor.", "."), {})
+        roles = modules.setdefault(match["module"].replace("base_model.model.", "").replace(".processor.", "."), {})
+        role = ROLES[match["role"] or "alpha"]
         if role in roles:
             raise InputError(f"{key} is there twice, in two spellings or of two adapters")
         roles[role] = tensor
     if not any("down" in roles or "up" in roles for roles in modules.values()):
-        names = first_few(list(tensors)) or "none"
-        raise InputError(f"it is not a LoRA: none of its tensors ({names}) is a lora_down, lora_A or the like")
+        raise InputError(f"it is not a LoRA: none of its tensors is a lora_down or lora_A ({some(tensors, 3)})")
     if foreign:
-        some = f"{len(foreign)} of {len(tensors)} tensors are no part of a plain LoRA"
-        raise InputError(f"{some} ({first_few(foreign)}), and no other kind of adapter is supported")
+        what = f"{len(foreign)} of {len(tensors)} tensors are no part of a plain LoRA"
+        raise InputError(f"{what} ({some(foreign, 3)}), and no other kind of adapter is supported")
     return modules
 
 
@@ -227,36 +188,27 @@ def _halves_fit(down: Tensor | None = None, up: Tensor | None = None, alpha: Ten
     return down is not None and up is not None and min(down.dim(), up.dim()) > 1 and len(down) == up.shape[1] > 0
 
 
-def _verdict(modules: Modules, networks: Mapping[str, nn.Module], some_matched: bool = True) -> str:
-    """What the file is for and what the model is, where the width of the text states tells; else nothing."""
-    width = _text_width({name: roles["down"] for name, roles in modules.items() if "down" in roles})
-    model = networks["unet"].config.cross_attention_dim if "unet" in networks else None
-    theirs, ours = (FAMILIES.get(w, (f"a model of text width {w}",))[0] for w in (width, model))
-    if width is None:
-        return ""
-    if model is None:
-        return f": it is a LoRA for {theirs}"
-    if width != model:
-        return f": it is a LoRA for {theirs}, this model is {ours}"
-    return f": it is a LoRA for {theirs}, as this model is, but for one with other layers" if some_matched else ""
+def _check_family(modules: Modules, networks: Mapping[str, nn.Module]) -> None:
+    """InputError: the text states that a LoRA's cross-attention takes have another width than the model's."""
+    theirs, ours = _text_width(modules), networks["unet"].config.cross_attention_dim if "unet" in networks else None
+    if ours and theirs and ours != theirs:
+        names = [FAMILIES[width][0] if width in FAMILIES else f"of text width {width}" for width in (theirs, ours)]
+        raise InputError(f"it is a LoRA for another model: the LoRA is {names[0]}, the model {names[1]}")
 
 
-def _text_width(downs: Mapping[str, Tensor]) -> int | None:
+def _text_width(modules: Modules) -> int | None:
     """The width of the text states that a LoRA's cross-attention takes; None if it has none."""
     ends = ("attn2.to_k", "attn2.to_v", "attn2_to_k", "attn2_to_v")
-    return next((down.shape[1] for name, down in downs.items() if name.endswith(ends) and down.dim() > 1), None)
-
-
-# alpha
+    downs = [roles["down"] for name, roles in modules.items() if name.endswith(ends) and "down" in roles]
+    return next((down.shape[1] for down in downs if down.dim() > 1), None)
 
 
 def _peft_config(path: Path, is_peft: bool) -> dict[str, Any]:
     """PEFT's LoraConfig: from the file's header, else from adapter_config.json beside it; {} if there is none."""
-    header = read_metadata(path) if path.suffix == ".safetensors" else {}
-    beside = path.with_name("adapter_config.json")
+    header, beside = read_metadata(path), path.with_name("adapter_config.json")
     if METADATA_KEY not in header and is_peft and beside.is_file():
         return read_json(beside)
-    return read_config(header, METADATA_KEY, dict) or {}
+    return read_config(header, METADATA_KEY, lambda config: {**config}) or {}
 
 
 def _settings(config: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -266,8 +218,7 @@ def _settings(config: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def _alpha(roles: Mapping[str, Tensor], module: str, settings: Mapping[str, Any]) -> float:
-    """From the file's own tensor, else from PEFT's settings, else the rank. With rank-stabilised LoRA, in whose
-    place the scale is alpha / sqrt(r), the alpha that gives the same scale here."""
+    """The file's own, else PEFT's, else the rank; of rank-stabilised LoRA (alpha / sqrt(r)) that of equal scale."""
     rank = len(roles["down"])
     kind, init = settings.get("peft_type") or "LORA", settings.get("init_lora_weights")
     if kind != "LORA" or init not in KEEPS_BASE:
@@ -287,22 +238,15 @@ def _alpha(roles: Mapping[str, Tensor], module: str, settings: Mapping[str, Any]
     return alpha
 
 
-# into networks
-
-
 def merge_into(networks: Mapping[str, nn.Module], loras: Loras, scale: float = 1.0) -> dict[str, int]:
-    """Add a LoRA to the weights, in place, one after the other if there are several. Returns layers by part."""
+    """Add a LoRA to the weights, in place. Returns the number of layers by part."""
     return {part: merge_weights(networks[part], weights, scale) for part, weights in loras.items()}
 
 
-def matched_line(loras: Loras, counts: Mapping[str, int]) -> str:
-    """ "788/788 modules matched", from what was read and what `merge_into` found a place for."""
-    parts = ", ".join(f"{part} {count}" for part, count in counts.items())
-    line = f"{sum(counts.values())}/{sum(map(len, loras.values()))} modules matched"
-    return f"{line} ({parts})" if len(counts) > 1 else line
-
-
-# writing
+def matched_line(counts: Mapping[str, int]) -> str:
+    """ "788/788 modules matched", of what `merge_into` returned: a file of which one is not matched is refused."""
+    total, parts = sum(counts.values()), ", ".join(f"{part} {count}" for part, count in counts.items())
+    return f"{total}/{total} modules matched" + (f" ({parts})" if len(counts) > 1 else "")
 
 
 def write_lora(
@@ -314,15 +258,12 @@ def write_lora(
 ) -> None:
     """Write a LoRA, atomically; a network stands for its live LoRA, without the scale that is set there.
 
-    Args:
-        loras: by part of the pipeline. Name all its text encoders, if only with {}: kohya's names depend on that.
-        form: "kohya" is read by diffusers, ComfyUI and A1111 alike. "peft" is diffusers' own; its alpha is in the
-            header, where other programs and diffusers before mid-2025 do not look: they take alpha = rank.
-        dtype: of the tensors in the file, but for kohya's alpha (float32); as they are if not given.
-        metadata: text for the header, beside what the form needs, and before it where both say something.
-
-    Raises:
-        InputError: there is no LoRA to write, or the file cannot be written.
+    loras: by part of the pipeline. Name all its text encoders, if only with {}: kohya's names depend on that.
+    form: "kohya" is read by diffusers, ComfyUI and A1111 alike. "peft" is diffusers' own; its alpha is in the header,
+    where other programs and diffusers before mid-2025 do not look: they take alpha = rank.
+    dtype: of the tensors in the file, but for kohya's alpha (float32); as they are if not given.
+    metadata: text for the header, beside what the form needs, and before it where both say something.
+    InputError: there is no LoRA to write, or the file cannot be written.
     """
     found = {part: lora_weights(lora) if isinstance(lora, nn.Module) else lora for part, lora in loras.items()}
     if not any(found.values()):
@@ -341,17 +282,15 @@ def _to_kohya(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str,
             key = prefix + name.replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
-    every = [found for weights in loras.values() for found in weights.values()]
-    ranks, alphas = {len(found.down) for found in every}, {found.alpha for found in every}
-    header = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
-    }
-    width = _text_width({name: found.down for name, found in loras.get("unet", {}).items()})
+    width = _text_width({name: {"down": found.down} for name, found in loras.get("unet", {}).items()})
     _, version = FAMILIES.get(width, (None, None))
-    family = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
-    return tensors, {**header, **family}
+    header = {"ss_network_module": "networks.lora"}
+    every = [found for weights in loras.values() for found in weights.values()]
+    values = {"dim": {str(len(found.down)) for found in every}, "alpha": {f"{found.alpha:g}" for found in every}}
+    header |= {f"ss_network_{key}": min(given) if len(given) == 1 else "Dynamic" for key, given in values.items()}
+    if version:
+        header |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+    return tensors, header
 
 
 def _to_peft(loras: Mapping[str, Mapping[str, LoRAWeights]]) -> tuple[dict[str, Tensor], dict[str, str]]:

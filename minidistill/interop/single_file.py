@@ -5,41 +5,35 @@
     cond_stage_model.*          the text encoder of SD 1.x (transformers' names) or SD 2.x (open_clip's)
     conditioner.embedders.0/1.* the two text encoders of SDXL (the first in transformers' names)
 
-The layout has no room for configs: other programs know the architectures by heart. The files written here carry
-them as json in the header (`minidistill.*`), so that any architecture comes back; for files of others they are told
-from the shapes. Tensors are handed on as they lie in the mapped file: nothing is copied before a model takes it.
+The layout has no room for configs: `configs` keeps them in the header, or infers them from the shapes of tensors.
+Tensors are handed on as they lie in the mapped file: nothing is copied before a model takes it.
 """
 
+from __future__ import annotations
+
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from minidistill.diffusion.sampling import sampling_metadata
 from minidistill.diffusion.schedule import ScheduleConfig
 from minidistill.errors import InputError
-from minidistill.interop import ldm
-from minidistill.interop.header import (
-    HEADER_KEYS,
-    PREDICTION,
-    SCHEDULE,
-    TEXT,
-    TOKENIZERS,
-    UNET,
-    load_tokenizers,
-    read_config,
-    write_configs,
-)
-from minidistill.interop.infer import infer_prediction, infer_text_config, infer_unet_config
-from minidistill.interop.vae_file import read_file, read_vae
-from minidistill.models.clip import CLIPTextConfig, CLIPTextModel
+from minidistill.interop import configs, ldm
+from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig
+from minidistill.models.taesd import TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
-from minidistill.models.unet import SD15, UNet, UNetConfig
+from minidistill.models.unet import SD15, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
-from minidistill.weights.files import write_safetensors
-from minidistill.weights.layouts import without_wrappers
+from minidistill.weights.files import read_metadata, read_tensors, some, without_wrappers, write_safetensors
+
+if TYPE_CHECKING:
+    from minidistill.pipeline import Pipeline
 
 Tensors = dict[str, Tensor]
 
@@ -66,32 +60,23 @@ UNUSED = {
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
     *("logvar", "lvlb_weights", "scale_factor", "denoiser.sigmas", "cond_stage_model.logit_scale"),
 }
+TRAINING = ("loss.", "model_ema.")  # the discriminator and the running average of a VAE's own training
 MARKS = {"v_pred", "ztsnr"}  # empty tensors by which SDXL fine-tunes say how they were trained
 UNUSED_TEXT = {"logit_scale", "attn_mask"}  # CLIP's temperature and causal mask
-# What a file is, by what is in its names: the first that fits counts, and None is what can be read here.
+# Of a whole CLIP, what is not read of the first encoder: SD 2.x takes the last states but one.
+UNREAD = ("text_projection.", "text_model.encoder.layers.23.")
+TEXT_ENCODERS = {config.hidden_size: config for config in (SD1_TEXT, SD2_TEXT, SDXL_TEXT_2)}
+# Other kinds of files, by what is in their names.
 KINDS = {
     r"[._]lora[._](down|up|A|B)\.|^lora_(unet|te)": "a LoRA: use it as --lora, or convert with --layout kohya or peft",
-    r"\.(hada|lokr)_\w": "a LoHa or LoKr adapter, which is not supported",
-    r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.": "a Flux model, which is not supported",
-    r"(^|\.)joint_blocks\.": "a Stable Diffusion 3 model, which is not supported",
-    r"^control_model\.|^controlnet_|(^|\.)zero_convs\.": "a ControlNet, which is not supported",
-    r"(^|\.)motion_modules\.": "a video model (AnimateDiff), which is not supported",
-    r"^edm_": "a model trained with an EDM noise schedule (Playground 2.5), which is not supported",
-    r"^(model\.diffusion_model\.|input_blocks\.0\.0\.weight|down_blocks\.0\.resnets\.0\.)": None,
+    r"^(model\.diffusion_model\.|input_blocks\.0\.0\.weight|down_blocks\.0\.resnets\.0\.)": None,  # is read
     r"(coder\.conv_in|decoder\.layers\.0)\.weight$": "a VAE alone: use it as --vae",
     r"token_embedding\.weight$": "a text encoder alone: a whole checkpoint, or a U-Net, is needed",
 }
 # The only student of SD 1.x that stable-diffusion.cpp knows, and that by the block numbers of its teacher.
 CPP = "stable-diffusion.cpp"
-BK_TINY = replace(
-    SD15,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("CrossAttnDownBlock2D",) * 3,
-    mid_block_type=None,
-    up_block_types=("CrossAttnUpBlock2D",) * 3,
-    **{name: getattr(SD15, name)[:3] for name in ("attention_head_dim", "transformer_layers_per_block")},
-    layers_per_block=1,
-)
+BK_TINY = {"block_out_channels": (320, 640, 1280), "layers_per_block": (1, 1, 1), "mid_block_type": None}
+BK_TINY |= {"cross_attention_dim": 768, "in_channels": 4}
 NOT_FOR_CPP = (
     "stable-diffusion.cpp wants a layout of its own for bk-tiny of SD 1.x alone; SD 1.x, SD 2.x, SDXL, ssd-1b and "
     "segmind-vega it opens as --layout single-file, other students not at all"
@@ -102,10 +87,8 @@ NOT_FOR_CPP = (
 class SingleFile:
     """What a file holds: configs, and tensors in our models' names, still in the mapped file.
 
-    vae is None and text_encoders is empty where the file has none (a U-Net alone); of such a file schedule is None
-    unless it says, or shows, what it predicts. A text encoder has a projection if `text_projection.weight` is among its
-    tensors. tokenizers is empty where the vocabulary is CLIP's own, which is in no single file. metadata: the header's
-    text, without what was read into the configs.
+    vae is None and text_encoders empty where the file has none (a U-Net alone); of such a file schedule is None unless
+    it says, or shows, what it predicts. tokenizers is empty where they are CLIP's own, which are in no single file.
     """
 
     family: str  # "sd1", "sd2" or "sdxl"
@@ -114,23 +97,21 @@ class SingleFile:
     text_encoders: tuple[tuple[CLIPTextConfig, Tensors], ...]
     schedule: ScheduleConfig | None
     tokenizers: tuple[CLIPTokenizer, ...]
-    metadata: dict[str, str]
 
 
-# reading
+def read_file(path: str | Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a file, without torch's wrappers in their names, and the text in its header."""
+    return {without_wrappers(name): tensor for name, tensor in read_tensors(path).items()}, read_metadata(path)
 
 
 def read_single_file(path: str | Path, ema: bool = False) -> SingleFile:
     """Read a checkpoint of SD 1.x, SD 2.x, SDXL or a student of theirs, or a U-Net alone.
 
-    Names may be LDM's or, for a U-Net alone, diffusers'. What the file does not say is inferred (`interop.infer`).
+    Names may be LDM's or, for a U-Net alone, diffusers'. What the file does not say is inferred (`interop.configs`).
     A tensor of a known part that no rule explains is left for the strict loader to report.
 
-    Args:
-        ema: take the running average of the U-Net's weights, which full checkpoints have beside the last ones.
-
-    Raises:
-        InputError: another kind of file, tensors of no known part, no average where one is asked for.
+    ema: take the running average of the U-Net's weights, which full checkpoints have beside the last ones.
+    InputError: another kind of file, tensors of no known part, no average where one is asked for.
     """
     tensors, metadata = read_file(path)
     try:
@@ -140,7 +121,7 @@ def read_single_file(path: str | Path, ema: bool = False) -> SingleFile:
 
 
 def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFile:
-    kind = f"something else ({len(tensors)} tensors: {ldm.first_few(list(tensors))})"
+    kind = f"something else ({len(tensors)} tensors: {some(tensors, 3)})"
     kind = next((k for pattern, k in KINDS.items() if any(re.search(pattern, name) for name in tensors)), kind)
     if kind is not None:
         raise InputError(f"not a Stable Diffusion checkpoint: it seems to be {kind}")
@@ -150,17 +131,17 @@ def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFi
     weights = _averaged(parts) if ema else parts["unet"]
     if "input_blocks.0.0.weight" in weights:
         weights = ldm.from_ldm_unet(weights)
-    unet = read_config(metadata, UNET, UNetConfig.from_dict) or infer_unet_config(weights)
+    unet = configs.read_config(metadata, configs.UNET, UNetConfig.from_dict) or configs.infer_unet_config(weights)
     encoders = _read_text_encoders(parts, metadata)
     family = _family(unet, encoders[0][0] if encoders else None)
     if len(encoders) not in (0, len(TEXT_PREFIXES[family])):
         raise InputError(f"it holds {len(encoders)} text encoders, {family} has {len(TEXT_PREFIXES[family])}")
-    schedule = read_config(metadata, SCHEDULE, ScheduleConfig.from_dict)
-    if schedule is None and (encoders or family == "sd2" or PREDICTION in metadata or "v_pred" in tensors):
+    schedule = configs.read_config(metadata, configs.SCHEDULE, ScheduleConfig.from_dict)
+    if schedule is None and (encoders or family == "sd2" or configs.PREDICTION in metadata or "v_pred" in tensors):
         # All families share one schedule; they differ in what the network predicts.
-        prediction = infer_prediction(unet, weights, tensors, metadata)
+        prediction = configs.infer_prediction(unet, weights, tensors, metadata)
         schedule = ScheduleConfig(prediction_type=prediction, rescale_betas_zero_snr="ztsnr" in tensors)
-        if family == "sd2" and UNET not in metadata:  # the 768- and the 512-pixel models
+        if family == "sd2" and configs.UNET not in metadata:  # the 768- and the 512-pixel models
             unet = replace(unet, sample_size=96 if prediction == "v_prediction" else 64)
     return SingleFile(
         family=family,
@@ -168,8 +149,7 @@ def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFi
         vae=read_vae(parts["vae"], metadata, SDXL_VAE if family == "sdxl" else SD_VAE) if "vae" in parts else None,
         text_encoders=encoders,
         schedule=schedule,
-        tokenizers=read_config(metadata, TOKENIZERS, load_tokenizers) or (),
-        metadata={key: text for key, text in metadata.items() if key not in HEADER_KEYS},
+        tokenizers=configs.read_config(metadata, configs.TOKENIZERS, configs.load_tokenizers) or (),
     )
 
 
@@ -187,7 +167,7 @@ def _split(tensors: Tensors) -> dict[str, Tensors]:
         elif name not in UNUSED | MARKS:
             unknown.append(name)
     if unknown:
-        raise InputError(f"{len(unknown)} of {len(tensors)} tensors belong to no known part ({ldm.first_few(unknown)})")
+        raise InputError(f"{len(unknown)} of {len(tensors)} tensors belong to no known part ({some(unknown, 3)})")
     return parts
 
 
@@ -195,35 +175,30 @@ def _averaged(parts: dict[str, Tensors]) -> Tensors:
     """The U-Net from `model_ema.*`, where names have lost their dots: model_ema.diffusion_modelout2bias."""
     average = parts.get("ema", {})
     flat = {name: f"diffusion_model.{name}".replace(".", "") for name in parts["unet"]}
-    missing = [name for name in flat if flat[name] not in average]
-    if missing:
-        which = "no EMA weights" if len(average) < 3 else f"no EMA weight of {missing[0]}"
-        raise InputError(f"there is {which} in it: read it without ema")
+    if missing := [name for name in flat if flat[name] not in average]:
+        raise InputError(f"it has no EMA weights of {len(missing)} tensors ({some(missing, 3)}): read it without ema")
     return {name: average[spelling] for name, spelling in flat.items()}
 
 
 def _read_text_encoders(
     parts: dict[str, Tensors], metadata: dict[str, str]
 ) -> tuple[tuple[CLIPTextConfig, Tensors], ...]:
-    saved = read_config(metadata, TEXT, lambda configs: [CLIPTextConfig.from_dict(c) for c in configs])
-    found = [(index, kind) for index in range(2) for kind in ("clip", "open_clip") if f"{kind} {index}" in parts]
-    if [index for index, _ in found] != list(range(len(found))):
-        raise InputError("its text encoders are not those of one Stable Diffusion: one too many, or the first lacks")
+    saved = configs.read_config(metadata, configs.TEXT, lambda saved: [CLIPTextConfig.from_dict(one) for one in saved])
     encoders = []
-    for index, kind in found:
-        part = parts[f"{kind} {index}"].items()
-        tensors = {n: t for n, t in part if n not in UNUSED_TEXT and not n.endswith("position_ids")}
-        if kind == "open_clip":
+    for part in (part for part in ("clip 0", "open_clip 0", "open_clip 1") if part in parts):
+        tensors = {name: tensor for name, tensor in parts[part].items() if name not in UNUSED_TEXT}
+        if part.startswith("open_clip"):
             tensors = ldm.from_open_clip(tensors)
-        ours = ("text_model.", "text_projection.")  # transformers leaves out text_model. since 5.6
-        tensors = {n if n.startswith(ours) else f"text_model.{n}": tensor for n, tensor in tensors.items()}
         if saved:
-            config = saved[min(index, len(saved) - 1)]
+            config = saved[min(len(encoders), len(saved) - 1)]
         else:
-            if index == 0:  # a whole CLIP has what the first encoder does not use: SD 2.x reads the last states but one
-                unread = ("text_projection.", "text_model.encoder.layers.23.")
-                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unread)}
-            config = infer_text_config(tensors, "gelu" if kind == "open_clip" else "quick_gelu")
+            if part.endswith("0"):
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNREAD)}
+            widths = [t.shape[-1] for name, t in tensors.items() if name.endswith("token_embedding.weight")]
+            config = TEXT_ENCODERS.get(*widths or [None])
+            if config is None:
+                what = f"its text encoder ({part}) is {widths} wide, not 768, 1024 or 1280"
+                raise InputError(f"{what}, and it carries no config: use the model's folder")
         encoders.append((config, tensors))
     return tuple(encoders)
 
@@ -235,57 +210,78 @@ def _family(unet: UNetConfig, text: CLIPTextConfig | None) -> str:
     return "sd2" if is_sd2 else "sd1"
 
 
-# writing
+def read_vae_file(path: str | Path, base: VAEConfig = SD_VAE) -> tuple[VAEConfig | TinyConfig, Tensors]:
+    """Read a VAE alone, in diffusers' or LDM's names, or a TAESD in diffusers'.
+
+    base: the config of a full VAE whose header has none. All Stable Diffusions share one architecture and differ
+    in the scaling_factor, which no file says, so this should be the config of the VAE that is replaced.
+    Returns (config, tensors in our names), for AutoencoderKL or, with a TinyConfig, AutoencoderTiny.
+    InputError: the file is not a VAE, or holds more than one.
+    """
+    tensors, metadata = read_file(path)
+    try:
+        for prefix in ("first_stage_model.", "vae."):
+            if tensors and all(name.startswith(prefix) for name in tensors):
+                tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if "decoder.layers.0.weight" in tensors:
+            width = configs.shape_of(tensors, "encoder.layers.0.weight", 4)[0]
+            latents = configs.shape_of(tensors, "decoder.layers.0.weight", 4)[1]
+            return TinyConfig(width=width, latent_channels=latents), tensors
+        if not any(name.endswith("coder.conv_in.weight") for name in tensors):
+            raise InputError(f"not a VAE: it holds {len(tensors)} tensors, {some(tensors, 3)}")
+        return read_vae(tensors, metadata, base)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
-def write_single_file(
-    path: str | Path,
-    unet: UNet,
-    vae: AutoencoderKL,
-    text_encoders: Sequence[CLIPTextModel],
-    schedule: ScheduleConfig,
-    tokenizers: Sequence[CLIPTokenizer] = (),
-    metadata: Mapping[str, str] | None = None,
-    for_cpp: bool = False,
-) -> None:
+def read_vae(tensors: Tensors, metadata: Mapping[str, str], base: VAEConfig) -> tuple[VAEConfig, Tensors]:
+    """A VAE's config, from the header or else `base`, and its tensors in our names, from diffusers' or LDM's.
+
+    The attention may still have its old names, or convolutions for matrices: `load_into` knows both.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING)}
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
+        tensors = ldm.from_ldm_vae(tensors)
+    return configs.read_config(metadata, configs.VAE, VAEConfig.from_dict) or base, tensors
+
+
+def write_single_file(path: str | Path, pipe: Pipeline, for_cpp: bool = False) -> None:
     """Write a pipeline as one .safetensors file in LDM's layout (sgm's for SDXL), atomically.
 
     diffusers' `from_single_file` does not read the configs in the header: of a student it needs `config=FOLDER`, a
     pipeline folder of that student. One whose stages differ in their number of layers it opens as a folder only.
 
-    Args:
-        tokenizers: kept in the file's header, unless their vocabulary is CLIP's own.
-        metadata: text to carry along in the header.
-        for_cpp: for stable-diffusion.cpp, which wants BK-Tiny's blocks in the numbers of its teacher; ComfyUI and
-            diffusers want them without gaps.
-
-    Raises:
-        InputError: parts this layout has no place for, a name that does not end in .safetensors, a full disk.
+    for_cpp: for stable-diffusion.cpp, which wants BK-Tiny's blocks in the numbers of its teacher; others want no gaps.
+    InputError: parts this layout has no place for, a name that does not end in .safetensors, a full disk.
     """
-    family = _family(unet.config, text_encoders[0].config if text_encoders else None)
-    prefixes = TEXT_PREFIXES[family]
+    config, encoders = pipe.unet.config, pipe.text_encoders
+    family = _family(config, encoders[0].config)
     for fits, problem in (
         (Path(path).suffix == ".safetensors", "a single file is written as .safetensors only"),
-        (isinstance(vae, AutoencoderKL), "a tiny VAE (TAESD) has no place in a single file: use the full one"),
-        (not for_cpp or replace(unet.config, sample_size=SD15.sample_size) == BK_TINY, NOT_FOR_CPP),
-        (len(text_encoders) == len(prefixes), f"{family} has {len(prefixes)} text encoders, not {len(text_encoders)}"),
+        (isinstance(pipe.vae, AutoencoderKL), "a tiny VAE (TAESD) has no place in a single file: use the full one"),
+        (not for_cpp or BK_TINY.items() <= vars(config).items(), NOT_FOR_CPP),
     ):
         if not fits:
             raise InputError(f"cannot write {path}: {problem}")
-    weights, vae_weights, *texts = (
-        {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
-        for model in (unet, vae, *text_encoders)
-    )
     parts = {
-        "model.diffusion_model.": ldm.to_ldm_unet(weights, unet.config, gaps=for_cpp),
-        "first_stage_model.": ldm.to_ldm_vae(vae_weights),
+        "model.diffusion_model.": ldm.to_ldm_unet(pipe.unet.state_dict(), SD15 if for_cpp else config),
+        "first_stage_model.": ldm.to_ldm_vae(pipe.vae.state_dict()),
     }
-    for prefix, text in zip(prefixes, texts, strict=True):
+    for prefix, encoder in zip(TEXT_PREFIXES[family], encoders, strict=True):
+        text = encoder.state_dict()
         parts[prefix] = ldm.to_open_clip(text) if prefix.endswith("model.") else text
     tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
-    tensors |= marks(unet.config, schedule)
-    own = write_configs(unet, vae, text_encoders, schedule, tokenizers)
-    write_safetensors(path, tensors, {**(metadata or {}), **own})
+    tensors |= marks(config, pipe.schedule)
+    content = {
+        configs.UNET: config.to_dict(),
+        configs.VAE: pipe.vae.config.to_dict(),
+        configs.TEXT: [encoder.config.to_dict() for encoder in encoders],
+        configs.SCHEDULE: pipe.schedule.to_dict(),
+        **configs.tokenizer_entry(pipe.tokenizers),
+    }
+    header = {key: json.dumps(value, ensure_ascii=False) for key, value in content.items()}
+    header |= sampling_metadata(pipe.sampling) | configs.prediction_entry(pipe.schedule)
+    write_safetensors(path, tensors, header)
 
 
 def marks(unet: UNetConfig, schedule: ScheduleConfig) -> Tensors:

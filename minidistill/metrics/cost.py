@@ -1,13 +1,12 @@
-"""What a network costs: multiply-accumulates and time of a call, and the memory of a step before it takes any."""
+"""Cost of a network: multiply-accumulates and time of a call, and the peak memory of a computation."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import statistics
-import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from minidistill.models.layers import Attention
 from minidistill.models.unet import UNet, UNetConfig, random_inputs
 
 GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def count_macs(unet_or_config: UNet | UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
@@ -33,31 +31,41 @@ def count_macs(unet_or_config: UNet | UNetConfig, height: int, width: int, token
     `thop`), and the two matrix products of attention.
     """
     config = unet_or_config.config if isinstance(unet_or_config, UNet) else unet_or_config
-    return _macs(config, height, width, tokens)["Global"]
+    linear, attention = _macs(config, height, width, tokens)
+    return {"conv_linear": linear[""], "attention": attention[""]}
 
 
 def macs_by_module(config: UNetConfig, height: int, width: int, tokens: int = 77) -> dict[str, int]:
     """MACs of convolutions and linear layers in each module, by its name; "" is the whole network."""
-    counts = _macs(config, height, width, tokens)
-    return {
-        name.removeprefix("UNet").removeprefix("."): count["conv_linear"]
-        for name, count in counts.items()
-        if name != "Global"
-    }
+    return dict(_macs(config, height, width, tokens)[0])
 
 
 @lru_cache
-def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> dict[str, dict[str, int]]:
-    """{"Global" | "UNet" | "UNet.<module>": counts}, computed on the meta device."""
-    config = replace(config, upcast_attention=False)  # no effect on MACs; the meta device has no autocast
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        UNet(config)(*random_inputs(config, 1, height, width, tokens))
-    result = {}
-    for module, counts in counter.get_flop_counts().items():
-        flops = {str(op): n for op, n in counts.items()}
-        linear = sum(flops.get(op, 0) for op in ("aten.convolution", "aten.mm", "aten.addmm"))
-        result[module] = {"conv_linear": linear // 2, "attention": (sum(flops.values()) - linear) // 2}
-    return result
+def _macs(config: UNetConfig, height: int, width: int, tokens: int) -> tuple[Counter[str], Counter[str]]:
+    """MACs by module of convolutions and linear layers, and of attention, counted on the meta device."""
+    linear, attention = Counter(), Counter()
+
+    def count(counter: Counter[str], name: str, macs: int) -> None:
+        while name:  # the module and all modules that contain it
+            counter[name] += macs
+            name = name.rpartition(".")[0]
+        counter[""] += macs
+
+    with torch.device("meta"):
+        unet = UNet(replace(config, upcast_attention=False))  # no effect on MACs; the meta device has no autocast
+        inputs = random_inputs(config, 1, height, width, tokens)
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(
+                lambda module, _, out, name=name: count(linear, name, out.numel() * module.weight[0].numel())
+            )
+        elif isinstance(module, Attention):  # q k^T and the product with v: L x M x C each
+            module.register_forward_hook(
+                lambda module, args, out, name=name: count(attention, name, 2 * out.numel() * args[-1].shape[1])
+            )
+    with torch.no_grad():
+        unet(*inputs)
+    return linear, attention
 
 
 @torch.no_grad()
@@ -133,18 +141,14 @@ def on_device(networks: Sequence[nn.Module], device: torch.device) -> Iterator[N
         network.to("cpu")
 
 
-def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for reuse, on Linux with glibc; no effect elsewhere.
-
-    By default it returns freed blocks to the system and faults them in again page by page: 11,000 page faults per
-    training step of the miniature, 5 % of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # 32 MiB, the maximum in glibc
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
 def format_bytes(count: int) -> str:
     """12.3 GiB; MiB below one."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def format_count(n: float) -> str:
+    """859.5 M, 338.6 G, 12.3 k: three to four digits."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.1f} {unit}" if n < 1e13 else f"{n / size:.0f} {unit}"
+    return f"{n:.0f}"

@@ -11,7 +11,7 @@ from minidistill.pipeline import VAE, to_pixels
 
 @torch.no_grad()
 def evaluate_vae(vae: VAE, count: int) -> dict[str, float]:
-    """PSNR in dB of reconstructions, on all scenes and on plain grounds (if any), and the share judged all correct."""
+    """PSNR in dB of reconstructions, of all scenes and of those on plain grounds (if any); share all correct."""
     data = Scenes("test", length=count)
     psnr, correct = [], []
     for start in range(0, count, 50):

@@ -1,1 +1,1 @@
-"""The networks. Each file stands on torch (and layers.py) alone."""
+"""The networks. Each file needs torch and at most layers.py: it can be copied out."""

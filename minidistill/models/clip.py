@@ -272,20 +272,19 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pixels (B, 3, S, S) -> all hidden states, pooled state before projection."""
+    """Pixels (B, 3, S, S) -> pooled state before projection (B, D): the class token after the final norm."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps
-        )  # sic: the name in all checkpoints
+        # sic: the name in all checkpoints
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = Encoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def forward(self, pixels: Tensor) -> Tensor:
         states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
-        return states, self.post_layernorm(states[-1][:, 0])  # the class token
+        return self.post_layernorm(states[-1][:, 0])
 
 
 class CLIPTextOutput(NamedTuple):
@@ -294,15 +293,6 @@ class CLIPTextOutput(NamedTuple):
     last_hidden_state: Tensor  # (B, L, D), after the final LayerNorm
     hidden_states: tuple[Tensor, ...]  # embeddings and each layer's output, (B, L, D), no final LayerNorm
     pooled: Tensor  # last_hidden_state at the end token, (B, D), or projected, (B, projection_dim)
-
-
-class CLIPVisionOutput(NamedTuple):
-    """Output of the image encoder."""
-
-    image_embeds: Tensor  # (B, projection_dim), not normalised
-    last_hidden_state: Tensor  # (B, 1 + patches, D), before post_layernorm
-    hidden_states: tuple[Tensor, ...]  # embeddings and each layer's output, (B, 1 + patches, D)
-    pooled: Tensor  # class token after post_layernorm, (B, D)
 
 
 class CLIPTextModel(nn.Module):
@@ -323,22 +313,6 @@ class CLIPTextModel(nn.Module):
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
         return CLIPTextOutput(last, states, pooled)
-
-
-class CLIPVisionModel(nn.Module):
-    """The image encoder alone: transformers' `CLIPVisionModelWithProjection`."""
-
-    def __init__(self, config: CLIPVisionConfig):
-        super().__init__()
-        self.config = config
-        self.vision_model = VisionTransformer(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        init_weights(self)
-
-    def forward(self, pixels: Tensor) -> CLIPVisionOutput:
-        """pixels (B, 3, image_size, image_size), normalised with CLIP's mean and standard deviation."""
-        states, pooled = self.vision_model(pixels)
-        return CLIPVisionOutput(self.visual_projection(pooled), states[-1], states, pooled)
 
 
 class CLIPModel(nn.Module):
@@ -362,13 +336,11 @@ class CLIPModel(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """ids (B, L) int64 -> unit vectors (B, projection_dim)."""
-        pooled = self.text_model(ids)[-1]
-        return F.normalize(self.text_projection(pooled), dim=-1)
+        return F.normalize(self.text_projection(self.text_model(ids)[-1]), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, image_size, image_size), normalised -> unit vectors (B, projection_dim)."""
-        pooled = self.vision_model(pixels)[-1]
-        return F.normalize(self.visual_projection(pooled), dim=-1)
+        return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
 
 
 @torch.no_grad()

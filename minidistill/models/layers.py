@@ -1,4 +1,4 @@
-"""Layers of the Stable Diffusion U-Net. Attribute names are those of diffusers, so that official weights load."""
+"""Layers of Stable Diffusion's U-Net. Attribute names are those of diffusers, so that official weights load."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of timesteps, or of SDXL's sizes in pixels. Always computed in float32.
+    """Sinusoidal embedding of timesteps, or of SDXL's sizes in pixels (DDPM, arXiv 2006.11239, appendix B).
 
-    t (N,) of any dtype, dim even -> (N, dim) float32, cosines first. bfloat16 would round timestep 999 to 1000.
-    Source: DDPM (arXiv 2006.11239), as in Stable Diffusion.
+    t (N,) of any dtype, dim even -> (N, dim), cosines first. Computed in float32: bfloat16 rounds 999 to 1000.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -36,21 +35,22 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Residual block: x (B, C_in, h, w), SiLU of the time embedding (B, emb_dim) -> (B, C_out, h, w).
 
-    All blocks share that SiLU, so the U-Net applies it once.
+    All blocks share that SiLU, so the U-Net applies it once. Those of the VAE have no time embedding: emb_dim None.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, groups: int, eps: float):
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int | None, groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(emb_dim, out_channels)
+        self.time_emb_proj = None if emb_dim is None else nn.Linear(emb_dim, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(emb)[:, :, None, None]
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -58,7 +58,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention from x (B, L, C) to context (B, M, D), or to x itself without a context.
 
-    upcast: compute attention in float32 whatever the network's precision (the scores of SD 2.1 overflow float16).
+    upcast: compute attention in float32 in any precision of the network (the scores of SD 2.1 overflow float16).
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, upcast: bool = False):
@@ -104,7 +104,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        # Index 1 is a dropout in diffusers: it has no weights, but makes the last layer net.2.
+        # Index 1 is a dropout in diffusers, so that the last layer is named net.2.
         self.net = nn.Sequential(GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,9 +132,9 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Transformer blocks over the positions of a feature map: x (B, C, h, w), context (B, L, D) -> (B, C, h, w).
 
-    Returns the output of `proj_out`; the caller adds the residual x. BK-SDM-Tiny distils that tensor, and as an output
-    it keeps its gradient under activation checkpointing. linear: project in and out by nn.Linear (SD 2.x, SDXL)
-    instead of a 1x1 convolution (SD 1.x).
+    Returns the output of `proj_out`, to which the caller adds the residual x: a feature that BK-SDM-Tiny distils, and
+    which as an output keeps its gradient under activation checkpointing. linear: project by nn.Linear (SD 2.x, SDXL)
+    instead of 1x1 convolutions (SD 1.x).
     """
 
     def __init__(self, dim: int, heads: int, depth: int, context_dim: int, *, groups: int, linear: bool, upcast: bool):

@@ -5,8 +5,8 @@
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3 and section 4.1. For a
 convolution, `down` is a convolution (r, in, k, k) with the layer's stride and padding, and `up` is 1x1, (out, r, 1, 1).
 
-A layer with an attached LoRA remains an nn.Linear or nn.Conv2d, with two more parameters, so all other names stay the
-same: the state dict of the network is `base_state` (the official names) plus `lora_state`.
+A layer with an attached LoRA is the same module, of a subclass of nn.Linear or nn.Conv2d, with two more parameters. All
+other names stay the same: the state dict of the network is `base_state` (the official names) plus `lora_state`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ class LoRAWeights(NamedTuple):
 
 
 class LoRALinear(nn.Linear):
-    """x (..., in) -> W x + b + scale * (alpha / r) * up (down x). Shares the parameters of `base`."""
-
-    def __init__(self, base: nn.Linear, weights: LoRAWeights, scale: float):
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        _take_over(self, base, weights, scale)
+    """x (..., in) -> W x + b + scale * (alpha / r) * up (down x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.lora_down.to(x.dtype))  # cast the small weights, not the input
@@ -52,14 +48,7 @@ class LoRALinear(nn.Linear):
 
 
 class LoRAConv2d(nn.Conv2d):
-    """x (B, in, h, w) -> conv(x) + scale * (alpha / r) * up (down x). Shares the parameters of `base`."""
-
-    def __init__(self, base: nn.Conv2d, weights: LoRAWeights, scale: float):
-        super().__init__(
-            base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding, base.dilation,
-            bias=base.bias is not None, device="meta",
-        )  # fmt: skip
-        _take_over(self, base, weights, scale)
+    """x (B, in, h, w) -> conv(x) + scale * (alpha / r) * up (down x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.conv2d(x, self.lora_down.to(x.dtype), None, self.stride, self.padding, self.dilation)
@@ -67,13 +56,6 @@ class LoRAConv2d(nn.Conv2d):
 
 
 LoRALayer = LoRALinear | LoRAConv2d
-
-
-def _take_over(layer: LoRALayer, base: nn.Linear | nn.Conv2d, weights: LoRAWeights, scale: float) -> None:
-    layer.weight, layer.bias = base.weight, base.bias
-    layer.lora_down, layer.lora_up = nn.Parameter(weights.down), nn.Parameter(weights.up)
-    layer.alpha, layer.scale = weights.alpha, scale
-    layer.train(base.training)
 
 
 def _factor(layer: LoRALayer) -> float:
@@ -161,9 +143,10 @@ def attach_lora(
     fitted = {name: fit(found, network.get_submodule(name)) for name, found in weights.items()}
     for name, found in fitted.items():
         base = network.get_submodule(name)
-        kind = LoRALinear if isinstance(base, nn.Linear) else LoRAConv2d
         down, up = (t.detach().to(base.weight.device, dtype or base.weight.dtype, copy=True) for t in found[:2])
-        _replace(network, name, kind(base, LoRAWeights(down, up, found.alpha), scale))
+        base.__class__ = LoRALinear if isinstance(base, nn.Linear) else LoRAConv2d
+        base.lora_down, base.lora_up = nn.Parameter(down), nn.Parameter(up)
+        base.alpha, base.scale = found.alpha, scale
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(_is_lora(name))
     return len(lora_layers(network))
@@ -197,32 +180,19 @@ def _is_lora(name: str) -> bool:
     return name.rpartition(".")[2] in LORA_PARAMETERS
 
 
-def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, layer)
-
-
 def remove_lora(network: nn.Module) -> int:
     """Detach the LoRA, in place, which leaves the base model, still frozen. Returns the number of layers."""
     layers = lora_layers(network)
-    for name, layer in layers.items():
-        if isinstance(layer, LoRALinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        else:
-            plain = nn.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                bias=layer.bias is not None, device="meta",
-            )  # fmt: skip
-        plain.weight, plain.bias = layer.weight, layer.bias
-        _replace(network, name, plain.train(layer.training))
+    for layer in layers.values():
+        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+        del layer.lora_down, layer.lora_up, layer.alpha, layer.scale
     return len(layers)
 
 
 def merge_lora(network: nn.Module) -> int:
     """Merge the attached LoRA, with its scale, into the weights, which stay frozen. Returns the number of layers."""
-    for name, layer in lora_layers(network).items():
-        found = LoRAWeights(layer.lora_down, layer.lora_up, layer.alpha)
-        merge_weights(network, {name: found}, layer.scale)
+    for name, weights in lora_weights(network).items():
+        merge_weights(network, {name: weights}, network.get_submodule(name).scale)
     return remove_lora(network)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Other keys of a diffusers config, with the only supported value.
+# Other keys of a diffusers config, with their only supported values.
 FIXED = {
     "act_fn": "relu",
     "upsample_fn": "nearest",
@@ -27,7 +27,6 @@ FIXED = {
     "force_upcast": False,
     "shift_factor": 0.0,
 }
-WIDTHS = ("encoder_block_out_channels", "decoder_block_out_channels", "block_out_channels")
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,17 @@ class TinyConfig:
 
         ValueError: a setting that is not supported (stages of different widths, another activation).
         """
-        known = {field.name for field in fields(cls)} - {"width"}
-        values = {}
+        d = {key: list(v) if isinstance(v, tuple) else v for key, v in d.items() if v is not None and key[0] != "_"}
+        known = {field.name: d[field.name] for field in fields(cls) if field.name in d and field.name != "width"}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+        width = d.get("encoder_block_out_channels", [cls.width])[0]
+        config = cls(**values, width=width)
+        written = config.to_dict()
+        written["block_out_channels"] = written["decoder_block_out_channels"]
         for key, value in d.items():
-            if key.startswith("_") or value is None:
-                continue
-            if key in WIDTHS:
-                if len({*value, values.setdefault("width", value[0])}) != 1:
-                    raise ValueError(f"TAESD config: {key} = {value!r} is not supported (one width for all stages is)")
-            elif key in known:
-                values[key] = tuple(value) if isinstance(value, list) else value
-            elif key not in FIXED:
-                raise ValueError(f"TAESD config: unknown key {key} = {value!r}")
-            elif value != FIXED[key]:
-                raise ValueError(f"TAESD config: {key} = {value!r} is not supported (only {FIXED[key]!r} is)")
-        return cls(**values)
+            if value != written.get(key):
+                raise ValueError(f"TAESD config: {key} = {value!r} is not supported (only {written.get(key)!r} is)")
+        return config
 
     def to_dict(self) -> dict:
         """A config.json from which diffusers builds the same `AutoencoderTiny`."""

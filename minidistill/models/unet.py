@@ -25,7 +25,7 @@ from minidistill.models.unet_config import UNetConfig
 def run(module: nn.Module, *args: Tensor, checkpointing: bool) -> Tensor:
     """module(*args); with `checkpointing` its activations are recomputed in the backward pass instead of stored.
 
-    Non-reentrant: the reentrant variant loses the gradient of features taken from inside the region.
+    Non-reentrant, because the reentrant variant detaches features that are read from inside the region.
     """
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(module, *args, use_reentrant=False)
@@ -52,7 +52,7 @@ def make_transformer(config: UNetConfig, stage: int, depth: int) -> Transformer:
 
 
 class DownBlock(nn.Module):
-    """A stage of the encoder: resnets, each followed by a transformer if the stage attends to text, a downsampler."""
+    """A stage of the encoder: resnets, each followed by a transformer if the stage attends to text; a downsampler."""
 
     def __init__(self, config: UNetConfig, stage: int):
         super().__init__()
@@ -68,7 +68,7 @@ class DownBlock(nn.Module):
     def forward(
         self, h: Tensor, emb: Tensor, context: Tensor, checkpointing: bool
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """-> (output, skips for the decoder, output of the last transformer before its residual, if any)."""
+        """-> (output, skip connections, output of the last transformer before its residual, if any)."""
         skips, proj_out = [], None
         for j, resnet in enumerate(self.resnets):
             h = run(resnet, h, emb, checkpointing=checkpointing)
@@ -83,7 +83,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The innermost block: resnet, transformer, resnet; or for UNetMidBlock2D a single resnet."""
+    """The middle block: resnet, transformer, resnet; for UNetMidBlock2D a single resnet."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -102,7 +102,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A stage of the decoder: like the encoder's, but each resnet also reads a skip; then an upsampler."""
+    """A stage of the decoder: as in the encoder, but each resnet also reads a skip connection; an upsampler."""
 
     def __init__(self, config: UNetConfig, index: int):
         super().__init__()
@@ -119,14 +119,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if stage == 0 else [Upsample(channels[stage])])
 
     def forward(
-        self,
-        h: Tensor,
-        skips: list[Tensor],
-        size: torch.Size,
-        emb: Tensor,
-        context: Tensor,
-        *,
-        checkpointing: bool,
+        self, h: Tensor, skips: list[Tensor], size: torch.Size, emb: Tensor, context: Tensor, checkpointing: bool
     ) -> tuple[Tensor, Tensor | None]:
         """skips: those of this stage, used from the last to the first; size: (h, w) to upsample to.
 
@@ -144,7 +137,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoising network: predicts eps, v or x0 from noisy latents, timesteps and text states."""
+    """The denoising network: predicts eps, v or x0 from noisy latents, timesteps and text states (arXiv 2112.10752)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -177,11 +170,12 @@ class UNet(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Predict from x (B, C, h, w), timesteps t (B,) or 0-d, and text states context (B, L, D).
 
-        added_cond is for SDXL: "text_embeds" (B, 1280), the pooled text, and "time_ids" (B, 6), in pixels:
-        original height and width, crop top and left, target height and width.
-        Returns (B, C_out, h, w); with return_features also the outputs of the stages by name: "down.i", "mid",
-        "up.i", and "down.i.proj_out" / "up.i.proj_out", of the stage's last transformer before its residual.
-        Raises ValueError for inputs that do not fit the config.
+        added_cond, for SDXL: "text_embeds" (B, 1280), the pooled text, and "time_ids" (B, 6), in pixels: original
+        height and width, crop top and left, target height and width.
+        Returns (B, C_out, h, w); with return_features also the intermediate features by name: the outputs of the
+        stages, "down.i", "mid" and "up.i", and those of their last transformers before the residual,
+        "down.i.proj_out" and "up.i.proj_out".
+        ValueError: inputs that do not fit the config.
         """
         h, skips, emb, features = self.encode(x, t, context, added_cond)
         context = context.to(self.dtype)
@@ -189,7 +183,7 @@ class UNet(nn.Module):
             skips, own = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
             # The size of the next skip: not the double where a size was odd. The last stage does not upsample.
             size = (skips or own)[-1].shape[-2:]
-            h, proj_out = block(h, own, size, emb, context, checkpointing=self.gradient_checkpointing)
+            h, proj_out = block(h, own, size, emb, context, self.gradient_checkpointing)
             add_features(features, f"up.{i}", h, proj_out)
         out = self.conv_out(F.silu(self.conv_norm_out(h)))
         return (out, features) if return_features else out
@@ -236,7 +230,7 @@ class UNet(nn.Module):
 
 
 def add_features(features: dict[str, Tensor], name: str, h: Tensor, proj_out: Tensor | None) -> None:
-    """Add a stage's output as `name`, and that of its last transformer, if it has one, as `name`.proj_out."""
+    """Add the output of a stage as `name`, and that of its last transformer, if any, as `name`.proj_out."""
     features[name] = h
     if proj_out is not None:
         features[f"{name}.proj_out"] = proj_out
@@ -257,22 +251,13 @@ def random_inputs(
 
 SD15 = UNetConfig(sample_size=64, cross_attention_dim=768)
 SD21 = UNetConfig(  # the 768-pixel model, which predicts v
-    sample_size=96,
-    cross_attention_dim=1024,
-    attention_head_dim=(5, 10, 20, 20),
-    use_linear_projection=True,
-    upcast_attention=True,
-)
+    sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+    use_linear_projection=True, upcast_attention=True,
+)  # fmt: skip
 SDXL = UNetConfig(
-    sample_size=128,
-    cross_attention_dim=2048,
+    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    attention_head_dim=(5, 10, 20),
-    transformer_layers_per_block=(1, 2, 10),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
+    block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip

@@ -7,43 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
-UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
-MID_TYPES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)  # UNetMidBlock2D: a single resnet (SSD-1B)
+KINDS = {  # supported values
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),  # UNetMidBlock2D: a single resnet (SSD-1B)
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "addition_embed_type": ("text_time", None),
+}
 PER_STAGE = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block")
 
-# Other keys of a diffusers config, with the only supported value (the default in diffusers).
+# Other keys of a diffusers config, with their only supported values (the defaults of diffusers).
 FIXED = {
-    "act_fn": "silu",
-    "addition_embed_type_num_heads": 64,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1,
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-}
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "downsample_padding": 1,
+    "class_embed_type": None, "class_embeddings_concat": False, "num_class_embeds": None,
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "dropout": 0.0, "num_attention_heads": None,
+    "cross_attention_norm": None, "dual_cross_attention": False, "only_cross_attention": False,
+    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "addition_embed_type_num_heads": 64,
+    "flip_sin_to_cos": True, "freq_shift": 0, "time_embedding_type": "positional", "time_embedding_dim": None,
+    "time_embedding_act_fn": None, "time_cond_proj_dim": None, "timestep_post_act": None,
+    "mid_block_only_cross_attention": None, "mid_block_scale_factor": 1,
+    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,18 +68,14 @@ class UNetConfig:
         self._check_numbers()
 
     def _check_names(self) -> None:
-        for name, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
-            for kind in getattr(self, name):
+        for name, known in KINDS.items():
+            value = getattr(self, name)
+            for kind in value if isinstance(value, tuple) else (value,):
                 if kind not in known:
                     raise ValueError(f"U-Net config: {name} {kind!r} is not one of {known}")
-        if self.mid_block_type not in MID_TYPES:
-            raise ValueError(f"U-Net config: mid_block_type {self.mid_block_type!r} not one of {MID_TYPES}")
-        if self.addition_embed_type not in (None, "text_time"):
-            raise ValueError(f"U-Net config: addition_embed_type {self.addition_embed_type!r} is unknown")
-        if self.addition_embed_type is not None:
-            for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-                if not getattr(self, name):
-                    raise ValueError(f"U-Net config: addition_embed_type text_time needs {name}")
+        sizes = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        if self.addition_embed_type and not all(getattr(self, name) for name in sizes):
+            raise ValueError(f"U-Net config: addition_embed_type text_time needs {' and '.join(sizes)}")
 
     def _check_numbers(self) -> None:
         stages, groups = len(self.block_out_channels), self.norm_num_groups

@@ -1,8 +1,7 @@
 """The variational autoencoder of Stable Diffusion: images <-> latents.
 
-One file, on torch alone. The networks are those of Rombach et al., "High-Resolution Image Synthesis with Latent
-Diffusion Models" (arXiv 2112.10752); state-dict names are those of diffusers' `AutoencoderKL`, so the official
-`vae/diffusion_pytorch_model.safetensors` loads without conversion.
+The networks are those of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv
+2112.10752); state-dict names are those of diffusers' `AutoencoderKL`, so the official weights load without conversion.
 
 Three details are easy to get wrong and hard to notice:
 - all GroupNorms have eps 1e-6 (those of the U-Net have 1e-5);
@@ -17,6 +16,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minidistill.models.layers import ResnetBlock
 
 NORM_EPS = 1e-6
 
@@ -44,12 +45,9 @@ class VAEConfig:
     def __post_init__(self) -> None:
         if not self.block_out_channels or self.layers_per_block < 1:
             raise ValueError("a VAE needs at least one entry in block_out_channels and layers_per_block >= 1")
-        for channels in self.block_out_channels:
-            if self.norm_num_groups < 1 or channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels {self.block_out_channels} must all be multiples of "
-                    f"norm_num_groups {self.norm_num_groups}"
-                )
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if groups < 1 or any(channels % groups for channels in widths):
+            raise ValueError(f"block_out_channels {widths} must be multiples of norm_num_groups {groups}")
 
     @property
     def downscale(self) -> int:
@@ -58,32 +56,21 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, d: dict) -> VAEConfig:
-        """From the `vae/config.json` of any diffusers version.
+        """From the `vae/config.json` of any diffusers version; absent keys take its defaults, keys "_..." are ignored.
 
-        Absent keys take the defaults of diffusers (`scaling_factor` 0.18215), keys "_..." are ignored. ValueError: a
-        setting that is not supported (another activation, SD3's `shift_factor`, ...).
+        ValueError: a setting that is not supported (another activation, SD3's `shift_factor`, ...).
         """
         d = {key: list(v) if isinstance(v, tuple) else v for key, v in d.items() if not key.startswith("_")}
-        stages = tuple(d.get("block_out_channels", cls.block_out_channels))
-        only = {  # keys with one supported value
-            "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * len(stages),
-            "up_block_types": ["UpDecoderBlock2D"] * len(stages),
-            "shift_factor": None,
-            "latents_mean": None,
-            "latents_std": None,
-        }
-        known = {field.name for field in fields(cls)}
-        for key, value in d.items():
-            if key in only and value != only[key]:
-                raise ValueError(f"VAE config: {key} = {value!r} is not supported (only {only[key]!r} is)")
-            if key not in only and key not in known and value is not None:
-                raise ValueError(f"VAE config: unknown key {key} = {value!r}")
-        values = {key: value for key, value in d.items() if key in known and value is not None}
-        values["block_out_channels"] = stages
+        values = {field.name: d[field.name] for field in fields(cls) if d.get(field.name) is not None}
+        values["block_out_channels"] = tuple(d.get("block_out_channels", cls.block_out_channels))
         if isinstance(values.get("sample_size"), list):
             values["sample_size"] = max(values["sample_size"])
-        return cls(**values)
+        config = cls(**values)
+        written = config.to_dict()
+        for key, value in d.items():
+            if key not in values and value != written.get(key):
+                raise ValueError(f"VAE config: {key} = {value!r} is not supported")
+        return config
 
     def to_dict(self) -> dict:
         """A config.json from which diffusers builds the same `AutoencoderKL`."""
@@ -102,25 +89,6 @@ SD_VAE = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, 
 SDXL_VAE = VAEConfig(
     block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, scaling_factor=0.13025
 )
-
-
-class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = None
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -165,7 +133,7 @@ class Upsample(nn.Module):
 
 def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
     widths = [in_channels] + [out_channels] * layers
-    return nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], groups) for i in range(layers))
+    return nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], None, groups, NORM_EPS) for i in range(layers))
 
 
 class DownBlock(nn.Module):
@@ -326,13 +294,10 @@ def decode_tiled(vae: AutoencoderKL, latents: Tensor, tile: int = 64, overlap: i
                 weight = torch.zeros_like(image[:1, :1])
             rise = overlap * factor
             fade = _fade(part.shape[2], rise, part)[:, None] * _fade(part.shape[3], rise, part)[None, :]
-            area = (
-                ...,
-                slice(top * factor, top * factor + part.shape[2]),
-                slice(left * factor, left * factor + part.shape[3]),
-            )
-            image[area] += part * fade
-            weight[area] += fade
+            rows = slice(top * factor, top * factor + part.shape[2])
+            columns = slice(left * factor, left * factor + part.shape[3])
+            image[..., rows, columns] += part * fade
+            weight[..., rows, columns] += fade
     return image / weight
 
 

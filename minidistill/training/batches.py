@@ -7,19 +7,18 @@ the same after a resume, for any batch size that covers the same numbers, and ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
 
 from minidistill.data.cache import LatentCache
 from minidistill.data.folders import ImageFolder, Sample
-from minidistill.data.text_cache import TextCache
 from minidistill.diffusion.noise import generator_for
 from minidistill.errors import InputError
 from minidistill.miniature.scenes import Scenes
@@ -28,16 +27,8 @@ from minidistill.pipeline import VAE, Origin, Pipeline, TextStates, to_pixels
 
 SMALL, TOGETHER = 64, 8  # images of up to 64 pixels go through the VAE 8 at once, larger ones alone (6 GiB else)
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
-
-
-class Captioned(Protocol):
-    """Any data set of images with captions: `miniature.scenes.Scenes`, `data.folders.ImageFolder`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, str]: ...
-
-    def fingerprint(self) -> str: ...
+Images = Scenes | ImageFolder  # or any sequence of (image, caption) with a fingerprint()
+EncodeText = Callable[[Sequence[str | None]], TextStates]
 
 
 class Batch(NamedTuple):
@@ -60,7 +51,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Latents:
-    """A whole data set, encoded, in memory; a LatentCache is the same on the disk."""
+    """A whole data set, encoded, in memory, with the methods of a LatentCache, which is the same on the disk."""
 
     mean: Tensor  # (N, 1 or 2, C, h, w), unscaled float32 on the CPU; the second is the mirror image's
     std: Tensor
@@ -85,25 +76,12 @@ class Latents:
         return self.origins[i]
 
 
-@dataclass(frozen=True)
-class KnownText:
-    """The text states of all captions of a data set, and of no caption, in memory, on the CPU."""
-
-    rows: dict[str | None, int]
-    states: TextStates  # context (N, L, D), pooled (N, D') or None
-
-    def text_states(self, captions: Sequence[str | None]) -> TextStates:
-        """The states of these captions."""
-        rows = [self.rows[caption] for caption in captions]
-        return self.states.map(lambda part: part[rows])
-
-
 class Batches:
     """`batches[k]` is micro-batch number k; an epoch is one random order of the data set."""
 
     def __init__(
         self,
-        data: Captioned | LatentCache | Latents,
+        data: Images | LatentCache | Latents,
         pipe: Pipeline,
         *,
         batch_size: int,
@@ -123,7 +101,7 @@ class Batches:
         self.caption_dropout, self.flip, self.device = caption_dropout, flip, pipe.device
         self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
         self._cache: Latents | LatentCache | None = None
-        self._text: KnownText | TextCache | None = None
+        self._text: EncodeText | None = None
         if isinstance(data, LatentCache):
             data.check(pipe, flip)
         if isinstance(data, LatentCache | Latents):
@@ -135,7 +113,7 @@ class Batches:
             if cache or (cache is None and size * len(data) <= CACHE_LIMIT):
                 self._cache = encode_all(data, pipe.vae, flip)
         if isinstance(data, LatentCache) and data.text:
-            self._text = data.text
+            self._text = data.text.text_states
         elif self._cache is not None and keep_text:
             self._text = encode_captions(self._cache, pipe)
 
@@ -152,8 +130,7 @@ class Batches:
         x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
         x0, eps, t = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
         captions = self._shown(kept, numbers, t)
-        text = (self.pipe.encode_prompts if self._text is None else self._text.text_states)(captions)
-        text = text.map(lambda part: part.to(self.device).float())
+        text = (self._text or self.pipe.encode_prompts)(captions).map(lambda part: part.to(self.device).float())
         width, height = self.size
         return Batch(x0, text.context, eps, t, captions, self.pipe.added_cond(text.pooled, height, width, origins))
 
@@ -190,7 +167,7 @@ class Batches:
         else:
             samples = [_sample(self._images, i) for i in indices]
             mean, std = _encode(self.pipe.vae, samples, flipped)
-            found, origins = _facts(samples)
+            found, origins = [sample.captions for sample in samples], _origins(samples)
         captions = [
             several[_draw(len(several), self.seed, "caption", n)] if len(several) > 1 else several[0]
             for n, several in zip(numbers, found, strict=True)
@@ -198,31 +175,31 @@ class Batches:
         return mean, std, captions, origins
 
 
-def captions_of(data: Captioned | LatentCache | Latents, i: int) -> tuple[str, ...]:
+def captions_of(data: Images | LatentCache | Latents, i: int) -> tuple[str, ...]:
     """All captions of entry i, without reading its image if that can be helped."""
     if isinstance(data, ImageFolder | LatentCache | Latents):
         return data.captions(i)
     return (data.caption(i),) if isinstance(data, Scenes) else (data[i][1],)
 
 
-def encode_all(data: Captioned, vae: VAE, flip: bool = False) -> Latents:
+def encode_all(data: Images, vae: VAE, flip: bool = False) -> Latents:
     """Encode a data set into memory, with a progress bar on terminals."""
-    encoded: list[tuple[Tensor, Tensor]] = []
-    captions: list[tuple[str, ...]] = []
-    origins: list[Origin] = []
+    encoded, captions, origins = [], [], []
     with tqdm(total=len(data), desc="encoding images", unit="", disable=None, leave=False) as bar:
         for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
             encoded.append((mean, std))
-            facts = _facts(chosen)
-            captions += facts[0]
-            origins += facts[1]
+            captions += [sample.captions for sample in chosen]
+            origins += _origins(chosen)
             bar.update(len(chosen))
     mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     return Latents(mean, std, captions, origins, chosen[0].image.size)
 
 
-def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> KnownText | None:
-    """Encode all captions of a data set, and None, into memory; None if that would take more than CACHE_LIMIT."""
+def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> EncodeText | None:
+    """Encode all captions of a data set, and None, into memory -> a function that looks them up.
+
+    None: they would take more than CACHE_LIMIT.
+    """
     captions = list(dict.fromkeys([None, *(caption for i in range(len(data)) for caption in data.captions(i))]))
     size = sum(part.nbytes for part in pipe.encode_prompts(captions[:1]) if part is not None)
     if size * len(captions) > CACHE_LIMIT:
@@ -233,7 +210,8 @@ def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int
             some = captions[first : first + batch_size]
             done.append(pipe.encode_prompts(some).map(Tensor.cpu))
             bar.update(len(some))
-    return KnownText({caption: row for row, caption in enumerate(captions)}, TextStates.join(done))
+    row, states = {caption: i for i, caption in enumerate(captions)}, TextStates.join(done)
+    return lambda asked: states.map(lambda part: part[[row[caption] for caption in asked]])
 
 
 def encode_samples(
@@ -259,16 +237,15 @@ def _draw(count: int, seed: int, what: str, n: int) -> int:
     return int(torch.randint(count, (), generator=generator_for(seed, what, n)))
 
 
-def _sample(data: Captioned, i: int) -> Sample:
+def _sample(data: Images, i: int) -> Sample:
     if isinstance(data, ImageFolder):
         return data.sample(i)
     image, caption = data[i]
     return Sample(image, (caption,), f"image {i}", original=(image.height, image.width))
 
 
-def _facts(samples: Sequence[Sample]) -> tuple[list[tuple[str, ...]], list[Origin]]:
-    """Captions and origins."""
-    return [sample.captions for sample in samples], [(*sample.original, *sample.crop) for sample in samples]
+def _origins(samples: Sequence[Sample]) -> list[Origin]:
+    return [(*sample.original, *sample.crop) for sample in samples]
 
 
 @torch.no_grad()
@@ -284,7 +261,6 @@ def _encode(
     mean, std = mean.float().cpu(), posterior_std(logvar).float().cpu()
     for sample, finite in zip(samples, (mean + std).flatten(1).isfinite().all(1).tolist(), strict=True):
         if not finite:
-            raise InputError(
-                f"the VAE's latents of {sample.name} are not finite in {weight.dtype}: use the VAE in float32"
-            )
+            what = f"the VAE's latents of {sample.name} are not finite in {weight.dtype}"
+            raise InputError(f"{what}: use the VAE in float32")
     return mean, std

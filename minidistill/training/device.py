@@ -45,13 +45,10 @@ def get_device(name: str, deterministic: bool = False, report: bool = True) -> t
 def get_precision(name: str, device: torch.device, smallest: int = 2) -> Precision:
     """Mixed precision: weights stay float32, the forward pass runs in `name` ("fp32", "bf16", "fp16").
 
-    fp16 gradients underflow without loss scaling.
+    fp16 gradients underflow without loss scaling. smallest: pixels across the smallest feature map that is downsampled,
+    as `inputs.smallest_map` counts them.
 
-    Args:
-        smallest: pixels across the smallest feature map that is downsampled, as `inputs.smallest_map` counts them.
-
-    Raises:
-        InputError: as in `get_dtype`; fp16 not on CUDA; bf16 on a CPU where its gradients are wrong.
+    InputError: as in `get_dtype`; fp16 not on CUDA; bf16 on a CPU where its gradients are wrong.
     """
     dtype = get_dtype(name, device)
     if name == "fp16" and device.type != "cuda":

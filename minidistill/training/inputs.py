@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
-from minidistill.data import cache
-from minidistill.data.cache import LatentCache
+from minidistill.data.cache import LatentCache, is_cache
+from minidistill.data.folders import ImageFolder
 from minidistill.errors import InputError
+from minidistill.interop.publish import open_repo
 from minidistill.miniature.scenes import SIDE, Scenes
 from minidistill.models.unet import UNetConfig
 from minidistill.pipeline import Pipeline
-from minidistill.training.batches import Captioned
+from minidistill.training.run_folder import RunFolder
+
+Data = Scenes | ImageFolder | LatentCache
 
 
 class Training(Protocol):
@@ -56,9 +60,19 @@ def check_weights(pipe: Pipeline, source: str) -> None:
                 raise InputError(f"{source}: {part}/ {name} is not finite; download or save this model again")
 
 
-def content_of(pipe: Pipeline, data: Captioned | LatentCache) -> dict[str, str]:
-    """What --resume compares in place of paths: the weights that a run starts from, and its examples."""
-    return {"weights": weights_fingerprint(pipe), "examples": data.fingerprint()}
+def find_run(config: Mapping[str, Any], pipe: Pipeline, data: Data) -> tuple[dict[str, Any], RunFolder]:
+    """The settings of a run, for its config.json, and the folder they may be written to; nothing is written there yet.
+
+    The settings are those of `config`, and in place of paths, which --resume does not compare, fingerprints of the
+    model's weights and of the examples. The repository of --push-to-hub is made now, if there is one.
+
+    InputError: as in `RunFolder.find` and `open_repo`.
+    """
+    settings = {**config, "weights": weights_fingerprint(pipe), "examples": data.fingerprint()}
+    folder = RunFolder.find(settings["out"], settings, settings["resume"])
+    if settings["push_to_hub"]:
+        open_repo(settings["push_to_hub"], settings["private"])
+    return settings, folder
 
 
 def weights_fingerprint(pipe: Pipeline) -> str:
@@ -96,20 +110,24 @@ def smallest_map(unet: UNetConfig, side: int) -> int:
 
 def open_data(
     data: str, resolution: int, scenes: Scenes, split: str | None = None, caption_column: str | None = None
-) -> Captioned | LatentCache:
+) -> Data:
     """The images of --data: `scenes`, which have one size, or a folder's, cropped to a square and resized, or cached.
 
     scenes: those that the word `scenes` means here. split, caption_column: of a folder, as in `find_examples`.
     """
-    if data == "scenes":
-        if split or caption_column:
-            raise InputError("--split and --caption-column are of folders: give --data a folder of images")
-        if resolution != SIDE:
-            raise InputError(
-                f"scenes are {SIDE}x{SIDE} images, not {resolution}x{resolution} (the model's own size "
-                f"if --resolution is not given): give --data a folder of images, or --resolution {SIDE}"
-            )
-        return scenes
-    opened = cache.open_data(data, resolution, split, caption_column)
-    print(opened.summary(), flush=True)
-    return opened
+    if data != "scenes":
+        return (LatentCache if is_cache(data) else ImageFolder)(data, resolution, split, caption_column)
+    if split or caption_column:
+        raise InputError("--split and --caption-column are of folders: give --data a folder of images")
+    if resolution != SIDE:
+        raise InputError(
+            f"scenes are {SIDE}x{SIDE} images, not {resolution}x{resolution} (the model's own size "
+            f"if --resolution is not given): give --data a folder of images, or --resolution {SIDE}"
+        )
+    return scenes
+
+
+def print_summary(data: Data) -> None:
+    """Print what a folder or a cache holds, and what was left out."""
+    if not isinstance(data, Scenes):
+        print(data.summary(), flush=True)

@@ -37,13 +37,9 @@ NOT_LOSSES = ("step", "lr", "grad_norm", "ms_per_step", "loss_by_timestep")
 def bin_by_timestep(
     per_sample_loss: Tensor, t: Tensor, num_train_timesteps: int = 1000, bins: int = 10
 ) -> dict[str, float]:
-    """Mean loss in equal bins of the timestep: {"0-99": 0.8, "100-199": 0.4, ...}; empty bins are absent.
+    """Mean loss (B,) in equal bins of the timestep t (B,): {"0-99": 0.8, "100-199": 0.4, ...}; empty bins are absent.
 
     The mean over all timesteps hides the one whose loss is high: high t is structure, low t is texture.
-
-    Args:
-        per_sample_loss: (B,)
-        t: (B,), integers in 0 .. num_train_timesteps - 1.
     """
     index = t.long() * bins // num_train_timesteps
     means = {}
@@ -87,12 +83,9 @@ class MetricsLog:
     def add(
         self, losses: Mapping[str, Tensor | float], per_sample_loss: Tensor | None = None, t: Tensor | None = None
     ) -> None:
-        """Add one micro-batch: each loss part by its name, their total as "loss".
+        """Add one micro-batch: each loss part by its name, their total as "loss"; (B,) losses with their timesteps.
 
         Tensors stay where they are and are read only when a line is written, so that a GPU need not wait.
-
-        Args:
-            per_sample_loss: (B,), with its timesteps t (B,): for the loss by timestep.
         """
         if clash := set(losses) & set(NOT_LOSSES):
             raise ValueError(f"a loss part cannot be named {sorted(clash)[0]}")

@@ -5,10 +5,10 @@
     curves.png                     drawn from metrics.jsonl (curves.py)
     samples/                       fixed-seed image grids
     checkpoints/step-000300/       state.safetensors   tensors
-                                   state.json          step, meta, the size and the SHA-256 of all of it
+                                   state.json          step, meta
 
 A checkpoint is written into a hidden folder beside its place, flushed to the disk and then renamed: a folder with its
-name is complete. Older ones are deleted only after that. Reading checks the hash, or else takes the one before.
+name is complete. Older ones are deleted only after that. Of a damaged one reading takes the one before.
 
 A run that was resumed ends with the same bits as one that was not on a CPU. On a GPU it does with --deterministic only:
 some CUDA kernels add in no fixed order.
@@ -16,7 +16,6 @@ some CUDA kernels add in no fixed order.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -40,21 +39,9 @@ if sys.platform != "win32":  # where folders cannot be locked
 # What may differ when a run is resumed: how long, how often it reports, where it runs, where its model and its images
 # are (`weights` and `examples` say which they are). Anything else changes the result. (With a cosine schedule, new
 # `steps` bend the learning rate from there on; every change is printed.)
-MAY_CHANGE = (
-    "steps",
-    "log_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "device",
-    "teacher",
-    "model",
-    "data",
-    "split",
-    "caption_column",
-    "push_to_hub",
-    "private",
-)
+REPORTING = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+PLACES = ("device", "teacher", "model", "data", "split", "caption_column", "push_to_hub", "private")
+MAY_CHANGE = ("steps", *REPORTING, *PLACES)
 SOURCES = ("teacher", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
@@ -71,10 +58,10 @@ class Checkpoint(NamedTuple):
 class RunFolder:
     """Paths and checkpoints of one run: `RunFolder.find(...)`, then `begin`.
 
-    A process has one run at a time. Its folder is locked from `find` on, until the process ends or finds another run.
+    The folder is locked from `find` on, until the process ends or finds another run.
     """
 
-    _locked: ClassVar[tuple[Path, int] | None] = None  # by this process: the folder, its file descriptor
+    _locks: ClassVar[dict[Path, int]] = {}  # of this process: folder -> file descriptor
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -131,10 +118,6 @@ class RunFolder:
         """Where the image grid of a step is, or will be."""
         return self.samples / f"step-{step:06d}.png"
 
-    def last_image_grid(self, step: int) -> Path:
-        """The newest image grid up to a step; a run that went back and ended earlier may have left later ones."""
-        return max((path for path in self.samples.glob("step-*.png") if _step_of(path) <= step), key=_step_of)
-
     def save(self, step: int, parts: Mapping[str, Part], keep: int = 2) -> None:
         """Write checkpoints/step-NNNNNN, the parts of a run (state.pack), then delete all but the last `keep`."""
         tensors, meta = pack(parts)
@@ -142,8 +125,7 @@ class RunFolder:
         final = self.checkpoints / f"step-{step:06d}"
         temporary = self.checkpoints / f".writing-{final.name}"
         write_safetensors(temporary / "state.safetensors", tensors)
-        state = {"step": step, "meta": meta, "bytes": (temporary / "state.safetensors").stat().st_size}
-        write_json(temporary / "state.json", {**state, "sha256": _digest(temporary / "state.safetensors", state)})
+        write_json(temporary / "state.json", {"step": step, "meta": meta})
         if final.exists():  # damaged, or saved again: set aside, but not yet deleted
             final.rename(self.checkpoints / f".old-{final.name}")
         temporary.rename(final)
@@ -168,8 +150,9 @@ class RunFolder:
         """The newest checkpoint that is undamaged, or None. Prints which damaged ones it skips."""
         for path in reversed(self._checkpoint_paths()):
             try:
-                return _read_checkpoint(path)
-            except (InputError, OSError, ValueError, KeyError, TypeError) as error:
+                state = read_json(path / "state.json")
+                return Checkpoint(state["step"], read_safetensors(path / "state.safetensors"), state["meta"])
+            except (InputError, KeyError) as error:
                 print(f"{path} is damaged, trying the one before it ({error})", flush=True)
         return None
 
@@ -178,17 +161,16 @@ class RunFolder:
 
         InputError: another process has it.
         """
-        if sys.platform == "win32" or (RunFolder._locked and RunFolder._locked[0] == self.path.resolve()):
+        path = self.path.resolve()
+        if sys.platform == "win32" or path in RunFolder._locks:
             return
-        if RunFolder._locked:
-            os.close(RunFolder._locked[1])
-        descriptor = os.open(self.path, os.O_RDONLY)
-        RunFolder._locked = self.path.resolve(), descriptor
+        while RunFolder._locks:
+            os.close(RunFolder._locks.popitem()[1])
+        RunFolder._locks[path] = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(RunFolder._locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            RunFolder._locked = None
-            os.close(descriptor)
+            os.close(RunFolder._locks.pop(path))
             raise InputError(f"another process is writing {self.path}: wait for it, or take another --out") from error
         except OSError as error:  # NFS, say
             warnings.warn(f"{self.path} cannot be locked ({error}): let no other process write into it", stacklevel=2)
@@ -233,23 +215,3 @@ def _as_stored(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
-
-
-def _read_checkpoint(path: Path) -> Checkpoint:
-    state, file = read_json(path / "state.json"), path / "state.safetensors"
-    if (size := file.stat().st_size) != state["bytes"]:
-        raise ValueError(f"{file.name} has {size} bytes, not {state['bytes']}")
-    if _digest(file, state) != state["sha256"]:
-        raise ValueError("the SHA-256 differs")
-    return Checkpoint(state["step"], read_safetensors(file), state["meta"])
-
-
-def _digest(file: Path, state: dict[str, Any]) -> str:
-    """SHA-256 over the tensor file, and over all that state.json says beside it."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    text = json.dumps([state["step"], state["bytes"], state["meta"]], sort_keys=True, allow_nan=False)
-    digest.update(text.encode())
-    return digest.hexdigest()

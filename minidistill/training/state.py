@@ -53,31 +53,23 @@ def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], parts: Mappin
     Raises:
         InputError: a tensor or a part is missing, unknown, or of another shape or dtype; it is named.
     """
-    names = _parameter_names(parts)
-    found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition("/")
-        if part not in parts:
-            raise InputError(f"{ANOTHER_KIND}: only the checkpoint has {key}")
-        found[part][name] = tensor
-    with_meta = [part for part, thing in parts.items() if isinstance(thing, Optimizer | EMA | torch.amp.GradScaler)]
-    if different := set(with_meta) ^ set(meta):
+    optimizers = [part for part, thing in parts.items() if isinstance(thing, Optimizer)]
+    wanted, wanted_meta = pack({part: thing for part, thing in parts.items() if part not in optimizers})
+    if different := {*wanted_meta, *optimizers} ^ set(meta):
         raise InputError(f"{ANOTHER_KIND}: only one of the two has {sorted(different)[0]}")
-
+    found = {key: tensor for key, tensor in tensors.items() if key.partition("/")[0] not in optimizers}
+    _copy_all(found, wanted)
+    names = _parameter_names(parts)
     for part, thing in parts.items():
         if isinstance(thing, Optimizer):
-            _unpack_optimizer(part, found[part], meta[part], thing, names)
+            states = {key.removeprefix(f"{part}/"): t for key, t in tensors.items() if key.startswith(f"{part}/")}
+            _unpack_optimizer(part, states, meta[part], thing, names)
         elif isinstance(thing, torch.amp.GradScaler):
-            _copy_all(part, found[part], {})
             if bool(meta[part]) != thing.is_enabled():
                 raise InputError(f"{ANOTHER_KIND}: only one of the two scales its loss, as fp16 does")
-            if meta[part]:
-                thing.load_state_dict(dict(meta[part]))
+            thing.load_state_dict(dict(meta[part]))
         elif isinstance(thing, EMA):
-            _copy_all(part, found[part], thing.shadow)
             thing.updates = meta[part]["updates"]
-        else:
-            _copy_all(part, found[part], _tensors_of(thing))
 
 
 def _tensors_of(thing: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,14 +87,11 @@ def _parameter_names(parts: Mapping[str, Part]) -> dict[Tensor, str]:
 
 
 @torch.no_grad()
-def _copy_all(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _copy_all(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for name in dict.fromkeys([*wanted, *found]):
-        if name not in found or name not in wanted:
-            where = "the checkpoint lacks" if name not in found else "only the checkpoint has"
-            raise InputError(f"{ANOTHER_KIND}: {where} {part}/{name}")
-        has, wants = ((t.dtype, tuple(t.shape)) for t in (found[name], wanted[name]))
+        has, wants = ((t[name].dtype, tuple(t[name].shape)) if name in t else "nothing" for t in (found, wanted))
         if has != wants:
-            raise InputError(f"{ANOTHER_KIND}: its {part}/{name} is {has}, not {wants}")
+            raise InputError(f"{ANOTHER_KIND}: its {name} is {has}, not {wants}")
     for name, tensor in wanted.items():
         tensor.copy_(found[name])
 
@@ -119,7 +108,7 @@ def _pack_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[
     groups = _group_names(optimizer, names)
     tensors = {f"{names[p]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return tensors, {"groups": groups, "settings": settings, "tensors": len(tensors)}
+    return tensors, {"groups": groups, "settings": settings}
 
 
 def _unpack_optimizer(
@@ -129,8 +118,6 @@ def _unpack_optimizer(
     groups = _group_names(optimizer, names)
     if groups != meta["groups"]:
         raise InputError(f"{ANOTHER_KIND}: its {part} trains other parameters")
-    if len(found) != meta["tensors"]:
-        raise InputError(f"the checkpoint is incomplete: {len(found)} of {meta['tensors']} tensors of {part}")
     number = {name: i for i, name in enumerate(name for group in groups for name in group)}
     parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
 

@@ -3,9 +3,10 @@
 import json
 import os
 import pickle
+import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minidistill.errors import InputError
-from minidistill.weights.layouts import match_names
 
 Model = TypeVar("Model", bound=nn.Module)
 # What torch raises of a damaged file: its unpickler checks little of what the bytes make it do.
@@ -25,23 +25,23 @@ DAMAGED = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, 
 # Of Python's own library, what training programs save beside weights.
 DATA_MODULES = {"argparse", "collections", "datetime", "pathlib", "typing"}
 DATA_TYPES = {f"builtins.{kind.__name__}" for kind in (bool, bytes, dict, float, int, list, object, set, str, tuple)}
-SHOWN = 3  # tensors named in a message; the rest are counted
-
-
-# reading
+# diffusers before 0.17 named the four linear layers of the VAE's one attention like this.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_ATTENTION = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+# Wrappers that torch puts around a model leave their name in a state dict saved from inside.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file, on the CPU and memory-mapped: bytes are read when first used.
-
-    InputError: the file is missing, cut short, or something else than its name says.
-    """
+    """All tensors of a .safetensors file, memory-mapped: bytes are read when first used. InputError: it is broken."""
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text a .safetensors file carries beside its tensors; {} when there is none. InputError: as above."""
+    """The text a .safetensors file carries beside its tensors; {} of other files. InputError: as above."""
+    if Path(path).suffix != ".safetensors":
+        return {}
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
@@ -59,12 +59,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
 def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .bin, .pt, .pth or .ckpt state dict, read without running any code hidden in the file.
 
-    A training checkpoint that holds the state dict under the name "state_dict" is opened up; what lies beside it
-    (counters, optimizer states, the training program's objects) is no part of the model. Classes that torch does not
-    know are neither imported nor called: `_stand_ins` take their places.
-
-    Raises:
-        InputError: the file is missing, broken, holds anything but tensors, or would need code to be run.
+    Of a training checkpoint its "state_dict" is read, and not what lies beside it (counters, optimizer states, ...).
+    Classes that torch does not know are neither imported nor called: `_stand_ins` take their places.
+    InputError: the file is missing, broken, holds anything but tensors, or would need code to be run.
     """
     path = existing_file(path)
     try:
@@ -73,13 +70,11 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
             is_zip = file.read(2) == b"PK"
         with torch.serialization.safe_globals(_stand_ins(path) if is_zip else []):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, *DAMAGED) as error:
         # torch says "Weights only load failed" of a forbidden object and of a file that is no pickle.
-        if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
-            raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
-        reason = "it holds objects that run code when loaded; use a .safetensors version of it"
-        raise InputError(f"refused {path}: {reason}") from error
-    except DAMAGED as error:
+        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
+            reason = "it holds objects that run code when loaded; use a .safetensors version of it"
+            raise InputError(f"refused {path}: {reason}") from error
         raise InputError(f"cannot read {path}: {_what_it_is(path, error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -92,17 +87,17 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
 class _Inert:
     """Takes the place of an unknown class or function in a checkpoint: whatever is asked for, an empty mapping."""
 
-    def __new__(cls, *_):
-        return OrderedDict()  # which takes items and attributes, as most objects want
+    def __new__(cls, *_: object) -> OrderedDict:
+        return OrderedDict()  # which takes items and attributes, as most objects want; torch allows no other class to
 
 
 class _InertArray:
     """The same for NumPy's numbers, arrays and types, whose state is a tuple."""
 
-    def __init__(self, *_):
+    def __init__(self, *_: object):
         pass
 
-    def __setstate__(self, _):
+    def __setstate__(self, _: object) -> None:
         pass
 
 
@@ -112,10 +107,9 @@ def _stand_ins(path: Path) -> list[tuple[type, str]]:
     Names of Python's own library but for its plain data are left out, so that torch refuses them: nothing but an attack
     needs them to load weights.
     """
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [
         (_InertArray if name.startswith("numpy.") else _Inert, name)
-        for name in names
+        for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if name.partition(".")[0] not in sys.stdlib_module_names
         or name.rpartition(".")[0] in DATA_MODULES
         or name in DATA_TYPES
@@ -159,26 +153,24 @@ def _what_it_is(path: Path, error: Exception) -> str:
             head = file.read(512).lstrip()
     except OSError as os_error:
         return os_error.strerror or str(os_error)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     for applies, what in (
         (size == 0, "it is empty; download or save it again"),
         (head[:1] == b"<", "it is a web page (HTML), not the file itself; download the file again"),
-        (
-            head.startswith(b"version https://git-lfs"),
-            "it is a git-lfs pointer; run git lfs pull where it is from",
-        ),
-        (path.suffix == ".json", f"it is not valid json ({_first_line(error)})"),
+        (head.startswith(b"version https://git-lfs"), "it is a git-lfs pointer; run git lfs pull where it is from"),
+        (path.suffix == ".json", f"it is not valid json ({reason})"),
         (path.suffix == ".safetensors" and head[:2] == b"PK", "it is a torch pickle; rename it to .bin"),
     ):
         if applies:
             return what
-    return f"it is damaged or cut short ({size:,} bytes; {_first_line(error)}); download or save it again"
+    return f"it is damaged or cut short ({size:,} bytes; {reason}); download or save it again"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-# writing
+def some(names: Iterable[str], shown: int = 12) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    names = sorted(names) if isinstance(names, set) else list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (", ".join(names[:shown]) or "none") + more
 
 
 @contextmanager
@@ -223,10 +215,7 @@ def to_disk(path: Path) -> None:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, from any device and with any strides, to a .safetensors file, atomically.
-
-    metadata: text to carry along; {"format": "pt"}, which other readers ask for, is always there.
-    """
+    """Write tensors, from any device and with any strides, and text beside {"format": "pt"}, atomically."""
     with atomic_path(path) as temporary:
         save_file(_separate(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
 
@@ -247,9 +236,6 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write an object as indented json, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# into a model
 
 
 class _SkipInit(TorchFunctionMode):
@@ -289,10 +275,7 @@ def load_into(
     InputError: names or shapes differ; the message counts them and names the first few of each kind.
     """
     expected = model.state_dict()
-    try:
-        found = match_names(tensors, expected)
-    except ValueError as error:
-        raise InputError(f"{what}: {error}") from error
+    found = _match_names(tensors, expected, what)
     if differences := _differences(found, expected):
         raise InputError(f"{what} does not fit its configuration: {differences}")
     values = {}
@@ -320,8 +303,40 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         (unexpected, f"of {len(found)} tensors are not expected"),
         (reshaped, f"of {len(expected)} tensors have another shape"),
     )
-    return "; ".join(f"{len(names)} {problem} ({_first_few(names)})" for names, problem in kinds if names)
+    return "; ".join(f"{len(names)} {problem} ({some(names, 3)})" for names, problem in kinds if names)
 
 
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN] + ["..."] * (len(names) > SHOWN))
+# The names in our models are the official ones, so most files need nothing; what differs is here and in `interop`.
+
+
+def _match_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors of a file under the names of a state dict, as far as a known spelling explains them.
+
+    `*.position_ids`, a constant of old files, is dropped. A VAE's attention may be 1x1 convolutions: (O, I, 1, 1) ->
+    (O, I). InputError: two tensors of the file mean the same tensor of the model.
+    """
+    matched: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == "position_ids" and name not in expected:
+            continue
+        ours = next((spelling for spelling in _spellings(name) if spelling in expected), name)
+        if ours in matched:
+            raise InputError(f"{what}: {ours} is there twice, in two spellings, one of them {name}")
+        is_convolution = ".mid_block.attentions.0.to_" in ours and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+        matched[ours] = tensor[:, :, 0, 0] if is_convolution else tensor
+    return matched
+
+
+def without_wrappers(name: str) -> str:
+    """`name` without what torch's wrappers (DDP, FSDP, compile, checkpointing) leave in it."""
+    return WRAPPERS.sub("", name)
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The names that `name` may have in a model, the most literal first."""
+    name = without_wrappers(name)
+    yield name
+    # transformers 5.6 dropped this prefix from CLIPTextModel, and only from it; its older files all have it.
+    yield "text_model." + name
+    yield name.removeprefix("text_model.")
+    yield OLD_ATTENTION.sub(lambda found: OLD_NAMES[found[0]], name)

