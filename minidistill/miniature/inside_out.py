@@ -45,7 +45,7 @@ class X0Heads(nn.Module):
 class Dropped(NamedTuple):
     """A probability that falls from 1 at `start` to 0 at `end`, but not below `floor` until the end of the run.
 
-    Start and end are shares of the run.
+    Start and end are shares of the run: all is open after the first 1,500 of 30,000 steps.
     """
 
     start: float
@@ -59,11 +59,11 @@ class Dropped(NamedTuple):
 
 
 DROPPED = {  # kind and level, in the order in which they come back
-    ("skips", 2): Dropped(0.06, 0.30, 0.25),
-    ("attention", 2): Dropped(0.06, 0.25, 0.25),
-    ("skips", 1): Dropped(0.15, 0.35, 0.10),
-    ("attention", 1): Dropped(0.20, 0.40, 0.15),
-    ("attention", 0): Dropped(0.35, 0.50, 0.25),
+    ("skips", 2): Dropped(0.006, 0.030, 0.25),
+    ("attention", 2): Dropped(0.006, 0.025, 0.25),
+    ("skips", 1): Dropped(0.015, 0.035, 0.10),
+    ("attention", 1): Dropped(0.020, 0.040, 0.15),
+    ("attention", 0): Dropped(0.035, 0.050, 0.25),
 }
 
 

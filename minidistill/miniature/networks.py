@@ -24,7 +24,7 @@ VISION = CLIPVisionConfig(
 VAE = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64)
 # Few, wide heads: attention is slow on a CPU. Levels 2 and 3 are equally wide: recipes that remove level 3 need it.
 UNET = UNetConfig(
-    sample_size=16, block_out_channels=(24, 48, 96, 96), attention_head_dim=(1, 2, 3, 3), norm_num_groups=8,
+    sample_size=16, block_out_channels=(32, 48, 96, 96), attention_head_dim=(1, 2, 3, 3), norm_num_groups=8,
     cross_attention_dim=TEXT.hidden_size,
 )  # fmt: skip
 
