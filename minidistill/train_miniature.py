@@ -30,20 +30,10 @@ from minidistill.distill.sensitivity import measure_levels
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
+from minidistill.miniature import networks
 from minidistill.miniature.inside_out import PATCHES, OuterDropout, X0Heads, inner_first
 from minidistill.miniature.judge import score
 from minidistill.miniature.layouts import Layouts
-from minidistill.miniature.networks import (
-    MAX_TOKENS,
-    TEXT,
-    UNET,
-    VAE,
-    VISION,
-    near_colour,
-    redraw_places,
-    whiten,
-    words_first,
-)
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.models.clip import CLIPModel, CLIPTextModel
 from minidistill.models.tokenizer import train_bpe
@@ -117,9 +107,9 @@ def train_clip(config: Config, run: RunFolder) -> None:
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
     captions = (data.caption(i) for data in (Scenes("train"), Scenes("test")) for i in range(4000))
-    tokenizer = train_bpe(captions, 768, MAX_TOKENS)
+    tokenizer = train_bpe(captions, 768, networks.MAX_TOKENS)
     special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    clip = CLIPModel(replace(TEXT, vocab_size=tokenizer.vocab_size, **special), VISION).to(device)
+    clip = CLIPModel(replace(networks.TEXT, vocab_size=tokenizer.vocab_size, **special), networks.VISION).to(device)
     optimizer = adamw(clip.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     parts = {"clip": clip, "optimizer": optimizer, "scaler": precision.scaler}
     start = run.restore(parts)
@@ -165,7 +155,7 @@ def train_vae(config: Config, run: RunFolder) -> None:
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
-    vae = AutoencoderKL(VAE).to(device)
+    vae = AutoencoderKL(networks.VAE).to(device)
     optimizer = adamw(vae.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     ema = EMA(vae, 0.998)
     parts = {"vae": vae, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
@@ -180,7 +170,7 @@ def train_vae(config: Config, run: RunFolder) -> None:
                 mean, logvar = (out.float() for out in vae.encode(x))
                 noise = torch.randn(mean.shape, generator=generator_for(config.seed, "posterior", step)).to(device)
                 y = vae.decode(mean + posterior_std(logvar) * noise).float()
-            weight = 1 + 4 * near_colour(x)  # small things are few pixels, but most of the caption
+            weight = 1 + 4 * networks.near_colour(x)  # small things are few pixels, but most of the caption
             square, absolute = (weight * (y - x).square()).mean(), (weight * (y - x).abs()).mean()
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             loss = square + 0.1 * absolute + 2e-6 * kl  # with 1e-4 for the last, one of four channels collapsed
@@ -195,7 +185,7 @@ def train_vae(config: Config, run: RunFolder) -> None:
                     run.save(step + 1, parts)
 
     with ema.swap():
-        whiten(vae, to_pixels([data[i][0] for i in range(512)]).to(device))
+        networks.whiten(vae, to_pixels([data[i][0] for i in range(512)]).to(device))
         folders.save_vae(Path(config.out) / "pipeline", vae.half())
     result = evaluate_vae(folders.load_vae(Path(config.out) / "pipeline"), config.judged)
     print(f"reconstruction: {', '.join(f'{k} {v:.4g}' for k, v in result.items())} -> {config.out}/pipeline/vae")
@@ -213,13 +203,13 @@ def train_unet(config: Config, run: RunFolder) -> None:
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
     pipe = new_pipeline(Path(config.out) / "pipeline", device)
-    networks, heads = nn.ModuleDict(pipe.networks), X0Heads(pipe.unet.config).to(device)
-    learned = nn.ModuleList([networks, heads])
+    trained, heads = nn.ModuleDict(pipe.networks), X0Heads(pipe.unet.config).to(device)
+    learned = nn.ModuleList([trained, heads])
     groups = inner_first(pipe.unet, [*pipe.text_encoders[0].parameters(), *heads.parameters()])
     # Gradients of the inner levels are as small as AdamW's usual eps, which would reduce their updates.
     optimizer = torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.99), eps=1e-12, weight_decay=0, fused=True)
-    ema = EMA(networks, 0.999)
-    parts = {"networks": networks, "heads": heads, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
+    ema = EMA(trained, 0.999)
+    parts = {"networks": trained, "heads": heads, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
 
     settings = {"batch_size": config.batch_size, "seed": config.seed, "keep_text": False}
@@ -266,9 +256,9 @@ def train_unet(config: Config, run: RunFolder) -> None:
 def new_pipeline(folder: Path, device: torch.device) -> Pipeline:
     """A new U-Net, with the CLIP and the VAE of `folder`, or else of the shipped miniature."""
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
-    unet, tokenizer = UNet(UNET).to(device), folders.load_tokenizer(clip)
-    text_encoder = words_first(folders.load_clip(clip))
-    redraw_places(text_encoder, tokenizer)
+    unet, tokenizer = UNet(networks.UNET).to(device), folders.load_tokenizer(clip)
+    text_encoder = networks.words_first(folders.load_clip(clip))
+    networks.redraw_places(text_encoder, tokenizer)
     return Pipeline(
         unet, folders.load_vae(vae, device=device), [text_encoder.to(device)], [tokenizer], ScheduleConfig()
     )
