@@ -138,7 +138,7 @@ def made_up_pairs(count, seed):
 def rank(judge, updates):
     """Ranking accuracy on 256 held-out pairs, after some updates on other pairs."""
     context, t = torch.zeros(1, 5, 12), torch.tensor(9)
-    optimizer = torch.optim.Adam(judge.parameters(), 2e-3, betas=(0, 0.99))
+    optimizer = torch.optim.Adam(judge.parameters(), 2e-3, betas=(0.0, 0.99))
 
     def logits(pairs):
         x_t, real, fake = pairs

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import CAPTIONS
-from runs import UNET, assert_same_files, exit_code, metrics, one_line, read, results
+from runs import UNET, assert_same_files, checkpoint, exit_code, largest_difference, metrics, one_line, read, results
 from safetensors.torch import load_file
 
 from minidistill import report, train_lightning
+from minidistill.cli import parse
 from minidistill.distill import lightning, players
 from minidistill.distill.lightning import LEVELS, PLANS, Phase, Stage, choose, legs, stage_rows
 from minidistill.errors import InputError
@@ -29,19 +30,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = "--batch-size 2 --precision fp32 --lora-rank 2 --log-every 1 --sample-every 100 --checkpoint-every 1"
 LORA = Phase(2, 1e-3, lora=True, adversarial=1, head_start=1)
-FULL = Phase(2, 1e-3, adversarial=1, mse=1, conditional=False, relativistic=True, r1=1.0)
+FULL = Phase(2, 1e-3, adversarial=1, mse=1, conditional=False, relativistic=True, r1=1.0, taps=("down.0", "mid"))
+BOTH = Phase(2, 1e-3, adversarial=1, matching=1, rollout=True, backbone_rate=0)
+CONVERT = Phase(2, 1e-3, convert=1, timesteps=4)
 TINY = {
     "every": (
-        Stage(8, 16, (Phase(2, 1e-3, mse=1),)),
-        Stage(4, 8, lightning.adversarial_phases(LORA, replace(FULL, taps=("down.0", "mid")))),
-        Stage(2, 4, (replace(FULL, timesteps=4, backbone_rate=0, teacher=8), Phase(2, 1e-3, matching=1, rollout=True))),
-        Stage(1, 2, (Phase(2, 1e-3, convert=1, timesteps=4), *lightning.one_step(LORA, FULL, 4)), predicts_x0=True),
+        Stage(4, 8, (Phase(2, 1e-3, mse=1),)),
+        Stage(2, 4, (*lightning.adversarial_phases(replace(LORA, timesteps=4), FULL), BOTH)),
+        Stage(1, 2, (CONVERT, replace(FULL, noise_levels=LEVELS, teacher=4)), predicts_x0=True),
     ),
     "loras": (
         Stage(4, 8, (Phase(2, 1e-2, lora=True, mse=1),)),
-        Stage(2, 4, lightning.adversarial_phases(replace(LORA, backbone_rate=0, head_rate=5.0, timesteps=4), None)),
+        Stage(2, 4, (replace(LORA, backbone_rate=0, head_rate=5.0, timesteps=4),)),
     ),
 }
+FIRST = {"LoRA": 2, "matching": 8, "convert": 10, "one step": 12}  # optimizer steps before some phases of "every"
+TOTAL = 14
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +76,8 @@ def train(sources, images):
 def ladder(train, tmp_path_factory):
     """The run folder of the v-prediction model; not to be changed."""
     folder = tmp_path_factory.mktemp("ladder") / "run"
-    assert train(folder, "sd2", "every") == 0
+    with pytest.warns(UserWarning, match="the discriminator (is blind|wins)"):  # of four pairs nothing else can be said
+        assert train(folder, "sd2", "every") == 0
     return folder
 
 
@@ -129,33 +134,33 @@ def test_stages_are_chosen_by_their_students():
 
 
 def test_the_run_folder_holds_what_it_should(ladder):
-    names = "1-step-x0 2-step 4-step 8-step checkpoints config.json curves.png metrics.jsonl results.json samples"
+    names = "1-step-x0 2-step 4-step checkpoints config.json curves.png metrics.jsonl results.json samples"
     assert sorted(path.name for path in ladder.iterdir()) == names.split()
     config = read(ladder / "config.json")
-    assert config["steps"] == 20 and config["resolution"] == 32 and len(config["phases"]) == 4
-    assert list(results(ladder)) == ["teacher, 2 steps", "8-step", "4-step", "2-step", "1-step-x0"]
+    assert config["steps"] == TOTAL and config["resolution"] == 32 and len(config["phases"]) == 3
+    assert list(results(ladder)) == ["teacher, 2 steps", "4-step", "2-step", "1-step-x0"]
     grids = {path.stem: diffusers.utils.load_image(str(path)).size for path in (ladder / "samples").iterdir()}
-    assert set(grids) == {f"step-{step:06d}" for step in range(2, 21, 2)}
-    assert grids["step-000020"][1] - grids["step-000002"][1] == 3 * (report.CELL + report.GAP), "teacher, 8, 4, 2, 1"
+    assert set(grids) == {f"step-{step:06d}" for step in range(2, TOTAL + 1, 2)}
+    assert grids[f"step-{TOTAL:06d}"][1] - grids["step-000002"][1] == 2 * (report.CELL + report.GAP), "teacher, 4, 2, 1"
     card = (ladder / "4-step" / "README.md").read_text()
     assert 'pipe("what it shows", num_inference_steps=4, guidance_scale=0)' in card and "2402.13929" in card
 
 
 def test_metrics_of_each_phase(ladder):
     lines = metrics(ladder)
-    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["step"] for line in lines] == list(range(1, TOTAL + 1))
     assert set(lines[0]) == {"step", "loss", "mse", "lr", "grad_norm", "loss_by_timestep"}
-    head_start, both = lines[2:4]  # LoRA with D
+    head_start, both = lines[FIRST["LoRA"] :][:2]
     assert head_start["grad_norm"] == 0 == head_start["pull"] and head_start["d"] == pytest.approx(2 * np.log(2))
     assert head_start["adversarial"] == pytest.approx(np.log(2))
     assert both["grad_norm"] > 0 < both["pull"] and 0 <= both["rank"] <= 1 and {"real", "fake"} <= set(both)
-    matching, convert = lines[10], lines[12]
-    assert matching["matching"] > 0 and convert["convert"] > 0 and "mse" not in convert
-    assert any(name.startswith("d t*=") for line in lines[14:] for name in line)
+    matching, convert, noised = (lines[FIRST[name]] for name in ("matching", "convert", "one step"))
+    assert matching["matching"] > 0 < matching["fake net"] and convert["convert"] > 0 and "mse" not in convert
+    assert any(name.startswith("d t*=") for name in noised)
 
 
 def test_each_student_starts_from_the_one_before(ladder):
-    weights = [load_file(ladder / name / UNET) for name in ("8-step", "4-step", "2-step", "1-step-x0")]
+    weights = [load_file(ladder / name / UNET) for name in ("4-step", "2-step", "1-step-x0")]
     for before, after in pairwise(weights):
         assert before.keys() == after.keys()
         moved = {name: (before[name] - after[name]).abs().max().item() for name in before}
@@ -198,9 +203,11 @@ def test_a_run_killed_in_every_phase_ends_in_the_same_bits(request, train, tmp_p
     assert metrics(run) == metrics(whole) and results(run) == results(whole)
     for leg in every:
         file = UNET if plan == "every" else "lora.safetensors"
-        assert_same_files(run / leg.stage.name, whole / leg.stage.name, [file])
-    last = f"checkpoints/step-{every[-1].last:06d}/state.safetensors"
-    assert_same_files(run, whole, [last, f"samples/step-{every[-1].last:06d}.png"])
+        ours, theirs = (load_file(folder / leg.stage.name / file) for folder in (run, whole))
+        assert largest_difference(ours, theirs) == 0
+    last = every[-1].last
+    assert largest_difference(checkpoint(run, last), checkpoint(whole, last)) == 0
+    assert_same_files(run, whole, [f"samples/step-{last:06d}.png"])
 
 
 # students, here and in diffusers
@@ -254,35 +261,30 @@ def test_loras_sample_the_same_images_in_diffusers(loras, sources):
 def test_an_sdxl_goes_through_the_whole_ladder(train, tmp_path):
     assert train(tmp_path / "run", "sdxl", "every", "--judged", 0, "--length", 0.5) == 0
     lines = metrics(tmp_path / "run")
-    assert len(lines) == 10 and all(np.isfinite(line["loss"]) for line in lines)
+    assert len(lines) == TOTAL // 2 and all(np.isfinite(line["loss"]) for line in lines)
     assert load_pipeline(tmp_path / "run" / "2-step").is_sdxl
 
 
-def test_half_precision_loses_no_gradient(train, tmp_path, monkeypatch):
+def test_half_precision_loses_no_gradient(sources, images, tmp_path):
     """Autocast keeps weights that it has cast: those of the rollout have no gradient, the student's must have one."""
-    monkeypatch.setitem(PLANS, "matching", (Stage(2, 4, (Phase(1, 1e-3, matching=1, mse=1, rollout=True),)),))
-    norms = []
-    for precision in ("fp32", "bf16"):
-        assert train(tmp_path / precision, "sd1", "matching", "--precision", precision, "--batch-size", 4) == 0
-        norms.append(metrics(tmp_path / precision)[0]["grad_norm"])
-    assert norms[1] == pytest.approx(norms[0], rel=0.1)
+    words = ["--teacher", sources["sd1"], "--data", images, "--plan", "every", "--out", tmp_path / "run"]
+    words = list(map(str, [*words, *FLAGS.split(), "--precision", "bf16"]))
+    ladder, _ = train_lightning.set_up(parse(train_lightning.Config, None, words, "prog", None))
+    (leg,) = (leg for leg in legs(ladder.stages) if leg.phase.rollout)
+    leg = leg._replace(index=0)  # the teacher is the first one: no student is there yet
+    made = players.assemble(ladder, leg, None)
+    players.endpoints(ladder, made, ladder.batches[0], trains=True).x_fake.sum().backward()
+    assert all(weight.grad is not None for weight in made.student.parameters())
 
 
 # what is said, and what is refused
 
 
-def test_a_blind_discriminator_is_warned_of(train, tmp_path, monkeypatch, recwarn):
-    monkeypatch.setitem(PLANS, "blind", (Stage(2, 4, (replace(FULL, steps=1, learning_rate=1e-12),)),))
-    monkeypatch.setattr(train_lightning, "ranking", lambda *_: (0.5, 128))
-    assert train(tmp_path / "run", "sd1", "blind") == 0
-    assert any("the discriminator is blind" in str(warning.message) for warning in recwarn)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--stages 3", "students of 8, 4, 2, 1 steps"),
-        ("--stages 8,2", "needs that of 4"),
+        ("--stages 3", "students of 4, 2, 1 steps"),
+        ("--stages 4,1", "needs that of 2"),
         ("--length 0", "above 0"),
         ("--plan papier", "did you mean paper?"),
         ("--resume", "nothing to resume"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -317,7 +318,7 @@ def solve_output(ladder: Ladder, players: Players) -> None:
     """Give the student the conv_out that best predicts x0 from its last features, by least squares."""
     unet, stages = players.student, len(players.student.up_blocks)
 
-    def pairs():
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for k in range(-math.ceil(SOLVED / ladder.batches.batch_size), 0):
             batch = ladder.batches[k]
             jump = endpoints(ladder, players, batch, trains=False)
