@@ -1,0 +1,118 @@
+"""How the miniature's U-Net is trained from the inside out, so that all of its levels take part.
+
+Trained plainly, a U-Net for images as small as these stays idle inside: its two outer levels learn the task first, and
+nothing is left for the levels below (with the output of levels 2, 3 and mid block set to zero, its prediction changed
+by an MSE of 1e-5). Here the inner levels come first. Throughout the run, x0 is predicted from them too (`X0Heads`), and
+what the outer levels could do alone is dropped, at first always, at last never (`OuterDropout`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidistill.models.unet import UNet, UNetConfig
+
+INNER = ("down_blocks.2", "down_blocks.3", "mid_block", "up_blocks.0", "up_blocks.1")  # levels 2 and 3, and mid
+PATCHES = {"mid": 8, "up.0": 4, "up.1": 2}  # feature -> side of the patch of x0 that it predicts at each position
+
+
+class X0Heads(nn.Module):
+    """One 1x1 convolution on each inner feature that predicts x0, in patches. Only for training, as in GoogLeNet."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        widths = {"mid": config.block_out_channels[3], "up.0": config.block_out_channels[3]}
+        widths["up.1"] = config.block_out_channels[2]
+        outputs = {name: config.out_channels * side**2 for name, side in PATCHES.items()}
+        self.heads = nn.ModuleList(nn.Conv2d(widths[name], outputs[name], 1) for name in PATCHES)
+
+    def forward(self, features: dict[str, Tensor], x0: Tensor) -> dict[str, Tensor]:
+        """Features of the U-Net and clean latents x0 (B, C, h, w) -> the MSE of each head, by name."""
+        losses = {}
+        for head, (name, side) in zip(self.heads, PATCHES.items(), strict=True):
+            prediction = head(F.group_norm(features[name].float(), 8))
+            losses[f"x0 from {name}"] = (prediction - F.pixel_unshuffle(x0, side)).square().mean()
+        return losses
+
+
+class Dropped(NamedTuple):
+    """A probability that falls from 1 at `start` to 0 at `end`, but not below `floor` until the end of the run.
+
+    Start and end are shares of the run.
+    """
+
+    start: float
+    end: float
+    floor: float
+
+    def probability(self, progress: float) -> float:
+        """At `progress`, 0 to 1, of the run. The floor falls to 0 between .90 and .97."""
+        falling = min(1.0, max(0.0, (self.end - progress) / (self.end - self.start)))
+        return max(falling, self.floor * min(1.0, max(0.0, (0.97 - progress) / 0.07)))
+
+
+DROPPED = {  # kind and level, in the order in which they come back
+    ("skips", 2): Dropped(0.06, 0.30, 0.25),
+    ("attention", 2): Dropped(0.06, 0.25, 0.25),
+    ("skips", 1): Dropped(0.15, 0.35, 0.10),
+    ("attention", 1): Dropped(0.20, 0.40, 0.15),
+    ("attention", 0): Dropped(0.35, 0.50, 0.25),
+}
+
+
+class OuterDropout:
+    """Drops transformers and skip connections of the outer levels per sample, with the probabilities of DROPPED.
+
+    Nothing is dropped outside of `at`. A transformer is computed only for the samples that keep it.
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        last = len(unet.config.block_out_channels) - 1
+        for kind, level in DROPPED:
+            if kind == "skips":
+                unet.up_blocks[last - level].register_forward_pre_hook(partial(self._drop_skips, level))
+                continue
+            for block in (unet.down_blocks[level], unet.up_blocks[last - level]):
+                for transformer in block.attentions:  # a hook could not save its computation
+                    transformer.forward = partial(self._transform, level, transformer.forward)
+
+    @contextlib.contextmanager
+    def at(self, progress: float, batch: int, generator: torch.Generator) -> Iterator[None]:
+        """In this block, of `batch` samples, drop at random what the `progress` of the run says."""
+        for key, dropped in DROPPED.items():
+            if (probability := dropped.probability(progress)) > 0:
+                self.kept[key] = torch.rand(batch, generator=generator) >= probability
+        try:
+            yield
+        finally:
+            self.kept = {}
+
+    def _drop_skips(self, level: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        h, skips, *rest = args
+        kept = self.kept.get(("skips", level), torch.ones(len(h)))[:, None, None, None]
+        return (h, [skip * kept.to(skip) for skip in skips], *rest)
+
+    def _transform(self, level: int, forward: Any, x: Tensor, context: Tensor) -> Tensor:
+        kept = self.kept.get(("attention", level), torch.ones(len(x))).nonzero().flatten().to(x.device)
+        if len(kept) == len(x):
+            return forward(x, context)
+        if len(kept) == 0:
+            return torch.zeros_like(x)
+        out = forward(x[kept], context[kept])
+        return torch.zeros_like(x, dtype=out.dtype).index_copy(0, kept, out)
+
+
+def inner_first(unet: UNet, others: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups for the optimizer: the inner levels learn at twice the rate of the rest."""
+    named = list(unet.named_parameters())
+    inner = [p for name, p in named if name.startswith(INNER)]
+    outer = [p for name, p in named if not name.startswith(INNER)]
+    return [{"params": [*outer, *others]}, {"params": inner, "lr_scale": 2.0}]
