@@ -7,24 +7,15 @@ import pytest
 import torch
 
 from minidistill.errors import InputError
+from minidistill.miniature.inside_out import DROPPED, PATCHES, Dropped, OuterDropout, X0Heads, inner_first
+from minidistill.miniature.layouts import Layouts
+from minidistill.miniature.networks import UNET, VAE, near_colour, redraw_places, whiten, words_first
 from minidistill.miniature.scenes import SIZES, Scenes
 from minidistill.models.clip import CLIPTextModel
+from minidistill.models.unet import UNet, random_inputs
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
-from minidistill.train_miniature import (
-    TIMESTEPS,
-    VAE,
-    Config,
-    Layouts,
-    main,
-    near_colour,
-    p2_weight,
-    redraw_places,
-    squeeze,
-    where_loss,
-    whiten,
-    words_first,
-)
+from minidistill.train_miniature import TIMESTEPS, Config, main, p2_weight, squeeze
 from minidistill.training.batches import to_pixels
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
@@ -34,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def few(**settings) -> Config:
-    small = {"batch_size": 2, "images": 8, "layout_steps": 3, "judged": 1, "precision": "fp32", "log_every": 1}
+    small = {"batch_size": 2, "images": 8, "judged": 1, "precision": "fp32", "log_every": 1}
     return dataclasses.replace(Config(), **{**small, "checkpoint_every": 2, **settings})
 
 
@@ -77,18 +68,16 @@ def stop_after(save):
     return saved
 
 
-def test_the_unet_can_start_from_another_model(made, tmp_path):
-    """With a learning rate of almost 0 its weights do not change."""
-    main(few(out=str(tmp_path), part="unet", start=str(made / "pipeline"), steps=1, learning_rate=1e-30))
-    before, after = load_pipeline(made / "pipeline"), load_pipeline(tmp_path / "pipeline")
-    for name, weight in before.unet.state_dict().items():
-        assert torch.allclose(weight, after.unet.state_dict()[name], atol=1e-3)
-    assert (tmp_path / "pipeline" / "clip" / "model.safetensors").is_file()
+def test_the_unet_alone_is_trained_on_the_shipped_vae_and_clip(tmp_path):
+    main(few(out=str(tmp_path), part="unet", steps=1))
+    shipped, trained = load_pipeline("miniature"), load_pipeline(tmp_path / "pipeline")
+    assert all(torch.equal(a, b) for a, b in zip(shipped.vae.parameters(), trained.vae.parameters(), strict=True))
+    clip = read_safetensors(folders.MINIATURE / "clip" / "model.safetensors")
+    copied = read_safetensors(tmp_path / "pipeline" / "clip" / "model.safetensors")
+    assert all(torch.equal(tensor, copied[name]) for name, tensor in clip.items())
 
 
-def test_missing_parts_and_missing_runs_are_refused(tmp_path):
-    with pytest.raises(InputError, match="has no folder clip/"):
-        main(few(part="unet", steps=1, out=str(tmp_path / "none")))
+def test_a_missing_run_is_not_resumed(tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         main(few(out=str(tmp_path), resume=True))
 
@@ -164,13 +153,13 @@ def test_redraw_places_reinitialises_nearly_equal_words_and_no_others():
     weight = pipe.text_encoders[0].text_model.embeddings.token_embedding.weight
     ids = [int(pipe.tokenizers[0]([word])[0, 1]) for word in ("left", "right", "above", "below")]
     before = weight.detach().clone()
-    redraw_places(pipe)
+    redraw_places(pipe.text_encoders[0], pipe.tokenizers[0])
     assert torch.equal(weight, before), "those of the miniature differ"
     with torch.no_grad():
         weight[ids[0]] = weight[ids[1]] + 0.1 * weight[ids[2]]
     before = weight.detach().clone()
     torch.manual_seed(0)
-    redraw_places(pipe)
+    redraw_places(pipe.text_encoders[0], pipe.tokenizers[0])
     changed = (weight != before).any(1).nonzero().flatten().tolist()
     assert changed == sorted(ids)
     distances = torch.cdist(weight[ids], weight[ids])[~torch.eye(4, dtype=torch.bool)]
@@ -184,19 +173,73 @@ def test_squeeze_rescales_timesteps_into_the_ranges_in_turn():
     assert squeeze(torch.arange(1000), [(0, 1000)]).tolist() == list(range(1000))
 
 
-def test_where_loss_is_zero_for_features_with_positions_and_has_gradients():
-    line = torch.linspace(-1, 1, 6)
-    x, y = torch.meshgrid(line, line, indexing="xy")
-    h = torch.stack([x, y] * 8)[None]  # 8 groups of 2 channels: x and y, whose mean is 0
-    head = torch.nn.Conv2d(16, 2, 1)
-    with torch.no_grad():
-        head.weight.zero_()
-        head.bias.zero_()
-        head.weight[0, 0], head.weight[1, 1] = float(x.std(correction=0)), float(x.std(correction=0))
-    assert where_loss({"up.3": h}, torch.nn.ModuleDict({"up_3": head})) < 1e-6
+def test_what_is_dropped_comes_back_and_all_of_it_is_kept_at_the_end():
+    dropped = Dropped(0.1, 0.3, 0.25)
+    shares = [0.0, 0.1, 0.2, 0.25, 0.3, 0.9, 0.935, 0.97, 1.0]
+    assert [dropped.probability(s) for s in shares] == pytest.approx([1, 1, 0.5, 0.25, 0.25, 0.25, 0.125, 0, 0])
 
-    blind = torch.zeros(1, 16, 6, 6).add_(torch.randn(1, 16, 1, 1)).requires_grad_()
-    loss = where_loss({"up.3": blind}, torch.nn.ModuleDict({"up_3": head}))
-    loss.backward()
-    assert loss > 0.3
-    assert blind.grad.abs().sum() > 0
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet(UNET)
+
+
+@torch.no_grad()
+def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_block(unet):
+    inputs = random_inputs(UNET, 3, 16, 16)[:3]
+    plain = unet(*inputs)
+    dropout = OuterDropout(unet)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(unet(*inputs), plain), "nothing is dropped outside of the block"
+    with dropout.at(1.0, 3, generator):
+        assert torch.equal(unet(*inputs), plain), "nor at the end of the run"
+    with dropout.at(0.0, 3, generator):
+        nothing = unet(*inputs)
+        other_text = unet(*inputs[:2], torch.randn_like(inputs[2]), return_features=True)[1]
+    inner = UNet(UNET)
+    inner.load_state_dict(unet.state_dict())
+    last = len(UNET.block_out_channels) - 1
+    for level in range(3):
+        for block in (inner.down_blocks[level], inner.up_blocks[last - level]):
+            for transformer in block.attentions:
+                transformer.proj_out.weight.zero_()
+                transformer.proj_out.bias.zero_()
+    for level in (1, 2):
+        inner.up_blocks[last - level].register_forward_pre_hook(without_skips)
+    assert torch.allclose(nothing, inner(*inputs), atol=1e-5)
+    assert other_text["down.2.proj_out"].abs().max() == 0
+    with dropout.at(0.5, 3, generator):
+        dropout.kept = {key: torch.tensor([True, False, True]) for key in DROPPED}
+        some = unet(*inputs)
+    assert torch.allclose(some[[0, 2]], plain[[0, 2]], atol=1e-5)
+    assert torch.allclose(some[1], nothing[1], atol=1e-5)
+
+
+def without_skips(block, args):
+    h, skips, *rest = args
+    return (h, [torch.zeros_like(skip) for skip in skips], *rest)
+
+
+def test_x0_is_predicted_from_the_inner_features_and_the_inner_levels_learn_faster(unet):
+    torch.manual_seed(0)
+    heads, x0 = X0Heads(UNET), torch.randn(2, 4, 16, 16)
+    features = unet(*random_inputs(UNET, 2, 16, 16)[:3], return_features=True)[1]
+    losses = heads(features, x0)
+    assert list(losses) == [f"x0 from {name}" for name in PATCHES]
+    sum(losses.values()).backward()
+    groups = inner_first(unet, list(heads.parameters()))
+    assert [group.get("lr_scale", 1.0) for group in groups] == [1.0, 2.0]
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(
+        p.numel() for m in (unet, heads) for p in m.parameters()
+    )
+    assert all(p.grad is None or not p.grad.any() for p in unet.up_blocks[3].parameters())
+    assert all(p.grad.any() for name, p in unet.up_blocks[0].named_parameters() if "time_emb" not in name)
+    with torch.no_grad():  # a head that knows x0: its input is the patches, normalised
+        head, wide = torch.nn.Conv2d(16, 16, 1), torch.randn(2, 4, 16, 16)
+        patches = torch.nn.functional.group_norm(torch.nn.functional.pixel_unshuffle(wide, 2), 8)
+        x0 = torch.nn.functional.pixel_shuffle(patches, 2)
+        head.weight.copy_(torch.eye(16)[..., None, None])
+        head.bias.zero_()
+        heads.heads[2] = head
+        assert heads({**features, "up.1": patches}, x0)["x0 from up.1"] < 1e-6
