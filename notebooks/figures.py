@@ -103,7 +103,7 @@ def bars(ax: Axes, values: Mapping[str, float], notes: Sequence[str] | None = No
     if ax.get_xscale() == "log":
         ax.set_xlim(right=8 * max(values.values()))
     else:
-        ax.margins(x=0.2)
+        ax.margins(x=0.25)
     if not ax.yaxis_inverted():
         ax.invert_yaxis()
 
