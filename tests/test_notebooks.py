@@ -125,7 +125,7 @@ def store(path: Path) -> None:
 
 
 def store_curves(steps: int = 1000, every: int = 50, seeds: int = 3, images: int = 4096) -> None:
-    """Run the ablation of notebook 02, by its own cells, for longer, with batches of 8; random weights have one seed."""
+    """Run the ablation of notebook 02, by its own cells, for longer, with batches of 8 (random weights: one seed)."""
     os.nice(19)
     cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOKS[2], as_version=4).cells}
     scope = {"__name__": "notebook"}
