@@ -130,7 +130,7 @@ def made_up_pairs(count, seed):
     random = torch.Generator().manual_seed(seed)
     sign = torch.randint(2, (count, 1, 1, 1), generator=random) * 2.0 - 1
     x_t, real, fake = (
-        s * sign * torch.ones(4, 8, 8) + 0.5 * torch.randn(count, 4, 8, 8, generator=random) for s in (1, 1, -1)
+        s * sign * torch.ones(4, 4, 4) + 0.5 * torch.randn(count, 4, 4, 4, generator=random) for s in (1, 1, -1)
     )
     return x_t, real, fake
 
@@ -156,14 +156,14 @@ def rank(judge, updates):
 
 def test_it_learns_to_rank_pairs_and_one_that_cannot_is_found_out(unet):
     torch.manual_seed(0)
-    judge = Discriminator(unet, 8, True)
-    learned = rank(judge, 80)
+    judge = Discriminator(unet, 4, True)
+    learned = rank(judge, 60)
     assert learned > 0.9 and "blind" not in (verdict(learned, 256) or "")
     for head in judge.heads.values():  # leads away from the teacher
         head.out.weight.data.neg_()
     wrong = rank(judge, 0)
     assert wrong < 0.1 and "collapsed" in verdict(wrong, 256)
-    untrained = rank(randomise(Discriminator(unet, 8, True)), 0)
-    without_x_t = rank(randomise(Discriminator(unet, 8, False)), 20)
+    untrained = rank(randomise(Discriminator(unet, 4, True)), 0)
+    without_x_t = rank(randomise(Discriminator(unet, 4, False)), 10)
     for blind in (untrained, without_x_t):
         assert 0.35 < blind < 0.65
