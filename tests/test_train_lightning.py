@@ -271,7 +271,7 @@ def test_an_sdxl_goes_through_the_whole_ladder(train, tmp_path):
 
 @pytest.fixture(scope="module")
 def opened(sources, images, tmp_path_factory):
-    """opened(precision, k, changes) -> the ladder of "every" and the players of its phase k, as if it were the first."""
+    """opened(precision, k, changes) -> the ladder of "every", and the players of phase k as if it were the first."""
 
     def make(precision, number, **changes):
         out = tmp_path_factory.mktemp("opened") / "run"
