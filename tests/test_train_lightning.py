@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from minidistill import report, train_lightning
 from minidistill.cli import parse
 from minidistill.distill import lightning, players
+from minidistill.distill.adversarial import discriminator_loss, generator_loss
 from minidistill.distill.lightning import LEVELS, PLANS, Phase, Stage, choose, legs, stage_rows
 from minidistill.errors import InputError
 from minidistill.interop.replace import merge_loras
@@ -265,14 +266,56 @@ def test_an_sdxl_goes_through_the_whole_ladder(train, tmp_path):
     assert load_pipeline(tmp_path / "run" / "2-step").is_sdxl
 
 
-def test_half_precision_loses_no_gradient(sources, images, tmp_path):
+# one update
+
+
+@pytest.fixture(scope="module")
+def opened(sources, images, tmp_path_factory):
+    """opened(precision, k, changes) -> the ladder of "every", and the players of phase k as if it were the first."""
+
+    def make(precision, number, **changes):
+        out = tmp_path_factory.mktemp("opened") / "run"
+        words = ["--teacher", sources["sd1"], "--data", images, "--plan", "every", "--out", out, *FLAGS.split()]
+        words = [*map(str, words), "--precision", precision]
+        ladder, _ = train_lightning.set_up(parse(train_lightning.Config, None, words, "prog", None))
+        leg = list(legs(ladder.stages))[number]
+        leg = leg._replace(index=0, phase=replace(leg.phase, **changes))  # the teacher is the first one
+        return ladder, players.assemble(ladder, leg, None)
+
+    return make
+
+
+def test_each_player_gets_the_gradient_of_its_own_loss(opened):
+    """One pass of D serves both, and equals two passes in which the other player is frozen."""
+    ladder, made = opened("fp32", 3, r1=0.0)
+    judge, student, batch = made.discriminator, list(made.student.parameters()), ladder.batches[0]
+    for head in judge.heads.values():
+        torch.nn.init.normal_(head.out.weight)
+    jump = players.endpoints(ladder, made, batch, trains=True)
+    loss_g, pull, _ = players.contest(ladder, made, batch, jump, 0, trains=True)
+    assert all(weight.grad is None for weight in student) and not loss_g.requires_grad
+    found_d = [weight.grad.clone() for weight in judge.parameters()]
+    (jump.x_fake * pull).sum().backward()
+    assert all(torch.equal(weight.grad, before) for weight, before in zip(judge.parameters(), found_d, strict=True))
+
+    def losses(x_fake):
+        (real, fake), _ = players.logits(ladder, made, batch, jump, 0, jump.x_real, x_fake)
+        return generator_loss(real, fake, True), discriminator_loss(real, fake, True)
+
+    expected_d = torch.autograd.grad(losses(jump.x_fake.detach())[1].mean(), list(judge.parameters()))
+    judge.requires_grad_(False)
+    jump = players.endpoints(ladder, made, batch, trains=True)
+    expected_g = torch.autograd.grad(losses(jump.x_fake)[0].sum(), student)
+    for found, expected in ((found_d, expected_d), ([weight.grad for weight in student], expected_g)):
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-6
+        assert max(b.abs().max().item() for b in expected) > 1e-3
+
+
+def test_half_precision_loses_no_gradient(opened):
     """Autocast keeps weights that it has cast: those of the rollout have no gradient, the student's must have one."""
-    words = ["--teacher", sources["sd1"], "--data", images, "--plan", "every", "--out", tmp_path / "run"]
-    words = list(map(str, [*words, *FLAGS.split(), "--precision", "bf16"]))
-    ladder, _ = train_lightning.set_up(parse(train_lightning.Config, None, words, "prog", None))
-    (leg,) = (leg for leg in legs(ladder.stages) if leg.phase.rollout)
-    leg = leg._replace(index=0)  # the teacher is the first one: no student is there yet
-    made = players.assemble(ladder, leg, None)
+    ladder, made = opened("bf16", 4)
+    assert made.leg.phase.rollout
     players.endpoints(ladder, made, ladder.batches[0], trains=True).x_fake.sum().backward()
     assert all(weight.grad is not None for weight in made.student.parameters())
 
