@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -217,8 +218,8 @@ def _converter(flag: str, hint: Any, info: Mapping[str, Any]) -> Callable[[str],
             value = math.nan
         if choices and value not in choices:
             raise InputError(f"{flag} takes {', '.join(choices)}, not '{text}'{_did_you_mean(text, choices)}")
-        if kind is str:
-            return value
+        if kind is str:  # a shell leaves the ~ of --out=~/runs as it is
+            return value if flag.endswith("prompt") else os.path.expanduser(value)
         if not -math.inf < value < math.inf:
             raise InputError(f"{flag} takes {NOUNS[kind]}, not '{text}'")
         if not low <= value <= high:

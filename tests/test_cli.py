@@ -102,6 +102,16 @@ def test_bad_input_is_refused_in_one_line_that_names_it(words, expected):
     assert expected in refusal(*words.split())
 
 
+def test_home_is_expanded_in_paths_and_not_in_prompts(monkeypatch):
+    @dataclass(frozen=True)
+    class Generate(Config):
+        prompt: str = option("", "what the image shows")
+
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parsed("--out=~/runs", "--lora=~/a,b", "--prompt=~/x", config_class=Generate, presets=None)
+    assert (config.out, config.lora, config.prompt) == ("/home/me/runs", ("/home/me/a", "b"), "~/x")
+
+
 def test_a_required_setting_and_positional_words():
     @dataclass(frozen=True)
     class Convert:
