@@ -12,7 +12,9 @@ the flags given. Field types: int, float, bool, str, a tuple of one of them such
 import argparse
 import dataclasses
 import difflib
+import io
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -114,11 +116,27 @@ def parse(
     if given.get("resume"):  # `--out DIR --resume` is enough; RunFolder.find compares all settings
         file = Path(values.get("out", fields["out"].default)) / "config.json"
         stored = read_json(file) if file.is_file() else {}
-        values = {name: v for name, v in stored.items() if name in fields and name not in NOT_COMPARED} | values
+        names = [name for name in stored if name in fields and name not in NOT_COMPARED]
+        values = {name: _stored_value(file, config_class, name, stored[name]) for name in names} | values
     for name, field in fields.items():  # not by argparse, which would ask for it before it named a mistyped flag
         if name not in values and field.default is REQUIRED:
             raise InputError(f"--{name.replace('_', '-')} is required: {field.metadata['help']}")
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _stored_value(file: Path, config_class: type, name: str, value: Any) -> Any:
+    """A setting of config.json, which people edit, as if it were typed. InputError: it is none, the file is named."""
+    field = next(field for field in dataclasses.fields(config_class) if field.name == name)
+    hint = typing.get_type_hints(config_class)[name]
+    if _item_type(hint)[0] is bool:
+        if not isinstance(value, bool):
+            raise InputError(f"{file}: {name} must be true or false, not {value!r}")
+        return value
+    text = ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    try:
+        return _converter(name, hint, field.metadata)(text)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def run_command(
@@ -135,6 +153,8 @@ def run_command(
     Any other exception is a bug and keeps its traceback.
     """
     config = None
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that a log file on Windows has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
     try:
         config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
@@ -217,8 +237,8 @@ def _converter(flag: str, hint: Any, info: Mapping[str, Any]) -> Callable[[str],
             value = math.nan
         if choices and value not in choices:
             raise InputError(f"{flag} takes {', '.join(choices)}, not '{text}'{_did_you_mean(text, choices)}")
-        if kind is str:
-            return value
+        if kind is str:  # a shell leaves the ~ of --out=~/runs as it is
+            return value if flag.endswith("prompt") else os.path.expanduser(value)
         if not -math.inf < value < math.inf:
             raise InputError(f"{flag} takes {NOUNS[kind]}, not '{text}'")
         if not low <= value <= high:

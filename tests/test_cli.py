@@ -102,6 +102,16 @@ def test_bad_input_is_refused_in_one_line_that_names_it(words, expected):
     assert expected in refusal(*words.split())
 
 
+def test_home_is_expanded_in_paths_and_not_in_prompts(monkeypatch):
+    @dataclass(frozen=True)
+    class Generate(Config):
+        prompt: str = option("", "what the image shows")
+
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parsed("--out=~/runs", "--lora=~/a,b", "--prompt=~/x", config_class=Generate, presets=None)
+    assert (config.out, config.lora, config.prompt) == ("/home/me/runs", ("/home/me/a", "b"), "~/x")
+
+
 def test_a_required_setting_and_positional_words():
     @dataclass(frozen=True)
     class Convert:
@@ -208,6 +218,23 @@ def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
         open_as_told()
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps": 2.5}, "steps takes a whole number, not '2.5'"),
+        ({"recipe": "bk-smal"}, "did you mean bk-small?"),
+        ({"stages": [2, "x"]}, "stages takes a whole number, not 'x'"),
+        ({"learning_rate": None}, "learning_rate takes a finite number, not 'none'"),
+        ({"flip": "no"}, "flip must be true or false, not 'no'"),
+    ],
+)
+def test_an_edited_setting_of_a_run_is_checked_like_a_flag(tmp_path, setting, expected):
+    fill(tmp_path, {"config.json": setting})
+    told = refusal("--out", str(tmp_path), "--resume")
+    assert f"{tmp_path}/config.json: " in told and expected in told
+
+
 def outcome(error, *words, capsys):
     """Exit code and stderr of a command that ends with this error, or none."""
 
@@ -218,6 +245,14 @@ def outcome(error, *words, capsys):
     with pytest.raises(SystemExit) as exit_info:
         run_command(command, Config, PRESETS, prog=PROG, argv=words)
     return exit_info.value.code, capsys.readouterr().err
+
+
+def test_a_name_that_the_terminal_cannot_spell_is_printed_all_the_same(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(lambda config: print(config.out), Config, prog=PROG, argv=["--out", "图"])
+    sys.stdout.flush()
+    assert exit_info.value.code == 0 and sys.stdout.buffer.getvalue().strip() == b"\\u56fe"
 
 
 def test_exit_codes(capsys, tmp_path):
