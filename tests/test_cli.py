@@ -218,6 +218,23 @@ def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
         open_as_told()
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps": 2.5}, "steps takes a whole number, not '2.5'"),
+        ({"recipe": "bk-smal"}, "did you mean bk-small?"),
+        ({"stages": [2, "x"]}, "stages takes a whole number, not 'x'"),
+        ({"learning_rate": None}, "learning_rate takes a finite number, not 'none'"),
+        ({"flip": "no"}, "flip must be true or false, not 'no'"),
+    ],
+)
+def test_an_edited_setting_of_a_run_is_checked_like_a_flag(tmp_path, setting, expected):
+    fill(tmp_path, {"config.json": setting})
+    told = refusal("--out", str(tmp_path), "--resume")
+    assert f"{tmp_path}/config.json: " in told and expected in told
+
+
 def outcome(error, *words, capsys):
     """Exit code and stderr of a command that ends with this error, or none."""
 
