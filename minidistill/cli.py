@@ -12,6 +12,7 @@ the flags given. Field types: int, float, bool, str, a tuple of one of them such
 import argparse
 import dataclasses
 import difflib
+import io
 import math
 import os
 import shlex
@@ -151,6 +152,8 @@ def run_command(
     Any other exception is a bug and keeps its traceback.
     """
     config = None
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that a log file on Windows has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
     try:
         config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)

@@ -247,6 +247,14 @@ def outcome(error, *words, capsys):
     return exit_info.value.code, capsys.readouterr().err
 
 
+def test_a_name_that_the_terminal_cannot_spell_is_printed_all_the_same(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(lambda config: print(config.out), Config, prog=PROG, argv=["--out", "图"])
+    sys.stdout.flush()
+    assert exit_info.value.code == 0 and sys.stdout.buffer.getvalue().strip() == b"\\u56fe"
+
+
 def test_exit_codes(capsys, tmp_path):
     assert outcome(None, capsys=capsys) == (0, "")
     assert outcome(InputError("no such teacher"), capsys=capsys) == (2, "error: no such teacher\n")
