@@ -32,6 +32,7 @@ from minidistill.weights.files import existing_file, read_json, write_json, writ
 from minidistill.weights.folders import find_model, read_sampling, save_unet
 
 LAYOUTS = ("folder", "single-file", CPP, *FORMS)
+NOT_WRITTEN = (".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")  # suffixes of single files in other formats
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 
 
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
     if layout != "folder" and dest.suffix != ".safetensors":
         what = "a LoRA" if layout in FORMS else "a single file"
         raise InputError(f"{dest}: {what} is written as .safetensors: end its name so, or leave out --layout")
-    if layout != config.layout and dest.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+    if config.layout is None and layout == "folder" and dest.suffix.lower() in (".safetensors", *NOT_WRITTEN):
         raise InputError(
             f"{dest}: a single file is written as .safetensors; for a folder of that name: --layout folder"
         )

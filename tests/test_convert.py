@@ -101,8 +101,9 @@ def test_the_average_is_taken_of_the_file_that_has_the_unet(sources, parts, tmp_
 
 def test_flags_that_have_no_meaning_or_do_not_fit_are_refused(sources, parts, tmp_path, capsys):
     new = tmp_path / "new"
-    assert ".safetensors" in refused(capsys, "miniature", tmp_path / "new.ckpt"), "no file of that name is written"
-    assert not (tmp_path / "new.ckpt").exists()
+    for name in ("new.ckpt", "new.gguf", "new.SAFETENSORS"):
+        assert ".safetensors" in refused(capsys, "miniature", tmp_path / name), "no file of that name is written"
+        assert not (tmp_path / name).exists()
     two = ("--lora", parts["style"], "--lora-scale", "1,2")
     assert "2 scales for 1 LoRAs" in refused(capsys, sources["sd1"], new, *two)
     assert "only single files may hold both" in refused(capsys, sources["sd1"], new, "--ema")
