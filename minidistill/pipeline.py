@@ -278,7 +278,8 @@ class Pipeline:
         check_integers(height=height, width=width)
         factor = self.vae.config.downscale
         if min(height, width) < factor or height % factor or width % factor:
-            raise InputError(f"height and width must be multiples of {factor} for this model, got {height} and {width}")
+            need = f"multiples of {factor} for this model, also those of an image to start from"
+            raise InputError(f"height and width must be {need}; got {height} and {width}")
         return height // factor, width // factor
 
     def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> tuple[int, int]:
@@ -301,6 +302,8 @@ class Pipeline:
         images = one_each(image, count, "images", Image.Image, "PIL images (Image.open reads a file)")
         if len({image.size for image in images}) > 1:
             raise InputError("all images of one call must have the same size")
+        if other := {image.mode for image in images} - {"RGB", "L"}:  # Pillow drops transparency and clips 16 bits
+            raise InputError(f"images must be RGB, not {', '.join(other)}: use minidistill.data.folders.to_rgb(image)")
         self._latent_size(*images[0].size[::-1])
         weight = next(self.vae.parameters())
         pixels = to_pixels(image.convert("RGB") for image in images).to(weight.device, weight.dtype)

@@ -261,6 +261,7 @@ def photo(width: int = 32, height: int = 32) -> Image.Image:
         ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "not finite"),
         ({"latents": [[0.0]]}, "latents must be a Tensor"),
         ({"image": "photo.png"}, "images must be PIL images"),
+        ({"image": photo().convert("RGBA")}, "images must be RGB, not RGBA: use"),
         ({"image": photo(30)}, "multiples of 4"),
         ({"image": [photo(), photo(64)]}, "same size"),
         ({"image": [photo()] * 3}, "3 images for 2"),
