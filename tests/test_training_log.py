@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ def test_a_line_is_the_mean_since_the_last_line_and_the_last_step_is_always_logg
     printed = capsys.readouterr().out
     assert printed.count("\n") == 3
     assert printed.startswith("step 0003/0007 | loss 1 (task 0.5) | ") and "ms/step | eta" in printed
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full is Linux's")
+def test_a_full_disk_ends_in_one_line(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl", total=1, every=1) as log:
+        log._file.close()
+        told = pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: No space left on device")
+        with open("/dev/full", "a") as log._file, told:
+            log_steps(log, 0, 1)
 
 
 def test_all_micro_batches_count_and_a_part_is_averaged_over_when_it_came(tmp_path):

@@ -96,7 +96,7 @@ class MetricsLog:
             self._by_sample.append((per_sample_loss.detach(), t.detach()))
 
     def end_step(self, step: int, *, lr: float, grad_norm: Tensor | float) -> None:
-        """Optimizer step number `step` is done, with this learning rate and gradient norm."""
+        """Optimizer step number `step` is done, with this learning rate and gradient norm. InputError: a full disk."""
         if step % self.every and step != self.total:
             return
         losses = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
@@ -105,8 +105,13 @@ class MetricsLog:
         if self._by_sample:
             loss, t = (torch.cat(tensors).cpu() for tensors in zip(*self._by_sample, strict=True))
             line["loss_by_timestep"] = bin_by_timestep(loss, t, self.num_train_timesteps)
-        self._file.write(json.dumps(_finite_or_null(line)) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(_finite_or_null(line)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.close()  # which tries once more to write
+            raise InputError(f"cannot write {self.path}: {error.strerror}; make room, then --resume") from error
         print(format_line(step, self.total, losses, ms), flush=True)
         self._last = step
         self._clear()
