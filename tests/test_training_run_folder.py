@@ -189,6 +189,19 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, capsys, damage):
     assert "step-000002 is damaged" in capsys.readouterr().out
     run.save(2, parts_at(2), keep=2)
     assert run.latest_checkpoint().step == 2 and saved(run) == ["step-000001", "step-000002"]
+    for name in saved(run):
+        damage(run.checkpoints / name)
+    with pytest.raises(InputError, match=r"all of .*checkpoints is damaged"):  # no run starts over by itself
+        run.restore(parts_at(0))
+
+
+def test_a_run_whose_checkpoints_are_lost_does_not_start_over(tmp_path):
+    run = open_run(tmp_path, checkpoint_every=10)
+    run.metrics.write_text('{"step": 10}\n')  # it may have been killed while it saved the first
+    open_run(tmp_path, resume=True, checkpoint_every=10)
+    run.metrics.write_text('{"step": 20}\n')
+    with pytest.raises(InputError, match=r"has logged 20 steps, and its checkpoints are lost: put one back"):
+        open_run(tmp_path, resume=True, checkpoint_every=30)
 
 
 class Crash(BaseException):

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from minidistill.errors import InputError
+from minidistill.training.log import read_metrics
 from minidistill.training.state import Part, pack, unpack
 from minidistill.weights.files import read_json, read_safetensors, to_disk, write_json, write_safetensors
 from minidistill.weights.folders import SHIPPED
@@ -92,10 +93,15 @@ class RunFolder:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
             run._lock()
-            _check_same_run(out, read_json(run.config), _as_stored(config))
+            stored = read_json(run.config)
+            _check_same_run(out, stored, _as_stored(config))
             done = max(map(_step_of, run._checkpoint_paths()), default=0)
             if done > config.get("steps", done):
                 raise InputError(f"--steps {config['steps']}: the run in {out} has done {done} steps already")
+            logged = max((line["step"] for line in read_metrics(run.metrics)), default=0)
+            if not done and logged > stored.get("checkpoint_every", logged):
+                lost = f"the run in {out} has logged {logged} steps, and its checkpoints are lost"
+                raise InputError(f"{lost}: put one back into {run.checkpoints}, or take another --out")
             if not done:
                 print(f"{out} holds no checkpoint yet: starting at step 0", flush=True)
         elif found := [name for name in SIGNS_OF_A_RUN if (run.path / name).exists()]:
@@ -147,13 +153,18 @@ class RunFolder:
         return checkpoint.step
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is undamaged, or None. Prints which damaged ones it skips."""
+        """The newest checkpoint that is undamaged; None if there are none. Prints which damaged ones it skips.
+
+        InputError: all are damaged. (Starting at step 0 would replace what the run has made.)
+        """
         for path in reversed(self._checkpoint_paths()):
             try:
                 state = read_json(path / "state.json")
                 return Checkpoint(state["step"], read_safetensors(path / "state.safetensors"), state["meta"])
             except (InputError, KeyError) as error:
                 print(f"{path} is damaged, trying the one before it ({error})", flush=True)
+        if self._checkpoint_paths():
+            raise InputError(f"all of {self.checkpoints} is damaged: copy a whole one there, or take another --out")
         return None
 
     def _lock(self) -> None:
