@@ -319,4 +319,5 @@ def test_the_command_scans_and_refuses_in_one_line(data, capsys):
     assert code == 0 and "note: 10.png (not an image) cannot be read" in said.out
     assert "; 1 unreadable: another image stands in for each until it is removed: 10.png (not an image)." in said.out
     code, said = run("--data", "nowhere", "--out", "x")
-    assert code == 2 and said.err == "error: data folder nowhere does not exist\n"
+    way = "(a data set of the Hub: save it as image files)"
+    assert code == 2 and said.err == f"error: data folder nowhere does not exist {way}\n"

@@ -27,6 +27,7 @@ from minidistill.training import inputs
         ("data/training set/", "data/eval/"),
         ("Train2017/cats/", "val2017/cats/"),
         ("data/train-00000.tar/", "data/test-00000.tar/"),
+        ("windows.tar/train\\", "windows.tar/test\\"),
     ],
 )
 def test_splits_are_kept_apart_and_named(tmp_path, train, test):

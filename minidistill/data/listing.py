@@ -121,7 +121,8 @@ def find_examples(path: str | Path, split: str | None = None, caption_column: st
     """
     root = Path(path)
     if not root.is_dir():
-        raise InputError(f"data folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
+        why = "is not a folder" if root.exists() else "does not exist (a data set of the Hub: save it as image files)"
+        raise InputError(f"data folder {root} {why}")
     report = FolderReport(str(root))
     files = dict.fromkeys(_walk(root))
     in_rows = _take_rows(report, files, caption_column or "text")
@@ -351,7 +352,7 @@ def _remark_repeats(report: FolderReport) -> None:
 
 def _keep_split(report: FolderReport, split: str | None) -> None:
     """Keep the examples of one split, by the names of folders and tars; where there are no two, all of them."""
-    splits = [_split_of(posixpath.dirname(example.name)) for example in report.examples]
+    splits = [_split_of(posixpath.dirname(_key(example.name))) for example in report.examples]
     if split == "all" or (split is None and len({*splits} - {""}) < 2):
         return
     report.split = split or "train"
