@@ -117,24 +117,23 @@ def parse(
         file = Path(values.get("out", fields["out"].default)) / "config.json"
         stored = read_json(file) if file.is_file() else {}
         names = [name for name in stored if name in fields and name not in NOT_COMPARED]
-        values = {name: _stored_value(file, config_class, name, stored[name]) for name in names} | values
+        values = {name: _stored_value(file, fields[name], config_class, stored[name]) for name in names} | values
     for name, field in fields.items():  # not by argparse, which would ask for it before it named a mistyped flag
         if name not in values and field.default is REQUIRED:
             raise InputError(f"--{name.replace('_', '-')} is required: {field.metadata['help']}")
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def _stored_value(file: Path, config_class: type, name: str, value: Any) -> Any:
+def _stored_value(file: Path, field: dataclasses.Field[Any], config_class: type, value: Any) -> Any:
     """A setting of config.json, which people edit, as if it were typed. InputError: it is none, the file is named."""
-    field = next(field for field in dataclasses.fields(config_class) if field.name == name)
-    hint = typing.get_type_hints(config_class)[name]
+    hint = typing.get_type_hints(config_class)[field.name]
     if _item_type(hint)[0] is bool:
         if not isinstance(value, bool):
-            raise InputError(f"{file}: {name} must be true or false, not {value!r}")
+            raise InputError(f"{file}: {field.name} must be true or false, not {value!r}")
         return value
     text = ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
     try:
-        return _converter(name, hint, field.metadata)(text)
+        return _converter(field.name, hint, field.metadata)(text)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
