@@ -55,6 +55,13 @@ def test_splits_count_where_the_metadata_lies_above_them_and_not_where_there_is_
     assert "no images of split validation but test, train: give another --split" in refusal(
         lambda: find_examples(tmp_path, "validation")
     )
+    (tmp_path / "train").rename(tmp_path / "dogs")
+    fill(tmp_path, {"metadata.jsonl": [{"file_name": name, "text": name} for name in ("dogs/a.png", names[1])]})
+    assert "; 1 of split test, used too, as no folder is called train (--split): test/b.png" in (
+        find_examples(tmp_path).summary()
+    )
+    (tmp_path / "dogs").rename(tmp_path / "train")
+    fill(tmp_path, {"metadata.jsonl": [{"file_name": name, "text": name} for name in names]})
     shutil.rmtree(tmp_path / "test")
     assert list(found(find_examples(tmp_path))) == ["train/a.png", "cats/trainers.png"]
     assert find_examples(tmp_path, "train").split == "train"

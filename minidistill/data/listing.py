@@ -354,6 +354,9 @@ def _keep_split(report: FolderReport, split: str | None) -> None:
     """Keep the examples of one split, by the names of folders and tars; where there are no two, all of them."""
     splits = [_split_of(posixpath.dirname(_key(example.name))) for example in report.examples]
     if split == "all" or (split is None and len({*splits} - {""}) < 2):
+        for example, found in zip(report.examples, splits, strict=True):
+            if split is None and "" in splits and found in ("validation", "test"):
+                report.remark(f"of split {found}, used too, as no folder is called train (--split)", example.name)
         return
     report.split = split or "train"
     if report.split not in splits:
