@@ -196,8 +196,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
 
     The text encoder is trained too, as in that paper (sec. 3.3). The loss is weighted by about SNR^(-1/2) (P2, arXiv
     2204.00227). Inner levels first (`miniature/inside_out.py`). In the first twentieth of the run, every second step is
-    at t >= 850 on captions that state positions (`Layouts`): below, the noisy latents show the layout, and the words
-    are not needed.
+    at t >= 850 on captions that state positions (`Layouts`): below, the noisy latents show the layout.
     """
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
@@ -214,7 +213,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
 
     settings = {"batch_size": config.batch_size, "seed": config.seed, "keep_text": False}
     batches = Batches(Scenes("train", config.images, CROWDED), pipe, caption_dropout=0.1, **settings)
-    layouts = Batches(Layouts(math.ceil(config.images * 0.3)), pipe, **settings)
+    few = math.ceil(config.images * 0.3)
+    layouts = Batches(Layouts(few), pipe, **settings) if start < LAYOUT * config.steps else batches  # not needed later
     rounds = max(1, min(96, config.judged) // config.batch_size)
     held_out = Batches(Scenes("test", rounds * config.batch_size), pipe, **settings)
     dropout, alpha_bar = OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)

@@ -97,8 +97,9 @@ class OuterDropout:
 
     def _drop_skips(self, level: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         h, skips, *rest = args
-        kept = self.kept.get(("skips", level), torch.ones(len(h)))[:, None, None, None]
-        return (h, [skip * kept.to(skip) for skip in skips], *rest)
+        if (kept := self.kept.get(("skips", level))) is None:
+            return args
+        return (h, [skip * kept[:, None, None, None].to(skip) for skip in skips], *rest)
 
     def _transform(self, level: int, forward: Any, x: Tensor, context: Tensor) -> Tensor:
         kept = self.kept.get(("attention", level), torch.ones(len(x))).nonzero().flatten().to(x.device)
