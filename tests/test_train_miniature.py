@@ -1,13 +1,23 @@
 """The command that trains the miniature: all three parts from scratch for a few steps, resuming, and its losses."""
 
 import dataclasses
+import itertools
 import shutil
 
 import pytest
 import torch
 
+from minidistill.distill.sensitivity import zeroed
 from minidistill.errors import InputError
-from minidistill.miniature.inside_out import DROPPED, PATCHES, Dropped, OuterDropout, X0Heads, inner_first
+from minidistill.miniature.inside_out import (
+    DROPPED,
+    PATCHES,
+    Dropped,
+    OuterDropout,
+    X0Heads,
+    inner_first,
+    keep_variance,
+)
 from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.networks import UNET, VAE, near_colour, redraw_places, whiten, words_first
 from minidistill.miniature.scenes import SIZES, Scenes
@@ -15,7 +25,7 @@ from minidistill.models.clip import CLIPTextModel
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
-from minidistill.train_miniature import TIMESTEPS, Config, main, p2_weight, squeeze
+from minidistill.train_miniature import LAYOUT_TIMESTEPS, Config, main, p2_weight, squeeze
 from minidistill.training.batches import to_pixels
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
@@ -168,7 +178,7 @@ def test_redraw_places_reinitialises_nearly_equal_words_and_no_others():
 
 def test_squeeze_rescales_timesteps_into_the_ranges_in_turn():
     t = torch.tensor([0, 0, 0, 500, 999, 999])
-    assert squeeze(t, TIMESTEPS[:1]).tolist() == [850, 850, 850, 925, 999, 999]
+    assert squeeze(t, LAYOUT_TIMESTEPS).tolist() == [850, 850, 850, 925, 999, 999]
     assert squeeze(t, [(850, 1000), (600, 900), (0, 1000)]).tolist() == [850, 600, 0, 925, 899, 999]
     assert squeeze(torch.arange(1000), [(0, 1000)]).tolist() == list(range(1000))
 
@@ -205,7 +215,7 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
             for transformer in block.attentions:
                 transformer.proj_out.weight.zero_()
                 transformer.proj_out.bias.zero_()
-    for level in (1, 2):
+    for level in (1, 2, 3):
         inner.up_blocks[last - level].register_forward_pre_hook(without_skips)
     assert torch.allclose(nothing, inner(*inputs), atol=1e-5)
     assert other_text["down.2.proj_out"].abs().max() == 0
@@ -214,6 +224,31 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
         some = unet(*inputs)
     assert torch.allclose(some[[0, 2]], plain[[0, 2]], atol=1e-5)
     assert torch.allclose(some[1], nothing[1], atol=1e-5)
+
+
+def test_what_an_inner_level_keeps_the_levels_above_it_keep_too(unet):
+    dropout = OuterDropout(unet)
+    with dropout.at(0.5, 1000, torch.Generator().manual_seed(0)):
+        for kind in ("skips", "attention"):
+            levels = sorted((level for k, level in DROPPED if k == kind), key=lambda n: DROPPED[kind, n].floor)
+            for likely, less_likely in itertools.pairwise(levels):
+                assert bool((dropout.kept[kind, likely] | ~dropout.kept[kind, less_likely]).all())
+        dropped = (~dropout.kept["attention", 2]).float().mean().item()
+    assert dropped == pytest.approx(DROPPED["attention", 2].floor, abs=0.03)
+
+
+@torch.no_grad()
+def test_the_inner_levels_of_a_new_u_net_reach_the_output_at_full_scale():
+    torch.manual_seed(0)
+    reach = []
+    for full in (False, True):
+        unet, inputs = UNet(UNET), random_inputs(UNET, 4, 16, 16)[:3]
+        if full:
+            keep_variance(unet)
+        out = unet(*inputs)
+        with zeroed(unet.up_blocks[0]):
+            reach.append(((out - unet(*inputs)).square().mean() / out.square().mean()).item())
+    assert reach[1] > 5 * reach[0], reach
 
 
 def without_skips(block, args):

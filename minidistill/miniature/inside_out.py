@@ -2,8 +2,9 @@
 
 Trained plainly, a U-Net for images as small as these stays idle inside: its two outer levels learn the task first, and
 nothing is left for the levels below (with the output of levels 2, 3 and mid block set to zero, its prediction changed
-by an MSE of 1e-5). Here the inner levels come first. Throughout the run, x0 is predicted from them too (`X0Heads`), and
-what the outer levels could do alone is dropped, at first always, at last never (`OuterDropout`).
+by an MSE of 1e-5). Here the inner levels come first. Their output reaches the last layer at full scale
+(`keep_variance`); throughout the run, x0 is predicted from them too (`X0Heads`), and what the outer levels could do
+alone is dropped, at first always, at last never (`OuterDropout`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class X0Heads(nn.Module):
 class Dropped(NamedTuple):
     """A probability that falls from 1 at `start` to 0 at `end`, but not below `floor` until the end of the run.
 
-    Start and end are shares of the run: all is open after the first 1,500 of 30,000 steps.
+    Start and end are shares of the run.
     """
 
     start: float
@@ -58,11 +59,12 @@ class Dropped(NamedTuple):
         return max(falling, self.floor * min(1.0, max(0.0, (0.97 - progress) / 0.07)))
 
 
-DROPPED = {  # kind and level, in the order in which they come back
-    ("skips", 2): Dropped(0.006, 0.030, 0.25),
-    ("attention", 2): Dropped(0.006, 0.025, 0.25),
+DROPPED = {  # kind and level, in the order in which they come back; of level 3 only the skips: it has no transformers
+    ("skips", 3): Dropped(0.003, 0.020, 0.20),
+    ("skips", 2): Dropped(0.006, 0.030, 0.20),
+    ("attention", 2): Dropped(0.006, 0.025, 0.15),
     ("skips", 1): Dropped(0.015, 0.035, 0.10),
-    ("attention", 1): Dropped(0.020, 0.040, 0.15),
+    ("attention", 1): Dropped(0.020, 0.040, 0.20),
     ("attention", 0): Dropped(0.035, 0.050, 0.25),
 }
 
@@ -70,7 +72,9 @@ DROPPED = {  # kind and level, in the order in which they come back
 class OuterDropout:
     """Drops transformers and skip connections of the outer levels per sample, with the probabilities of DROPPED.
 
-    Nothing is dropped outside of `at`. A transformer is computed only for the samples that keep it.
+    One random number per sample and kind decides for all levels, so in samples that lose the transformers of level 2
+    only the mid block reads the text. Nothing is dropped outside of `at`. A transformer is computed only for the
+    samples that keep it.
     """
 
     def __init__(self, unet: UNet) -> None:
@@ -87,9 +91,10 @@ class OuterDropout:
     @contextlib.contextmanager
     def at(self, progress: float, batch: int, generator: torch.Generator) -> Iterator[None]:
         """In this block, of `batch` samples, drop at random what the `progress` of the run says."""
-        for key, dropped in DROPPED.items():
+        draws = {kind: torch.rand(batch, generator=generator) for kind in ("skips", "attention")}
+        for (kind, level), dropped in DROPPED.items():
             if (probability := dropped.probability(progress)) > 0:
-                self.kept[key] = torch.rand(batch, generator=generator) >= probability
+                self.kept[kind, level] = draws[kind] >= probability
         try:
             yield
         finally:
@@ -109,6 +114,19 @@ class OuterDropout:
             return torch.zeros_like(x)
         out = forward(x[kept], context[kept])
         return torch.zeros_like(x, dtype=out.dtype).index_copy(0, kept, out)
+
+
+@torch.no_grad()
+def keep_variance(unet: UNet) -> None:
+    """Draw anew the weights of the convolutions through which the inner levels reach the output, in place.
+
+    From the mid block to the output, features pass 15 convolutions that nothing normalises: those of the upsamplers,
+    and the shortcuts of the resnets in the decoder. Each reduces the variance to a third with PyTorch's default weights
+    (uniform, variance 1 / (3 fan_in)), and keeps it with a variance of 1 / fan_in.
+    """
+    for name, module in unet.named_modules():
+        if name.endswith(("conv_shortcut", "samplers.0.conv")):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
 
 def inner_first(unet: UNet, others: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
