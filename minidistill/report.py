@@ -19,8 +19,9 @@ from minidistill.errors import InputError, NonFiniteLoss
 from minidistill.interop.model_card import write_card
 from minidistill.interop.publish import push
 from minidistill.metrics.cost import count_macs, milliseconds, on_device
+from minidistill.metrics.frechet import frechet_distance, image_features
 from minidistill.miniature.judge import score
-from minidistill.miniature.scenes import held_out_captions
+from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline
 from minidistill.training.batches import Batches, at_once
@@ -28,10 +29,12 @@ from minidistill.training.curves import draw_curves
 from minidistill.training.log import format_table
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import atomic_path, read_json, write_json
+from minidistill.weights.folders import MINIATURE, load_clip
 
 CELL, GAP, LABEL = 128, 6, 132  # pixels: image, space, row label
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 SHOWN, SEED = 8, 0  # images in a grid, and the seed of their noise
+MANY = 256  # images from which on a Frechet distance is measured: twice its dimensions
 COLUMNS = {  # measures of results.json in the printed table: heading, format
     "parameters": ("parameters", format_count),
     "macs": ("MACs", format_count),
@@ -39,6 +42,7 @@ COLUMNS = {  # measures of results.json in the printed table: heading, format
     "distance_to_teacher": ("MSE to teacher", "{:.4f}".format),
     "loss": ("loss", "{:.4f}".format),
     "judge": ("all attributes correct", lambda shares: f"{shares['all']:.0%}"),
+    "frechet": ("Frechet distance", "{:.4f}".format),
 }
 
 
@@ -94,6 +98,13 @@ def drawing(model: str) -> Iterator[None]:
     except InputError as error:
         hint = "if it did before, start again with a lower --learning-rate"
         raise NonFiniteLoss(f"{model} makes no images: {error}; {hint}") from error
+
+
+def frechet_to_scenes(images: Sequence[Image.Image]) -> float:
+    """Frechet distance of images of the first held-out captions to their scenes, in the miniature's CLIP."""
+    clip, scenes = load_clip(MINIATURE), Scenes("test")
+    drawn, real = (image_features(clip, some) for some in (images, [scenes[i][0] for i in range(len(images))]))
+    return frechet_distance(drawn, real)
 
 
 def unet_numbers(unet: UNet, probes: Sequence[Probe]) -> dict[str, Any]:
@@ -192,6 +203,8 @@ class Report:
         images = self._images(pipe, captions)
         if self.judged:
             result["judge"] = score(images[: self.judged], captions[: self.judged])
+            if self.judged >= MANY:
+                result["frechet"] = frechet_to_scenes(images[: self.judged])
         self.results[name] = result
         return images[:SHOWN]
 

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from minidistill.metrics.clip_score import clip_pixels, clip_scores, retrieval
+from minidistill.metrics.frechet import frechet_distance, image_features
 from minidistill.miniature.scenes import Scenes
 from minidistill.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from minidistill.models.tokenizer import train_bpe
+from minidistill.weights.folders import MINIATURE, load_clip
 
 # Resized lengths that are whole, round down and up, and are odd; smaller, equal and larger sides.
 SIZES = [(64, 64), (64, 97), (97, 64), (100, 151), (40, 70), (70, 41), (128, 96), (63, 64), (65, 64), (333, 500)]
@@ -95,3 +97,34 @@ def test_retrieval_of_a_perfect_model_is_one_of_a_wrong_one_zero_and_of_a_consta
     assert retrieval(clip, clip.tokenize, rounds=1, choices=50) == 0
     clip.encode_image = lambda pixels: torch.ones(len(pixels), FakeCLIP.COUNT)
     assert retrieval(clip, clip.tokenize, rounds=2, choices=20) == 1 / 20
+
+
+def test_the_frechet_distance_is_that_of_the_gaussians_of_both_sets():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    white = torch.linalg.solve(torch.linalg.cholesky(torch.cov(x.T)), (x - x.mean(0)).T).T  # mean 0, covariance 1
+    scale, shift = torch.tensor([1.0, 2.0, 0.5, 3.0]).double(), torch.tensor([0.0, 1.0, 0.0, -2.0]).double()
+    assert frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
+    expected = shift.square().sum() + (scale - 1).square().sum()
+    assert frechet_distance(white, white * scale + shift) == pytest.approx(expected.item())
+    a, b = (white @ torch.randn(4, 4, generator=generator).double() for _ in range(2))  # do not commute
+    crossed = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.sqrt().sum()
+    expected = torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * crossed
+    assert frechet_distance(a, b) == pytest.approx(expected.item()) == frechet_distance(b, a)
+    with pytest.raises(ValueError, match="4 samples do not have a covariance in 4 dimensions"):
+        frechet_distance(a, b[:4])
+
+
+def test_the_more_images_are_blurred_the_further_they_are_from_their_scenes():
+    clip, scenes = load_clip(MINIATURE), Scenes("test")
+    images = [scenes[i][0] for i in range(140)]
+    features = image_features(clip, images, 16)
+    assert features.shape == (140, 128) and torch.allclose(features.norm(dim=1), torch.ones(140), atol=1e-5)
+    torch.testing.assert_close(features[:32], image_features(clip, images[:32], 32), rtol=0, atol=1e-5)
+    near, far = (
+        frechet_distance(
+            features, image_features(clip, [image.filter(ImageFilter.GaussianBlur(r)) for image in images])
+        )
+        for r in (0.75, 1.5)
+    )
+    assert far > 2 * near > 0, (far, near)
