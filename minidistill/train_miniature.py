@@ -31,7 +31,7 @@ from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature import networks
-from minidistill.miniature.inside_out import PATCHES, OuterDropout, X0Heads, inner_first, keep_variance
+from minidistill.miniature.inside_out import PATCHES, OuterDropout, X0Heads, excess, keep_variance
 from minidistill.miniature.judge import score
 from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.scenes import Scenes, held_out_captions
@@ -63,7 +63,7 @@ class Config:
 
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
-    steps: int | None = option(None, "optimizer steps; default: clip 2400, vae 5000, unet 14000", minimum=1)
+    steps: int | None = option(None, "optimizer steps; default: clip 2400, vae 5000, unet 10000", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "peak learning rate; default: clip 1e-3, vae 1.5e-3, unet 1e-3")
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
@@ -82,7 +82,7 @@ class Config:
 DEFAULTS = {
     "clip": {"steps": 2400, "batch_size": 128, "learning_rate": 1e-3, "precision": "bf16"},
     "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3, "precision": "bf16"},
-    "unet": {"steps": 14_000, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32"},
+    "unet": {"steps": 10_000, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32"},
 }
 
 
@@ -203,9 +203,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
     pipe = new_pipeline(Path(config.out) / "pipeline", device)
     trained, heads = nn.ModuleDict(pipe.networks), X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
-    groups = inner_first(pipe.unet, [*pipe.text_encoders[0].parameters(), *heads.parameters()])
     # Gradients of the inner levels are as small as AdamW's usual eps, which would reduce their updates.
-    optimizer = torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.99), eps=1e-12, weight_decay=0, fused=True)
+    optimizer = adamw(learned.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0, eps=1e-12)
     ema = EMA(trained, 0.999)
     parts = {"networks": trained, "heads": heads, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
@@ -229,7 +228,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - batch.eps).square().mean((1, 2, 3))
             losses = {"eps": (per_sample * p2_weight(t, alpha_bar)).mean(), **heads(features, batch.x0)}
-            loss = losses["eps"] + 0.2 * sum(losses[f"x0 from {name}"] for name in PATCHES)
+            loss = losses["eps"] + 0.2 * sum(losses[f"x0 from {name}"] for name in PATCHES) + 0.001 * excess(features)
             check_finite(per_sample, step + 1, t)
             lr = config.learning_rate * min(1, (step + 1) / 200, (1 - progress) / 0.4)  # linear over the last 40 %
             precision.scaler.scale(loss).backward()

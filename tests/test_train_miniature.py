@@ -11,11 +11,12 @@ from minidistill.distill.sensitivity import zeroed
 from minidistill.errors import InputError
 from minidistill.miniature.inside_out import (
     DROPPED,
+    MEAN_SQUARE,
     PATCHES,
     Dropped,
     OuterDropout,
     X0Heads,
-    inner_first,
+    excess,
     keep_variance,
 )
 from minidistill.miniature.layouts import Layouts
@@ -256,23 +257,28 @@ def without_skips(block, args):
     return (h, [torch.zeros_like(skip) for skip in skips], *rest)
 
 
-def test_x0_is_predicted_from_the_inner_features_and_the_inner_levels_learn_faster(unet):
+def test_x0_is_predicted_from_the_inner_features_at_any_scale(unet):
     torch.manual_seed(0)
     heads, x0 = X0Heads(UNET), torch.randn(2, 4, 16, 16)
     features = unet(*random_inputs(UNET, 2, 16, 16)[:3], return_features=True)[1]
     losses = heads(features, x0)
     assert list(losses) == [f"x0 from {name}" for name in PATCHES]
+    larger = heads({name: 30 * feature for name, feature in features.items()}, x0)
+    assert all(torch.allclose(losses[name], larger[name], rtol=1e-3) for name in losses)
     sum(losses.values()).backward()
-    groups = inner_first(unet, list(heads.parameters()))
-    assert [group.get("lr_scale", 1.0) for group in groups] == [1.0, 2.0]
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(
-        p.numel() for m in (unet, heads) for p in m.parameters()
-    )
     assert all(p.grad is None or not p.grad.any() for p in unet.up_blocks[3].parameters())
     assert all(p.grad.any() for name, p in unet.up_blocks[0].named_parameters() if "time_emb" not in name)
-    with torch.no_grad():  # a head that knows x0: its input is the patches
+    with torch.no_grad():  # a head that knows x0: its input is the patches, which have mean 0 and variance 1 by group
         head, patches = torch.nn.Conv2d(16, 16, 1), torch.nn.functional.pixel_unshuffle(x0, 2)
+        patches = torch.nn.functional.group_norm(patches, UNET.norm_num_groups)
         head.weight.copy_(torch.eye(16)[..., None, None])
         head.bias.zero_()
         heads.heads[2] = head
-        assert heads({**features, "up.1": patches}, x0)["x0 from up.1"] < 1e-6
+        known = torch.nn.functional.pixel_shuffle(patches, 2)
+        assert heads({**features, "up.1": patches}, known)["x0 from up.1"] < 1e-6
+
+
+def test_inner_features_cost_nothing_until_their_mean_square_exceeds_the_limit():
+    features = {name: torch.full((2, 4, 2, 2), MEAN_SQUARE**0.5) for name in PATCHES}
+    assert excess(features).item() == pytest.approx(0, abs=1e-4)
+    assert excess({**features, "mid": 2 * features["mid"]}).item() == pytest.approx(3 * MEAN_SQUARE)

@@ -10,7 +10,7 @@ alone is dropped, at first always, at last never (`OuterDropout`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,15 +20,20 @@ from torch import Tensor, nn
 
 from minidistill.models.unet import UNet, UNetConfig
 
-INNER = ("down_blocks.2", "down_blocks.3", "mid_block", "up_blocks.0", "up_blocks.1")  # levels 2 and 3, and mid
 PATCHES = {"mid": 8, "up.0": 4, "up.1": 2}  # feature -> side of the patch of x0 that it predicts at each position
+MEAN_SQUARE = 50.0  # to which the inner features may grow at no cost
 
 
 class X0Heads(nn.Module):
-    """One 1x1 convolution on each inner feature that predicts x0, in patches. Only for training, as in GoogLeNet."""
+    """One 1x1 convolution on each normalised inner feature predicts x0, in patches. Only for training, as in GoogLeNet.
+
+    Of normalised features the scale is free, and it grows, for the more the inner levels count in the sums with the
+    outer ones. `excess` limits it: features at a hundred times the scale would be all that a feature loss sees.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
+        self.groups = config.norm_num_groups
         widths = {"mid": config.block_out_channels[3], "up.0": config.block_out_channels[3]}
         widths["up.1"] = config.block_out_channels[2]
         outputs = {name: config.out_channels * side**2 for name, side in PATCHES.items()}
@@ -38,9 +43,14 @@ class X0Heads(nn.Module):
         """Features of the U-Net and clean latents x0 (B, C, h, w) -> the MSE of each head, by name."""
         losses = {}
         for head, (name, side) in zip(self.heads, PATCHES.items(), strict=True):
-            # of the features as they are: of normalised ones, nothing would keep their scale from growing
-            losses[f"x0 from {name}"] = (head(features[name].float()) - F.pixel_unshuffle(x0, side)).square().mean()
+            normed = F.group_norm(features[name].float(), self.groups)
+            losses[f"x0 from {name}"] = (head(normed) - F.pixel_unshuffle(x0, side)).square().mean()
         return losses
+
+
+def excess(features: dict[str, Tensor]) -> Tensor:
+    """By how much the mean squares of the inner features exceed MEAN_SQUARE, summed."""
+    return torch.stack([F.relu(features[name].float().square().mean() - MEAN_SQUARE) for name in PATCHES]).sum()
 
 
 class Dropped(NamedTuple):
@@ -61,11 +71,11 @@ class Dropped(NamedTuple):
 
 DROPPED = {  # kind and level, in the order in which they come back; of level 3 only the skips: it has no transformers
     ("skips", 3): Dropped(0.003, 0.020, 0.20),
-    ("skips", 2): Dropped(0.006, 0.030, 0.20),
-    ("attention", 2): Dropped(0.006, 0.025, 0.15),
+    ("skips", 2): Dropped(0.006, 0.030, 0.30),
+    ("attention", 2): Dropped(0.006, 0.025, 0.20),
     ("skips", 1): Dropped(0.015, 0.035, 0.10),
-    ("attention", 1): Dropped(0.020, 0.040, 0.20),
-    ("attention", 0): Dropped(0.035, 0.050, 0.25),
+    ("attention", 1): Dropped(0.020, 0.040, 0.25),
+    ("attention", 0): Dropped(0.035, 0.050, 0.30),
 }
 
 
@@ -127,11 +137,3 @@ def keep_variance(unet: UNet) -> None:
     for name, module in unet.named_modules():
         if name.endswith(("conv_shortcut", "samplers.0.conv")):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-
-
-def inner_first(unet: UNet, others: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups for the optimizer: the inner levels learn at twice the rate of the rest."""
-    named = list(unet.named_parameters())
-    inner = [p for name, p in named if name.startswith(INNER)]
-    outer = [p for name, p in named if not name.startswith(INNER)]
-    return [{"params": [*outer, *others]}, {"params": inner, "lr_scale": 2.0}]

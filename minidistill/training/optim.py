@@ -29,9 +29,9 @@ def lr_at(step: int, base: float, warmup: int, total: int, schedule: str = "cons
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate of this step, times its own "lr_scale" if it has one."""
+    """Give every parameter group the learning rate of this step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr
 
 
 def adamw(
