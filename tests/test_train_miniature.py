@@ -11,7 +11,7 @@ from minidistill.distill.sensitivity import zeroed
 from minidistill.errors import InputError
 from minidistill.miniature.inside_out import (
     DROPPED,
-    MEAN_SQUARE,
+    LIMITS,
     PATCHES,
     Dropped,
     OuterDropout,
@@ -279,6 +279,6 @@ def test_x0_is_predicted_from_the_inner_features_at_any_scale(unet):
 
 
 def test_inner_features_cost_nothing_until_their_mean_square_exceeds_the_limit():
-    features = {name: torch.full((2, 4, 2, 2), MEAN_SQUARE**0.5) for name in PATCHES}
+    features = {name: torch.full((2, 4, 2, 2), limit**0.5) for name, limit in LIMITS.items()}
     assert excess(features).item() == pytest.approx(0, abs=1e-4)
-    assert excess({**features, "mid": 2 * features["mid"]}).item() == pytest.approx(3 * MEAN_SQUARE)
+    assert excess({**features, "mid": 2 * features["mid"]}).item() == pytest.approx(3 * LIMITS["mid"])

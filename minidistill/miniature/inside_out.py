@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from minidistill.models.unet import UNet, UNetConfig
 
 PATCHES = {"mid": 8, "up.0": 4, "up.1": 2}  # feature -> side of the patch of x0 that it predicts at each position
-MEAN_SQUARE = 50.0  # to which the inner features may grow at no cost
+# Mean squares to which features may grow at no cost; what enters the mid block is less than what it adds.
+LIMITS = {"down.3": 2.0, "mid": 50.0, "up.0": 50.0, "up.1": 50.0}
 
 
 class X0Heads(nn.Module):
@@ -49,8 +50,9 @@ class X0Heads(nn.Module):
 
 
 def excess(features: dict[str, Tensor]) -> Tensor:
-    """By how much the mean squares of the inner features exceed MEAN_SQUARE, summed."""
-    return torch.stack([F.relu(features[name].float().square().mean() - MEAN_SQUARE) for name in PATCHES]).sum()
+    """By how much the mean squares of the inner features exceed LIMITS, summed."""
+    squares = {name: features[name].float().square().mean() for name in LIMITS}
+    return torch.stack([F.relu(squares[name] - limit) for name, limit in LIMITS.items()]).sum()
 
 
 class Dropped(NamedTuple):
