@@ -8,7 +8,7 @@ from torch import nn
 
 from minidistill.errors import InputError, NonFiniteLoss
 from minidistill.training.device import best_precision, get_device, get_precision
-from minidistill.training.optim import adamw, check_finite, lr_at, optimizer_step
+from minidistill.training.optim import Muon, adamw, check_finite, lr_at, optimizer_step
 
 CPU = torch.device("cpu")
 
@@ -151,3 +151,31 @@ def test_a_loss_that_is_not_finite_names_step_and_timesteps():
         check_finite(torch.tensor([1.0, math.inf, 1.0]), 6, t)
     with pytest.raises(InputError, match=r"timesteps 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"):
         check_finite(torch.tensor(math.nan), 6, torch.arange(64))
+
+
+def test_muon_moves_every_direction_of_a_weight_alike_by_about_a_fifth_of_its_rate():
+    torch.manual_seed(0)
+    for shape in ((8, 24), (24, 8), (16, 4, 3, 3)):
+        matrix = torch.randn(shape).flatten(1) @ torch.diag(torch.logspace(0, -2, math.prod(shape[1:])))
+        values = torch.linalg.svdvals(Muon.orthogonal(matrix))
+        assert values.min() > 0.6 and values.max() < 1.25, values
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = matrix.view(shape).clone()
+        before = Muon.orthogonal(matrix)
+        Muon([weight], lr=0.1).step()
+        assert torch.allclose(weight.flatten(1) / weight.std(), -before / before.std(), atol=1e-3), (
+            "against the gradient"
+        )
+        assert weight.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.25)
+
+
+def test_muon_remembers_gradients_and_leaves_weights_without_one():
+    weight, idle = (torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2))
+    optimizer = Muon([weight, idle], lr=1.0, momentum=0.5)
+    weight.grad = torch.eye(4)
+    optimizer.step()
+    weight.grad = torch.zeros(4, 4)
+    first = weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(weight, first), "the average of before goes on"
+    assert torch.equal(optimizer.state[weight]["momentum"], 0.5 * torch.eye(4)) and not idle.any()

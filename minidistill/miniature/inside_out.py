@@ -22,7 +22,7 @@ from minidistill.models.unet import UNet, UNetConfig
 
 PATCHES = {"mid": 8, "up.0": 4, "up.1": 2}  # feature -> side of the patch of x0 that it predicts at each position
 # Mean squares to which features may grow at no cost; what enters the mid block is less than what it adds.
-LIMITS = {"down.3": 2.0, "mid": 50.0, "up.0": 50.0, "up.1": 50.0}
+LIMITS = {"down.3": 2.0, "mid": 50.0, "up.0": 30.0, "up.1": 50.0}
 
 
 class X0Heads(nn.Module):
@@ -72,12 +72,12 @@ class Dropped(NamedTuple):
 
 
 DROPPED = {  # kind and level, in the order in which they come back; of level 3 only the skips: it has no transformers
-    ("skips", 3): Dropped(0.003, 0.020, 0.20),
-    ("skips", 2): Dropped(0.006, 0.030, 0.30),
-    ("attention", 2): Dropped(0.006, 0.025, 0.20),
-    ("skips", 1): Dropped(0.015, 0.035, 0.10),
-    ("attention", 1): Dropped(0.020, 0.040, 0.25),
-    ("attention", 0): Dropped(0.035, 0.050, 0.30),
+    ("skips", 3): Dropped(0.003, 0.020, 0.35),
+    ("skips", 2): Dropped(0.006, 0.030, 0.40),
+    ("attention", 2): Dropped(0.006, 0.025, 0.35),
+    ("skips", 1): Dropped(0.015, 0.035, 0.20),
+    ("attention", 1): Dropped(0.020, 0.040, 0.40),
+    ("attention", 0): Dropped(0.035, 0.050, 0.45),
 }
 
 
