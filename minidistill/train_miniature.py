@@ -46,7 +46,7 @@ from minidistill.training.curves import draw_curves
 from minidistill.training.device import get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog
-from minidistill.training.optim import Muon, adamw, check_finite, lr_at, optimizer_step
+from minidistill.training.optim import MUON_RATE, adamw, check_finite, lr_at, muon_and_adamw, optimizer_step
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
 
@@ -55,7 +55,6 @@ from minidistill.weights import folders
 CROWDED = {"one": 14, "related": 24, "two": 8, "inside": 18, "counted": 12, "three": 24}
 TIMESTEPS = ((600, 900), (0, 1000), (0, 1000), (0, 1000))
 LAYOUT, LAYOUT_TIMESTEPS = 0.12, ((850, 1000),)  # share of the run with steps on layout, and their t
-ENDS, MUON_RATE = ("conv_in", "conv_out", "time_embedding"), 3.0  # AdamW trains the ends, Muon what is between, faster
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     pipe = new_pipeline(Path(config.out) / "pipeline", device)
     trained, heads = nn.ModuleDict(pipe.networks), X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
-    hidden = [p for name, p in pipe.unet.named_parameters() if p.ndim > 1 and not name.startswith(ENDS)]
-    muon = Muon(hidden, MUON_RATE * config.learning_rate)
-    others = (p for p in learned.parameters() if not any(p is some for some in hidden))
-    adam = adamw(others, config.learning_rate, betas=(0.9, 0.99), weight_decay=0, eps=1e-12)
+    muon, adam = muon_and_adamw(learned, networks.hidden_weights(pipe.unet), config.learning_rate)
     ema = EMA(trained, 0.999)
     parts = {"networks": trained, "heads": heads, "muon": muon, "adamw": adam, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)

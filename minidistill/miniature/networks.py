@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidistill.miniature.scenes import OPPOSITES
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import CLIPTokenizer
-from minidistill.models.unet import UNetConfig
+from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig
 
 MAX_TOKENS = 32  # the longest caption of the scenes has 20
@@ -27,6 +27,12 @@ UNET = UNetConfig(
     sample_size=16, block_out_channels=(32, 48, 96, 96), attention_head_dim=(1, 2, 3, 3), norm_num_groups=8,
     cross_attention_dim=TEXT.hidden_size,
 )  # fmt: skip
+ENDS = ("conv_in", "conv_out", "time_embedding")
+
+
+def hidden_weights(unet: UNet) -> list[nn.Parameter]:
+    """The matrices and convolutions between a U-Net's ends, which Muon is for."""
+    return [p for name, p in unet.named_parameters() if p.ndim > 1 and not name.startswith(ENDS)]
 
 
 @torch.no_grad()

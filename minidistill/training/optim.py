@@ -1,7 +1,7 @@
 """One optimizer step, in pieces: learning rate, AdamW, gradient norm, the finite check."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from minidistill.errors import InputError, NonFiniteLoss
 
 SCHEDULES = ("constant", "cosine")
+MUON_RATE = 3.0  # the learning rate of Muon over AdamW's
 
 
 def lr_at(step: int, base: float, warmup: int, total: int, schedule: str = "constant") -> float:
@@ -68,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step; without a gradient, a weight stays as it is."""
         for group in self.param_groups:
             for weight in (p for p in group["params"] if p.grad is not None):
@@ -91,6 +92,16 @@ class Muon(torch.optim.Optimizer):
             product, gram = factor @ product, factor @ gram @ factor
         x = product @ x
         return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon_and_adamw(network: nn.Module, hidden: Sequence[nn.Parameter], lr: float) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the weights `hidden`, at MUON_RATE times the rate, and AdamW for the others of a network.
+
+    Without weight decay, and with a small eps: gradients of inner levels may be as small as the usual one.
+    """
+    taken = {id(p) for p in hidden}
+    others = [p for p in network.parameters() if id(p) not in taken]
+    return Muon(hidden, MUON_RATE * lr), adamw(others, lr, betas=(0.9, 0.99), eps=1e-12, weight_decay=0)
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
