@@ -28,6 +28,7 @@ from minidistill.pipeline import Pipeline, TextStates, load_pipeline
 from minidistill.training.batches import SMALL, TOGETHER, at_once, encode_samples
 from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.training.inputs import resolution_for
+from minidistill.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class CacheConfig:
 
 def main(config: CacheConfig) -> None:
     """Scan, or make or finish a cache."""
+    if config.data == "scenes":
+        raise InputError("--data scenes: they are drawn for each training, which needs no cache of them")
     if config.scan_only:
         folder = ImageFolder(config.data, 1, config.split, config.caption_column)
         for _ in tqdm(read_ahead(folder.sample, range(len(folder)), 256), "scan", len(folder), disable=None):
@@ -100,7 +103,9 @@ def begin(out: Path, key: CacheKey, config: CacheConfig, folder: ImageFolder) ->
             raise InputError(f"{out} exists and is not a cache: take another --out")
         data = os.path.abspath(config.data)
         cache.write_index(out, {"key": key, "data": data, "count": len(folder), "complete": False, "text": None})
+        RunFolder(out).lock()
         return 0
+    RunFolder(out).lock()
     there = LatentCache(out, unfinished=True)
     old, new = asdict(there.key), asdict(key)
     if changed := [name for name in new if new[name] != old[name]]:

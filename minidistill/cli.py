@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from minidistill.errors import DONE, INTERRUPTED, InputError
+from minidistill.errors import DONE, INTERRUPTED, REFUSED, InputError
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import read_json
 
@@ -161,6 +161,11 @@ def run_command(
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a path of the user's, which the system refuses: no permission, too long a name
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(REFUSED)
     except KeyboardInterrupt:
         print(f"\ninterrupted. {_how_to_resume(config, prog)}", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -173,12 +178,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(config_class: type, presets: Presets, prog: str, description: str | None) -> argparse.ArgumentParser:
+    words = "".join(f"{f.name.upper()} " for f in dataclasses.fields(config_class) if f.metadata["positional"])
     parser = _Parser(
         prog=prog,
         description=description,
         epilog=_list_presets(presets),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [FLAGS]",
+        usage=f"%(prog)s {words}[FLAGS]",
         allow_abbrev=False,  # a flag we add tomorrow must not change what an abbreviation means today
         argument_default=argparse.SUPPRESS,  # so that the namespace holds only what was given
     )
@@ -236,8 +242,12 @@ def _converter(flag: str, hint: Any, info: Mapping[str, Any]) -> Callable[[str],
             value = math.nan
         if choices and value not in choices:
             raise InputError(f"{flag} takes {', '.join(choices)}, not '{text}'{_did_you_mean(text, choices)}")
+        if kind is str and flag.endswith("prompt"):
+            return value
+        if not text.strip():
+            raise InputError(f"{flag} is empty; if it was given a variable of the shell, that is not set")
         if kind is str:  # a shell leaves the ~ of --out=~/runs as it is
-            return value if flag.endswith("prompt") else os.path.expanduser(value)
+            return os.path.expanduser(value)
         if not -math.inf < value < math.inf:
             raise InputError(f"{flag} takes {NOUNS[kind]}, not '{text}'")
         if not low <= value <= high:

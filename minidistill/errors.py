@@ -25,7 +25,12 @@ def check_integers(**given: object) -> None:
     """InputError: one of the arguments is not an integer."""
     for name, value in given.items():
         if not isinstance(value, Integral):
-            raise InputError(f"{name} must be an integer, not {value!r}")
+            raise InputError(f"{name} must be an integer, not {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value for a message: its repr in one line, cut off where it is long."""
+    return f"{' '.join(repr(value).split()):.60}"
 
 
 def one_each(given: Any, count: int | None, what: str, kind: Any, words: str) -> list[Any]:
@@ -34,7 +39,7 @@ def one_each(given: Any, count: int | None, what: str, kind: Any, words: str) ->
         return [given] * (count or 1)
     items = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(item, kind) for item in items):
-        raise InputError(f"{what} must be {words}, one or a list of them, not {given!r:.60}")
+        raise InputError(f"{what} must be {words}, one or a list of them, not {shown(given)}")
     if count not in (None, len(items)):
         raise InputError(f"{len(items)} {what} for {count} prompts: give one for all, or one each")
     return items

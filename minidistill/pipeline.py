@@ -154,6 +154,7 @@ class Pipeline:
 
     def text_states(self, prompts: Sequence[str | None]) -> TextStates:
         """Text states of prompts, with gradients; None is the unconditional prompt."""
+        prompts = one_each(prompts, None, "prompts", str | None, "text")
         return encode_text(prompts, self.tokenizers, self.text_encoders, self.is_sdxl, self.zero_unconditional)
 
     def added_cond(
@@ -285,8 +286,8 @@ class Pipeline:
     def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the images of `count` latents. InputError: they do not fit."""
         channels, factor = self.unet.config.in_channels, self.vae.config.downscale
-        shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        if len(shape) != 4 or shape[:2] != (count, channels):
+        shape = _shape_of(latents)
+        if len(shape) != 4 or shape[:2] != (count, channels) or not latents.numel():
             raise InputError(f"latents must be a Tensor ({count}, {channels}, h, w) for {count} prompts, not {shape}")
         h, w = latents.shape[2] * factor, latents.shape[3] * factor
         if (height or h, width or w) != (h, w):
@@ -311,11 +312,13 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 8, tiled: bool = False) -> list[Image.Image]:
-        """Scaled latents (B, C, h, w) -> images. InputError: one is not finite.
+        """Scaled latents (B, C, h, w) -> images. InputError: another shape, or one is not finite.
 
         tiled: in overlapping tiles, which bounds the memory; colours may differ slightly between tiles.
         """
-        weight = next(self.vae.parameters())
+        weight, channels, shape = next(self.vae.parameters()), self.vae.config.latent_channels, _shape_of(latents)
+        if len(shape) != 4 or shape[1] != channels:
+            raise InputError(f"latents to decode must be a Tensor (B, {channels}, h, w), not {shape}")
         from_latents = partial(decode_tiled, self.vae) if tiled else self.vae.from_latents
         images: list[Image.Image] = []
         for batch in latents.split(max(1, batch_size)):
@@ -329,6 +332,11 @@ class Pipeline:
     def save(self, folder: str | Path) -> None:
         """Write a pipeline folder, which `load_pipeline` and diffusers read. InputError: it cannot be written."""
         folders.save_pipeline(folder, self)
+
+
+def _shape_of(latents: object) -> tuple[int, ...] | str:
+    """The shape of a Tensor, the type of anything else."""
+    return tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
 
 
 def _find_nonfinite(samples: Tensor) -> int | None:

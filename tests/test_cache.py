@@ -23,6 +23,7 @@ from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
 from minidistill.training import inputs
 from minidistill.training.batches import Batches, to_pixels
+from minidistill.training.run_folder import RunFolder
 
 SIDE = 32
 
@@ -308,6 +309,16 @@ def test_a_cache_whose_making_was_killed_is_refused_then_finished_with_the_same_
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in straight.iterdir()}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked on Windows")
+def test_a_second_process_is_kept_out_of_a_cache(model, data, monkeypatch):
+    monkeypatch.setattr(RunFolder, "_locks", {})
+    make(model, data, out := data.parent / "shared")
+    assert list(RunFolder._locks) == [out.resolve()]
+    RunFolder._locks.clear()  # which leaves the lock to the file descriptor, as if another process had it
+    message = refusal(lambda: make(model, data, out))
+    assert message == f"another process is writing {out}: wait for it, or take another --out"
+
+
 def test_the_command_scans_and_refuses_in_one_line(data, capsys):
     def run(*words):
         with pytest.raises(SystemExit) as done:
@@ -321,3 +332,5 @@ def test_the_command_scans_and_refuses_in_one_line(data, capsys):
     code, said = run("--data", "nowhere", "--out", "x")
     way = "(a data set of the Hub: save it as image files)"
     assert code == 2 and said.err == f"error: data folder nowhere does not exist {way}\n"
+    code, said = run("--data", "scenes", "--out", "x")
+    assert code == 2 and said.err.startswith("error: --data scenes: they are drawn for each training")

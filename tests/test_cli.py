@@ -87,6 +87,7 @@ def test_a_preset_gives_values_and_flags_win_in_any_order():
         (f"--lora-rank {2**63}", f"--lora-rank must be at most {2**63 - 1}, not {2**63}"),
         (f"--lora-rank -1{'0' * 400}", f"--lora-rank must be at least -{2**63 - 1}"),
         ("--steps", "--steps: expected one argument"),
+        ("--out=", "--out is empty; if it was given a variable of the shell"),
         ("--learning-rate nan", "--learning-rate takes a finite number, not 'nan'"),
         ("--recipe bk-smal", "not 'bk-smal' (did you mean bk-small?)"),
         ("--stages 8,x", "--stages takes a whole number, not 'x'"),
@@ -124,6 +125,9 @@ def test_a_required_setting_and_positional_words():
     assert "--prompt is required: the text" in refusal("here", "there", config_class=Convert, presets=None)
     assert "did you mean --prompt?" in refusal("here", "--promt", "x", config_class=Convert, presets=None)
     assert "SOURCE" in refusal("--prompt", "x", config_class=Convert, presets=None)
+    usage = help_of(lambda: parsed("--help", config_class=Convert, presets=None))
+    assert usage.startswith(f"usage: {PROG} SOURCE DEST [FLAGS]")
+    assert parsed("here", "--prompt", "", config_class=Convert, presets=None).prompt == ""
 
 
 def help_of(call):
@@ -259,6 +263,8 @@ def test_exit_codes(capsys, tmp_path):
     assert outcome(None, capsys=capsys) == (0, "")
     assert outcome(InputError("no such teacher"), capsys=capsys) == (2, "error: no such teacher\n")
     assert outcome(NonFiniteLoss("nan"), capsys=capsys) == (3, "error: nan\n")
+    denied = PermissionError(13, "Permission denied", "/shared/model/unet")
+    assert outcome(denied, capsys=capsys) == (2, "error: /shared/model/unet: Permission denied\n")
     code, err = outcome(None, "--stepz", "3", capsys=capsys)
     assert (code, err.count("\n"), err.startswith("error: unknown flag --stepz")) == (2, 1, True)
     out = str(tmp_path / "a run")
@@ -267,5 +273,6 @@ def test_exit_codes(capsys, tmp_path):
     fill(tmp_path, {"a run/config.json": {}})
     code, err = outcome(KeyboardInterrupt(), "--out", out, capsys=capsys)
     assert code == 130 and f"{PROG} --out '{out}' --resume" in err
-    with pytest.raises(RuntimeError, match="bug"):  # which keeps its traceback
-        outcome(RuntimeError("bug"), capsys=capsys)
+    for bug in (RuntimeError("bug"), OSError("bug")):  # which keep their traceback
+        with pytest.raises(type(bug), match="bug"):
+            outcome(bug, capsys=capsys)

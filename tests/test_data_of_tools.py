@@ -7,7 +7,7 @@ from unicodedata import normalize
 
 import numpy as np
 import pytest
-from data_files import encoded, fill, found, refusal
+from data_files import encoded, fill, found, image, refusal
 from PIL import Image, features
 
 from minidistill import finetune, sensitivity, train_kd
@@ -87,6 +87,13 @@ def test_no_image_with_a_caption_is_left_out_in_silence(tmp_path, root):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_pictures_of_stereo_cameras_are_read(tmp_path):
+    image().save(tmp_path / "a.mpo", save_all=True, append_images=[image(1)])
+    fill(tmp_path, {"a.txt": "a"})
+    folder = ImageFolder(tmp_path, 8)
+    assert folder[0][1] == "a" and not folder.report.remarks
+
+
 def test_avif_is_read(tmp_path):
     fill(tmp_path, {"a.avif": encoded(kind="avif"), "a.txt": "a"})
     assert ImageFolder(tmp_path, 8)[0][1] == "a"
@@ -148,6 +155,31 @@ def test_names_as_windows_and_macos_spell_them_and_semicolons_are_understood(tmp
     report = find_examples(tmp_path)
     assert [example.captions for example in report.examples] == [("a; b, c",), ("b",), ("beside",)]
     assert not report.remarks and len(ImageFolder(tmp_path, 8)[1]) == 2
+
+
+def test_names_that_are_absolute_or_of_other_case_and_spaces_behind_commas_are_understood(tmp_path):
+    data, link = tmp_path / "test data", tmp_path / "link"
+    fill(data, {name: encoded() for name in ("a.png", "i/b.PNG", "i/c.png")})
+    fill(data, {"metadata.jsonl": [{"file_name": str(data / "a.png"), "text": "a"}]})
+    fill(data, {"i/metadata.csv": 'file_name, text\nB.png, "b, b"\nc.png, c\n'})
+    report, moved = find_examples(data), tmp_path / "moved"
+    assert found(report) == {"a.png": "a", "i/b.PNG": "b, b", "i/c.png": "c"} and not report.remarks
+    link.symlink_to(data)
+    assert found(find_examples(link)) == found(report)
+    before = ImageFolder(data, 8).fingerprint()
+    data.rename(moved)
+    fill(moved, {"metadata.jsonl": [{"file_name": str(moved / "a.png"), "text": "a"}]})
+    assert ImageFolder(moved, 8).fingerprint() == before
+
+
+@pytest.mark.parametrize("root", ["", "x.tar/"])
+def test_captions_named_after_the_whole_file_are_of_that_file(tmp_path, root):
+    fill(tmp_path, {f"{root}{name}": encoded() for name in ("a.jpg", "a.png", "b.png")})
+    fill(tmp_path, {f"{root}a.jpg.txt": "jpg", f"{root}a.png.txt": "png", f"{root}b.txt": "b"})
+    fill(tmp_path, {f"{root}b.png.json": {"title": "of Google Takeout"}})
+    report = find_examples(tmp_path)
+    expected = {f"{root}a.jpg": "jpg", f"{root}a.png": "png", f"{root}b.png": "b"}
+    assert found(report) == expected and not report.remarks
 
 
 @pytest.mark.parametrize(

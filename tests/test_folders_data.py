@@ -92,6 +92,21 @@ def test_rows_of_absent_files_and_without_caption_are_named(tmp_path):
     }
 
 
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    fill(tmp_path, {"a.png": encoded(), "a.txt": "a", "closed/b.png": encoded(), "closed/b.txt": "b"})
+    listed = os.scandir
+
+    def scandir(path):  # which chmod does not do to root
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    report = find_examples(tmp_path)
+    assert found(report) == {"a.png": "a"}
+    assert report.remarks == {"folders not read (Permission denied)": ["closed"]}
+
+
 def test_a_caption_file_that_cannot_be_read_is_why_its_image_is_without(tmp_path):
     fill(tmp_path, {name: encoded() for name in ("a.png", "b.png", "c.png")})
     fill(tmp_path, {"a.txt": b"caf\xe9", "c.txt": "good"})
@@ -284,5 +299,6 @@ def test_plain_palette_grey_bilevel_and_cmyk_images_become_rgb_and_floating_poin
     for name, colour in colours.items():
         shown = to_rgb(Image.open(tmp_path / name))
         assert shown.mode == "RGB" and shown.getpixel((4, 4)) == pytest.approx(colour, abs=3), name
-    with pytest.raises(ValueError, match="no agreed range"):
-        to_rgb(Image.fromarray(np.ones((8, 8), np.float32)))
+    for pixels in (np.ones((8, 8), np.float32), np.full((8, 8), 65536, np.int32), np.full((8, 8), -1, np.int32)):
+        with pytest.raises(ValueError, match="no agreed range"):
+            to_rgb(Image.fromarray(pixels))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,25 @@ def test_a_saved_folder_loads_to_the_same_bits(sources, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     one, other = (p(PROMPTS, steps=2, output="latents") for p in (pipe, again))
     assert torch.equal(one, other)
+
+
+def test_a_folder_of_an_image_to_image_pipeline_is_the_same_model(sources, copy):
+    change_json(copy / INDEX, _class_name="StableDiffusionImg2ImgPipeline")
+    load_pipeline(copy).save(copy)
+    assert json.loads((copy / INDEX).read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_saving_to_a_closed_folder_is_refused_and_home_is_expanded(copy, tmp_path, monkeypatch):
+    pipe = load_pipeline(copy)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe.save("~/saved")
+    assert (tmp_path / "saved" / INDEX).is_file()
+
+    def unlink(path):  # which chmod does not do to root
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert refused(pipe.save, copy) == f"cannot write {copy}: Permission denied"
 
 
 def test_saving_over_a_folder_replaces_it_but_never_leaves_other_weights_beside(copy):
@@ -243,8 +263,11 @@ def photo(width: int = 32, height: int = 32) -> Image.Image:
     [
         ({"steps": 0}, "steps"),
         ({"steps": 1001}, "steps"),
-        ({"steps": "5"}, "steps"),
-        ({"guidance": "7.5"}, "guidance"),
+        ({"steps": "5"}, "steps must be an integer of 1 or more, not '5'"),
+        ({"guidance": "7.5"}, "guidance must be a finite number, not '7.5'"),
+        ({"guidance": torch.tensor(7.5)}, "guidance must be a finite number, not tensor(7.5000)"),
+        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"seed": torch.zeros(2, 2)}, "seed must be an integer, not tensor([[0., 0.], [0., 0.]])"),
         ({"sampler": "plms"}, "ddim, euler"),
         ({"spacing": "even"}, "spacing"),
         ({"height": 30}, "multiples of 4"),
@@ -258,6 +281,7 @@ def photo(width: int = 32, height: int = 32) -> Image.Image:
         ({"latents": torch.zeros(1, 4, 8, 8)}, "(2, 4, h, w)"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, "(2, 4, h, w)"),
         ({"latents": torch.zeros(2, 4, 8, 8), "height": 64}, "leave out height"),
+        ({"latents": torch.zeros(2, 4, 0, 8)}, "(2, 4, h, w)"),
         ({"latents": torch.full((2, 4, 8, 8), torch.nan)}, "not finite"),
         ({"latents": [[0.0]]}, "latents must be a Tensor"),
         ({"image": "photo.png"}, "images must be PIL images"),
@@ -271,6 +295,16 @@ def photo(width: int = 32, height: int = 32) -> Image.Image:
 )
 def test_settings_that_do_not_fit_are_refused(sources, settings, reason):
     assert reason in refused(load_pipeline(sources["sd1"]), PROMPTS, **settings)
+
+
+def test_each_step_of_a_call_takes_what_people_give_or_says_what_it_needs(sources):
+    pipe = load_pipeline(sources["sd1"])
+    same = pipe(PROMPTS, steps=np.int64(2), guidance=np.float32(7.5), output="latents")
+    assert torch.equal(same, pipe(PROMPTS, steps=2, output="latents"))
+    assert len(pipe.encode_prompts(PROMPTS[0]).context) == 1  # not one for each letter
+    assert "prompts must be text" in refused(pipe.encode_prompts, [5])
+    for latents, shape in ((same[0], "(4, 8, 8)"), (same[:, :3], "(2, 3, 8, 8)"), (same.numpy(), "ndarray")):
+        assert refused(pipe.decode, latents).endswith(f"must be a Tensor (B, 4, h, w), not {shape}")
 
 
 def cut(path) -> None:
@@ -297,7 +331,10 @@ BREAKS = {
     ),
     "other model": (lambda f: change_json(f / INDEX, _class_name="FluxPipeline"), ["FluxPipeline"]),
     "no unet": (lambda f: shutil.rmtree(f / "unet"), ["no folder unet/"]),
-    "no weights": (lambda f: (f / UNET).unlink(), ["no weights in", "unet"]),
+    "no weights": (
+        lambda f: (f / UNET).rename(f / UNET.replace(".safe", ".non_ema.safe")),
+        ["no weights in", "unet", ", not config.json, diffusion_pytorch_model.non_ema.safetensors"],
+    ),
     "no config": (lambda f: (f / "vae/config.json").unlink(), ["no such file", "vae/config.json"]),
     "cut weights": (lambda f: cut(f / VAE), [VAE, "cut short"]),
     "wider config": (
@@ -351,6 +388,8 @@ def test_parts_of_different_models_are_refused(copy, sources, tmp_path):
     [
         ({"dtype": "fp16"}, "torch.float16"),
         ({"vae_dtype": "float32"}, "torch.float16"),
+        ({"dtype": torch.int8}, "not torch.int8"),
+        ({"dtype": torch.float8_e4m3fn}, "not torch.float8_e4m3fn"),
         ({"device": "gpu"}, "device 'gpu'"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"source": None}, "a SOURCE is text or a Path"),

@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from data_files import encoded, fill, refusal
+from data_files import encoded, fill, found, image, refusal
 from PIL import Image
 
 from minidistill.data.folders import ImageFolder
@@ -43,6 +43,18 @@ def test_tars_and_files_share_a_folder(tmp_path):
     assert [folder.name(i) for i in range(2)] == ["a.png", "more/x.tar/000000000.jpg"]
     assert [folder.captions(i) for i in range(2)] == [("a file",), ("caption 0",)]
     assert folder.sample(0).original == folder.sample(1).original == (24, 40)
+
+
+def test_metadata_in_a_tar_are_of_its_images(tmp_path):
+    fill(tmp_path, {f"x.tar/{name}": encoded(i) for i, name in enumerate(("a.png", "i/b.png", "c.png"))})
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "i/b.png", "text": "b"}]
+    fill(tmp_path, {"x.tar/metadata.jsonl": [*rows, {"file_name": "gone.png", "text": ""}], "x.tar/c.txt": "c"})
+    folder = ImageFolder(tmp_path, 8)
+    assert found(folder.report) == {"x.tar/a.png": "a", "x.tar/i/b.png": "b", "x.tar/c.png": "c"}
+    assert folder.report.remarks == {"in the metadata but not on the disk, skipped": ["x.tar/gone.png"]}
+    assert folder.load(1)[0].tobytes() == image(1).tobytes()
+    fill(tmp_path, {"y.tar/metadata.jsonl": "{\n"})
+    assert f"{tmp_path}/y.tar/metadata.jsonl line 1 is not one JSON object" in refusal(lambda: find_examples(tmp_path))
 
 
 def test_what_belongs_together_is_told_by_name_wherever_it_is(tmp_path):

@@ -425,7 +425,7 @@ def test_an_sdxl_file_gives_both_encoders_its_vaes_scale_and_its_marks(foreign, 
     assert file.schedule == ScheduleConfig(prediction_type=prediction, rescale_betas_zero_snr="ztsnr" in marks)
 
 
-def test_a_vae_alone_is_read(foreign, tmp_path):
+def test_a_vae_alone_and_that_of_a_whole_file_are_read(foreign, tmp_path):
     vae = foreign[1]["vae"]
     old, in_ldm = vae.state_dict(), ldm.to_ldm_vae(vae.state_dict())
     for new, name in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
@@ -433,7 +433,8 @@ def test_a_vae_alone_is_read(foreign, tmp_path):
     assert any("proj_attn" in name for name in old)
     training = {"loss.discriminator.main.0.weight": torch.zeros(2), "model_ema.decay": torch.zeros(1)}
     base = replace(vae.config, scaling_factor=0.13025)
-    for tensors in (vae.state_dict(), old, in_ldm, prefixed("first_stage_model.", in_ldm), in_ldm | training):
+    alone = (vae.state_dict(), old, in_ldm, prefixed("first_stage_model.", in_ldm), in_ldm | training)
+    for tensors in (*alone, foreign[0]):
         torch.save({"state_dict": tensors}, tmp_path / "x.ckpt")
         config, found = read_vae_file(tmp_path / "x.ckpt", base)
         assert config == base

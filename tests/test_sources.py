@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -227,6 +228,23 @@ def test_a_part_or_a_file_of_a_model_given_for_another_is_told_apart(sources):
     assert f"its pipeline may be {sd1}" in refused(load_pipeline, sd1 / "unet")
     assert f"give its folder, {sd1}" in refused(load_pipeline, sd1 / "model_index.json")
     assert "is no model" in refused(load_pipeline, sd1 / "tokenizer/merges.txt")
+    assert "not a model folder: it has no model_index.json, only scheduler_config.json" in refused(
+        load_pipeline, sd1 / "scheduler"
+    )
+
+
+def test_a_checkpoint_of_diffusers_scripts_is_for_unet(sources, tmp_path):
+    shutil.copytree(sources["sd1"] / "unet", tmp_path / "checkpoint-500/unet")
+    assert refused(load_pipeline, tmp_path / "checkpoint-500").endswith("(its unet/ is for --unet)")
+    edited(sources["sd1"], unet=tmp_path / "checkpoint-500")
+
+
+def test_a_vae_of_another_kind_of_model_is_warned_of(sources, tmp_path):
+    pipe = load_pipeline(sources["sd1"])
+    pipe.vae.config = replace(pipe.vae.config, scaling_factor=0.13025)
+    pipe.save(tmp_path)
+    with pytest.warns(UserWarning, match="scaled by 0.13025, this model's are scaled by 0.18215: it is of another"):
+        edited(sources["sd1"], vae=tmp_path)
 
 
 def test_of_a_folder_that_is_no_model_what_is_in_it_is_named(sources, tmp_path, monkeypatch):

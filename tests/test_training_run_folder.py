@@ -63,10 +63,12 @@ def test_resume_where_there_is_no_run_is_refused(tmp_path):
 def test_resume_refuses_other_settings_and_names_each_but_allows_longer_and_elsewhere_and_says_so(tmp_path, capsys):
     open_run(tmp_path)
     with pytest.raises(InputError) as error:
-        open_run(tmp_path, resume=True, learning_rate=1e-5, stages=(8, 2), steps=400, more=1)
+        open_run(tmp_path, resume=True, learning_rate=1e-5, stages=(8, 2), steps=400)
     message = str(error.value)
     assert "learning_rate 1e-05 (was 0.0001)" in message and "stages [8, 2] (was [8, 4])" in message
-    assert "more 1 (was not set)" in message and "steps" not in message and "\n" not in message
+    assert "steps" not in message and "\n" not in message
+    with pytest.raises(InputError, match=r"it is a run of another command or version, by more, rank$"):
+        open_run(tmp_path, resume=True, learning_rate=1e-5, more=1, rank=None)
     run = open_run(tmp_path, resume=True, steps=600, out="moved")
     printed = capsys.readouterr().out
     assert "steps 600 (was 300)" in printed and "moved" not in printed
@@ -199,6 +201,10 @@ def test_a_run_whose_checkpoints_are_lost_does_not_start_over(tmp_path):
     run = open_run(tmp_path, checkpoint_every=10)
     run.metrics.write_text('{"step": 10}\n')  # it may have been killed while it saved the first
     open_run(tmp_path, resume=True, checkpoint_every=10)
+    run.image_grid(300).touch()  # of the last step, where fewer than `checkpoint_every` were to be done
+    with pytest.raises(InputError, match=r"has logged 10 steps, and its checkpoints are lost: put one back"):
+        open_run(tmp_path, resume=True, checkpoint_every=10)
+    run.image_grid(300).unlink()
     run.metrics.write_text('{"step": 20}\n')
     with pytest.raises(InputError, match=r"has logged 20 steps, and its checkpoints are lost: put one back"):
         open_run(tmp_path, resume=True, checkpoint_every=30)

@@ -171,6 +171,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # convert("RGB") would clip: everything above 255 of 65535 would be white
         grey = np.asarray(image).astype(np.float64) / 257
+        if grey.min() < 0 or grey.max() > 255:
+            raise ValueError("32-bit and signed pixels have no agreed range")
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         rgba = image.convert("RGBA")

@@ -4,8 +4,8 @@ Four ways to say which caption belongs to which image, in one tree of folders, s
 
     metadata.jsonl      {"file_name": "cats/0001.jpg", "text": "a cat"}      one JSON object a line
     metadata.csv        file_name,text                                       a header, then one row per image
-    0001.jpg 0001.txt   the caption in the text file (or 0001.caption, or `caption` in 0001.json)
-    00000.tar           the same pairs in an archive
+    0001.jpg 0001.txt   the caption in the text file (or 0001.jpg.txt, 0001.caption, or `caption` in 0001.json)
+    00000.tar           any of these in an archive
 
 `file_name` is relative to the folder of the metadata file. A caption may be a list: training draws one of them,
 everything else takes the first. An empty caption is none. Two rows for one image are two examples. A row outranks a
@@ -16,6 +16,7 @@ counted and named in the report.
 
 import csv
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -32,7 +33,7 @@ from unicodedata import normalize
 from huggingface_hub.utils import tqdm
 from PIL import Image
 
-from minidistill.data.shards import POINTER, WHAT_POINTER, list_tar, read_part
+from minidistill.data.shards import list_tar, read_part
 from minidistill.errors import InputError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -124,13 +125,12 @@ def find_examples(path: str | Path, split: str | None = None, caption_column: st
         why = "is not a folder" if root.exists() else "does not exist (a data set of the Hub: save it as image files)"
         raise InputError(f"data folder {root} {why}")
     report = FolderReport(str(root))
-    files = dict.fromkeys(_walk(root))
-    in_rows = _take_rows(report, files, caption_column or "text")
-    _take_pairs(report, {name: Place(name) for name in files}, caption_column, in_rows)
+    files = {name: Place(name) for name in _walk(report)}
+    _take_examples(report, files, caption_column)
     _remark_repeats(report)
     for tar in tqdm([name for name in files if name.lower().endswith(".tar")], "tars", disable=None, leave=False):
         members, problem = list_tar(os.path.join(root, tar))
-        _take_pairs(report, {f"{tar}/{name}": Place(tar, *where) for name, where in members.items()}, caption_column)
+        _take_examples(report, {f"{tar}/{name}": Place(tar, *where) for name, where in members.items()}, caption_column)
         if problem:
             report.remark("damaged tars", f"{tar} ({problem})")
     for name in files:
@@ -162,10 +162,14 @@ def fingerprint(count: int, content: Iterable[object]) -> str:
     return f"{count} images, {digest.hexdigest()[:8]}"
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """The names of all files under root, relative to it, none hidden: those of a folder, then those below it."""
-    visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+def _walk(report: FolderReport) -> Iterator[str]:
+    """The names of all files in a data folder, relative to it, none hidden: those of a folder, then those below it."""
+    visited, root = set(), report.path
+
+    def remark(error: OSError) -> None:
+        report.remark(f"folders not read ({error.strerror})", os.path.relpath(error.filename, root))
+
+    for folder, subfolders, names in os.walk(root, onerror=remark, followlinks=True):
         visited.add(os.path.realpath(folder))
         subfolders[:] = sorted(
             name
@@ -179,7 +183,8 @@ def _walk(root: Path) -> Iterator[str]:
 @cache
 def _image_suffixes() -> frozenset[str]:
     """Of all formats that Pillow reads, here and now."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    extensions = Image.registered_extensions()  # first: it fills Image.OPEN
+    return frozenset(suffix for suffix, kind in extensions.items() if kind in {*Image.OPEN, "MPO"})  # opened as JPEG
 
 
 def _key(name: str) -> str:
@@ -194,46 +199,54 @@ def _take(report: FolderReport, example: Example, why_not: str = "") -> None:
         report.remark("without caption, skipped", example.name + f" ({why_not})" * bool(why_not))
 
 
-def _take_rows(report: FolderReport, files: Collection[str], caption_column: str) -> set[str]:
+def _take_examples(report: FolderReport, files: Mapping[str, Place], caption_column: str | None) -> None:
+    """Add the captioned images among these files, those of the disk or of one tar, to the report."""
+    in_rows = _take_rows(report, files, caption_column or "text")
+    _take_pairs(report, files, caption_column, in_rows)
+
+
+def _take_rows(report: FolderReport, files: Mapping[str, Place], caption_column: str) -> set[str]:
     """Add the examples of all metadata files to the report; the files that the rows speak of."""
     spoken_of = set()
     metadata = [name for name in files if posixpath.basename(name) in METADATA_NAMES]
-    spellings = {_key(name): name for name in files} if metadata else {}
+    spellings = {_key(name).casefold(): name for name in files} if metadata else {}
+    roots = [f"{place(report.path)}/".replace(os.sep, "/") for place in (os.path.abspath, os.path.realpath)]
     for source in metadata:
         folder = posixpath.dirname(source)
         if all(posixpath.join(folder, name) in files for name in METADATA_NAMES):
             raise InputError(f"{os.path.join(report.path, folder)} holds both {' and '.join(METADATA_NAMES)}: keep one")
-        for file_name, captions in _rows(os.path.join(report.path, source), caption_column):
+        for file_name, captions in _rows(report, source, files[source], caption_column):
             name = posixpath.normpath(posixpath.join(folder, file_name))
+            for root in roots:  # of names that are absolute
+                name = name.removeprefix(root)
             if name not in files:
-                name = spellings.get(posixpath.normpath(_key(posixpath.join(folder, file_name))), name)
+                name = spellings.get(posixpath.normpath(_key(name)).casefold(), name)
             spoken_of.add(name)
             # The disk is asked only about what the walk did not meet.
             if name in files or os.path.isfile(os.path.join(report.path, name)):
-                _take(report, Example(name, Place(name), captions))
+                _take(report, Example(name, files.get(name, Place(name)), captions))
             else:
                 report.remark("in the metadata but not on the disk, skipped", name)
     return spoken_of
 
 
-def _rows(source: str, caption_column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _rows(report: FolderReport, name: str, place: Place, caption_column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(file_name, captions) of each row of a metadata file."""
-    number = 1
+    source, number = os.path.join(report.path, name), 1
     try:
-        with open(source, encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte-order mark in front
-            first = file.readline()
-            if first.startswith(POINTER.decode()):
-                raise InputError(f"cannot read {source}: {WHAT_POINTER}")
-            lines = chain([first], file)
-            if source.endswith(".csv"):
-                reader = csv.DictReader(lines, delimiter=max(",;\t", key=first.count))
-                for row in reader:
-                    number = reader.line_num
-                    yield _row(row, f"{source} line {number}", caption_column)
-            else:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _row(json.loads(line), f"{source} line {number}", caption_column)
+        # Spreadsheets put a byte-order mark in front.
+        lines = io.TextIOWrapper(io.BytesIO(report.read(place)), "utf-8-sig", newline="")
+        if source.endswith(".csv"):
+            first = lines.readline()
+            delimiter = max(",;\t", key=first.count)
+            reader = csv.DictReader(chain([first], lines), delimiter=delimiter, skipinitialspace=True)
+            for row in reader:
+                number = reader.line_num
+                yield _row(row, f"{source} line {number}", caption_column)
+        else:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _row(json.loads(line), f"{source} line {number}", caption_column)
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}; repair or remove it") from error
     except UnicodeDecodeError as error:
@@ -273,7 +286,7 @@ def _captions(texts: Iterable[object]) -> tuple[str, ...]:
 
 
 def _take_pairs(
-    report: FolderReport, files: Mapping[str, Place], caption_column: str | None, in_rows: Collection[str] = ()
+    report: FolderReport, files: Mapping[str, Place], caption_column: str | None, in_rows: Collection[str]
 ) -> None:
     """Add the images among these files to the report, with the caption that lies beside each.
 
@@ -286,7 +299,8 @@ def _take_pairs(
         if posixpath.basename(name).startswith("."):
             continue
         if suffix.lower() in _image_suffixes():
-            images[stem] += [] if name in in_rows else [name]
+            has_own = any(name + text in files for text in CAPTION_SUFFIXES)  # x.jpg.txt
+            images[_key(name) if has_own else stem] += [] if name in in_rows else [name]
         else:
             beside[stem][suffix.lower()] = name
     for stem, names in images.items():

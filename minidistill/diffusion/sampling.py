@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 
 from torch import Tensor
@@ -47,8 +48,10 @@ class Sampling:
     prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.steps, int) and self.steps >= 1 and isinstance(self.guidance, int | float)):
-            raise ValueError(f"steps must be 1 or more and guidance a number, not {self.steps!r} and {self.guidance!r}")
+        if not isinstance(self.steps, Integral) or self.steps < 1:
+            raise ValueError(f"steps must be an integer of 1 or more, not {self.steps!r}")
+        if not isinstance(self.guidance, Real) or not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, not {self.guidance!r}")
         for name, known in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("prediction", PREDICTIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")

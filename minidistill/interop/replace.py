@@ -8,6 +8,7 @@ merge_loras(pipe, [("style.safetensors", 0.8)])
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,11 +109,15 @@ def replace_vae(pipe: Pipeline, source: str | Path, dtype: DType = torch.float32
     What a file alone does not say, most of all the scaling factor, is taken from the VAE that is replaced.
     """
     path, device = folders.find_model(source, dtype), next(pipe.text_encoders[0].parameters()).device
+    base = SD_VAE if isinstance(pipe.vae, AutoencoderTiny) else pipe.vae.config
     if path.is_file():
-        base = SD_VAE if isinstance(pipe.vae, AutoencoderTiny) else pipe.vae.config
         pipe.vae = build_network(*read_vae_file(path, base), path, device, dtype)
     else:
         pipe.vae = folders.load_vae(path, dtype, device, folders.part_in(path, "vae"))
+    new, old = pipe.vae.config.scaling_factor, base.scaling_factor
+    if new != old and isinstance(pipe.vae, AutoencoderKL):
+        what = f"{path} is for latents scaled by {new:g}, this model's are scaled by {old:g}"
+        warnings.warn(f"{what}: it is of another kind of model, expect poor images", stacklevel=2)
     pipe.check_parts()
 
 

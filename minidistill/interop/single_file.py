@@ -211,18 +211,18 @@ def _family(unet: UNetConfig, text: CLIPTextConfig | None) -> str:
 
 
 def read_vae_file(path: str | Path, base: VAEConfig = SD_VAE) -> tuple[VAEConfig | TinyConfig, Tensors]:
-    """Read a VAE alone, in diffusers' or LDM's names, or a TAESD in diffusers'.
+    """Read a VAE alone, in diffusers' or LDM's names, that of a whole checkpoint, or a TAESD in diffusers' names.
 
     base: the config of a full VAE whose header has none. All Stable Diffusions share one architecture and differ
     in the scaling_factor, which no file says, so this should be the config of the VAE that is replaced.
     Returns (config, tensors in our names), for AutoencoderKL or, with a TinyConfig, AutoencoderTiny.
-    InputError: the file is not a VAE, or holds more than one.
+    InputError: there is no VAE in the file.
     """
     tensors, metadata = read_file(path)
     try:
-        for prefix in ("first_stage_model.", "vae."):
-            if tensors and all(name.startswith(prefix) for name in tensors):
-                tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        for prefix in ("first_stage_model.", "vae."):  # of a whole checkpoint, its VAE
+            inside = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+            tensors = inside or tensors
         if "decoder.layers.0.weight" in tensors:
             width = configs.shape_of(tensors, "encoder.layers.0.weight", 4)[0]
             latents = configs.shape_of(tensors, "decoder.layers.0.weight", 4)[1]

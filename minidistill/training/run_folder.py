@@ -31,7 +31,7 @@ from torch import Tensor
 from minidistill.errors import InputError
 from minidistill.training.log import read_metrics
 from minidistill.training.state import Part, pack, unpack
-from minidistill.weights.files import read_json, read_safetensors, to_disk, write_json, write_safetensors
+from minidistill.weights.files import read_json, read_safetensors, some, to_disk, write_json, write_safetensors
 from minidistill.weights.folders import SHIPPED
 
 if sys.platform != "win32":  # where folders cannot be locked
@@ -92,14 +92,15 @@ class RunFolder:
         if resume:
             if not run.config.is_file():
                 raise InputError(f"nothing to resume in {out}: check --out, or start without --resume")
-            run._lock()
+            run.lock()
             stored = read_json(run.config)
             _check_same_run(out, stored, _as_stored(config))
             done = max(map(_step_of, run._checkpoint_paths()), default=0)
             if done > config.get("steps", done):
                 raise InputError(f"--steps {config['steps']}: the run in {out} has done {done} steps already")
             logged = max((line["step"] for line in read_metrics(run.metrics)), default=0)
-            if not done and logged > stored.get("checkpoint_every", logged):
+            is_finished = run.image_grid(stored.get("steps", -1)).is_file()  # drawn after the last checkpoint
+            if not done and (logged > stored.get("checkpoint_every", logged) or is_finished):
                 lost = f"the run in {out} has logged {logged} steps, and its checkpoints are lost"
                 raise InputError(f"{lost}: put one back into {run.checkpoints}, or take another --out")
             if not done:
@@ -112,7 +113,7 @@ class RunFolder:
         """Write config.json and make the folders; itself. InputError: the operating system refuses."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self.lock()
             write_json(self.config, _as_stored(config))  # first: what has it can be resumed, whatever else is missing
             self.samples.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
@@ -167,10 +168,10 @@ class RunFolder:
             raise InputError(f"all of {self.checkpoints} is damaged: copy a whole one there, or take another --out")
         return None
 
-    def _lock(self) -> None:
+    def lock(self) -> None:
         """Keep other processes out of the folder; the system unlocks it when this one ends, however it ends.
 
-        InputError: another process has it.
+        InputError: another process has it. OSError: there is no such folder.
         """
         path = self.path.resolve()
         if sys.platform == "win32" or path in RunFolder._locks:
@@ -202,6 +203,8 @@ def _check_same_run(out: str | Path, stored: dict[str, Any], config: dict[str, A
         new, old = (json.dumps(c[name]) if name in c else "not set" for c in (config, stored))
         return f"{name} {new} (was {old})"
 
+    if other := (stored.keys() ^ config.keys()) - {*MAY_CHANGE, *NOT_COMPARED}:
+        raise InputError(f"cannot resume {out}: it is a run of another command or version, by {some(other, 3)}")
     missing = object()
     names = [name for name in dict.fromkeys([*config, *stored]) if name not in NOT_COMPARED]
     changed = [name for name in names if stored.get(name, missing) != config.get(name, missing)]

@@ -154,6 +154,8 @@ def _what_it_is(path: Path, error: Exception) -> str:
     except OSError as os_error:
         return os_error.strerror or str(os_error)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if reason.startswith("Weights only load failed"):  # and torch's advice to load it so that it may run code
+        reason = "no pickle of tensors"
     for applies, what in (
         (size == 0, "it is empty; download or save it again"),
         (head[:1] == b"<", "it is a web page (HTML), not the file itself; download the file again"),
@@ -186,19 +188,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     if blocking:
         raise InputError(f"cannot write {path}: {blocking} is a file, not a folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # the safetensors package leaves a file that only its owner can read
-        to_disk(temporary)
-        temporary.replace(path)
-        to_disk(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # the safetensors package leaves a file that only its owner can read
+            to_disk(temporary)
+            temporary.replace(path)
+            to_disk(path.parent)
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within this context, that the operating system refuses to write is an InputError which names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def to_disk(path: Path) -> None:

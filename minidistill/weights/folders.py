@@ -84,14 +84,17 @@ def _model_in(folder: Path) -> Path:
     if len(singles) == 1 and not models:
         return singles[0]
     others = models or singles
-    hint = f"give {files.some(sorted(map(str, others)))}" if others else f"it has no {choice.INDEX}{on_hub}"
+    hint = f"it has no {choice.INDEX}, only {files.some(sorted(inside))}{on_hub}"
+    if others:
+        hint = f"give {files.some(sorted(map(str, others)))}"
     raise InputError(f"{folder} is not a model folder: {hint}")
 
 
 def check_placement(device: Device, *dtypes: DType) -> None:
     """InputError: no device that can be used here, or no dtype."""
-    if wrong := [dtype for dtype in dtypes if not isinstance(dtype, DType)]:
-        raise InputError(f"a dtype such as torch.float16 is needed, not {wrong[0]!r}")
+    for dtype in dtypes:
+        if not isinstance(dtype, DType) or (dtype and not (dtype.is_floating_point and dtype.itemsize > 1)):
+            raise InputError(f"a dtype such as torch.float16 is needed, not {dtype!r}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -101,13 +104,15 @@ def check_placement(device: Device, *dtypes: DType) -> None:
 def read_model_index(folder: Path) -> dict[str, Any]:
     """The index of a pipeline folder. InputError: it has none, or is of a kind that is not computed here."""
     if not (folder / choice.INDEX).is_file():
-        part = (folder / "config.json").is_file()
-        hint = f" (a part is for --unet or --vae; its pipeline may be {folder.absolute().parent})" if part else ""
+        hint = " (its unet/ is for --unet)" if (folder / "unet").is_dir() else ""  # a checkpoint of diffusers' scripts
+        if (folder / "config.json").is_file():
+            hint = f" (a part is for --unet or --vae; its pipeline may be {folder.absolute().parent})"
         raise InputError(f"{folder} is not a pipeline folder: it has no {choice.INDEX}{hint}")
     index = files.read_json(folder / choice.INDEX)
-    if index.get("_class_name") not in (SD, SDXL):
-        raise InputError(f"{folder} is a {index.get('_class_name')}: a {SD} or {SDXL} is needed")
-    return index
+    kind = str(index.get("_class_name")).replace("Img2ImgPipeline", "Pipeline")  # which has the same parts
+    if kind not in (SD, SDXL):
+        raise InputError(f"{folder} is a {kind}: a {SD} or {SDXL} is needed")
+    return {**index, "_class_name": kind}
 
 
 def load_unet(folder: str | Path, dtype: DType = torch.float32, device: Device = "cpu", part: str = "unet") -> UNet:
@@ -168,10 +173,12 @@ def _existing(path: Path) -> Path:
 
 def find_weights(path: Path, dtype: DType = torch.float32) -> list[Path]:
     """The file, or the shards, with the weights of one part, by `choice.pick_weights`. InputError: there are none."""
-    chosen = choice.pick_weights({file.name for file in path.glob("*") if file.is_file()}, dtype)
+    there = {file.name for file in path.glob("*") if file.is_file()}
+    chosen = choice.pick_weights(there, dtype)
     if not chosen:
         forms = " or ".join(f"{stems['safetensors']}.safetensors" for stems in (choice.DIFFUSERS, choice.TRANSFORMERS))
-        raise InputError(f"no weights in {path}: expected {forms} (or its .fp16, sharded or .bin form)")
+        forms += " (or its .fp16, sharded or .bin form)"
+        raise InputError(f"no weights in {path}: expected {forms}, not {files.some(there)}")
     return choice.shards(path / chosen[0]) if chosen[0].endswith(".json") else [path / chosen[0]]
 
 
@@ -218,9 +225,10 @@ def save_pipeline(folder: str | Path, pipe: Pipeline) -> None:
     The index is removed first and written last: a folder without it is one that was not finished.
     InputError: it cannot be written, or holds other weights.
     """
-    folder = Path(folder)
-    if (folder / choice.INDEX).is_file():
-        (folder / choice.INDEX).unlink()
+    folder = Path(folder).expanduser()
+    with files.writing(folder):
+        if (folder / choice.INDEX).is_file():
+            (folder / choice.INDEX).unlink()
     sampler = pipe.sampling.sampler if pipe.sampling else "euler" if pipe.is_sdxl else default_solver(pipe.schedule)[0]
     scheduler = "EulerDiscreteScheduler" if sampler == "euler" else "DDIMScheduler"
     save_unet(folder, pipe.unet, sampling_metadata(pipe.sampling))
@@ -290,8 +298,6 @@ def _save(path: Path, model: nn.Module, architecture: str = "", metadata: Mappin
 def save_tokenizer(folder: str | Path, tokenizer: CLIPTokenizer, part: str = "tokenizer") -> None:
     """Write `tokenizer/`."""
     path = Path(folder) / part
-    try:
+    with files.writing(path):
         path.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
