@@ -14,14 +14,17 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from minidistill import train_kd
+from minidistill.benchmark import in_turns
 from minidistill.cli import option, run_command
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
 from minidistill.errors import NonFiniteLoss
-from minidistill.metrics.cost import milliseconds
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import STEPS, load_pipeline
@@ -48,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {  # settings that differ from the defaults of
 }
 COMMON = {"judged": 0, "log_every": 50, "checkpoint_every": 250, "keep_checkpoints": 1}  # settings of all runs
 PROBES = 256  # noisy latents on which the MSE to teacher is measured
+ROUNDS = 15  # in which latencies are measured
 
 
 class Study(NamedTuple):
@@ -147,11 +151,12 @@ def measured(source: str, file: Path, config: Config, probes: Sequence[Probe]) -
     return {name: known[name] for name in ("judge", "distance_to_teacher")}
 
 
+@torch.no_grad()
 def time_students(sources: Mapping[str, str], probe: Probe, config: Config) -> dict[str, float]:
     """Latency in milliseconds of a U-Net call at batch 32, for each model; measured in turns, so that they compare."""
     unets = {name: load_pipeline(source, config.device).unet for name, source in sources.items()}
-    rounds = [{name: milliseconds(unet, probe[:4], rounds=3) for name, unet in unets.items()} for _ in range(5)]
-    return {name: statistics.median(r[name] for r in rounds) for name in unets}
+    times = in_turns([partial(unet, *probe[:4]) for unet in unets.values()], ROUNDS)
+    return dict(zip(unets, map(statistics.median, times), strict=True))
 
 
 def table_rows(

@@ -8,7 +8,6 @@ from tiny import save_tiny_sd1
 from minidistill import study, train_kd
 from minidistill.cli import run_command
 from minidistill.errors import NonFiniteLoss
-from minidistill.metrics.cost import milliseconds
 from minidistill.pipeline import load_pipeline
 from minidistill.weights import folders
 
@@ -122,7 +121,7 @@ def test_a_real_study_of_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PROBES", 32)
     for module in ("study", "report", "pipeline"):  # wherever sampling steps are read from
         monkeypatch.setattr(f"minidistill.{module}.STEPS", 2, raising=False)
-    monkeypatch.setattr(study, "milliseconds", lambda unet, inputs, rounds: milliseconds(unet, inputs, rounds=1))
+    monkeypatch.setattr(study, "ROUNDS", 5)
     assert command("--seeds", 1, "--judged", 1, "--out", tmp_path) == 0
     files = [tmp_path / "teacher.json", tmp_path / "bk-tiny-1-seed0/measured.json"]
     before = [file.stat().st_mtime_ns for file in files]
