@@ -102,6 +102,37 @@ WRONG = {
         ("alpha_bar[t] * ", "", "times the expected loss"),
         ("alpha_bar[t]", "(1 - alpha_bar[t])", "times the expected loss"),
     ],
+    "mixture_eps": [
+        ("weights * away", "away", "near the modes"),
+        ("(2 * variance)", "variance", "near the modes"),
+        (" / variance).sum(1)", ").sum(1)", "with a single mode"),
+    ],
+    "my_jump_table": [
+        ("teacher // student + 1,", "teacher // student,", "a table of"),
+        ("[-1]", "[0]", "the row of t = 999 is"),
+        ("trailing", "leading", "the row of t = 999 is"),
+        ("return grid", "return grid.float()", "timesteps are int64"),
+    ],
+    "jump_loss": [
+        ("times[:, -1]", "times[:, 1]", "ends at the last timestep"),
+        ("model(x_t, t)", "model(x_t, t_next.clamp(min=0))", "at the first timestep"),
+        (
+            "kd.mean_square(move(x_t, model(x_t, t), t, t_next, alpha_bar), target)",
+            "(move(x_t, model(x_t, t), t, t_next, alpha_bar) - target).square().mean()",
+            "one number for each",
+        ),
+        (
+            "t_next = times[:, 0], times[:, -1]",
+            "t_next = times[:, 0], times[:, -1]\n    model(x_t, t)",
+            "called the model 2",
+        ),
+    ],
+    "sharpness": [
+        ("pixels.mean(1)", "pixels[:, 0]", "cancel in grey"),
+        (".abs()", "", "a white dot on black"),
+        (".flatten(1).mean(1)", ".mean()", "one number for each"),
+        ("4 * centre", "3 * centre", "a plain image"),
+    ],
 }
 
 
@@ -250,7 +281,8 @@ def test_stored_outputs_are_whole_and_of_no_machine(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_code_that_is_shown_is_the_package_s_as_it_is_now(path):
-    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "minidistill").rglob("*.py")]
+    files = *(ROOT / "minidistill").rglob("*.py"), ROOT / "notebooks" / "toy.py"
+    sources = [file.read_text(encoding="utf-8") for file in files]
     shown = 0
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", ()):
