@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minidistill.diffusion.schedule import move, time_grid
@@ -132,3 +135,51 @@ def sharpness(pixels: Tensor) -> Tensor:
     centre = grey[:, 1:-1, 1:-1]
     neighbours = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
     return (neighbours - 4 * centre).abs().flatten(1).mean(1)
+
+
+# 04 The discriminator
+
+
+def player_losses(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p is softplus(-l), and -log(1 - p) is softplus(l), since 1 - sigmoid(l) = sigmoid(-l)."""
+    return F.softplus(-real) + F.softplus(fake), F.softplus(-fake)
+
+
+def best_logit(real: Tensor, fake: Tensor) -> Tensor:
+    """The derivative -P sigmoid(-l) + Q sigmoid(l) is zero where e^l = P / Q."""
+    return real.log() - fake.log()
+
+
+def ranking(real: Tensor, fake: Tensor) -> float:
+    """The sign of the difference is 1, 0 or -1: its mean, from -1 .. 1 to 0 .. 1."""
+    return (0.5 + 0.5 * (real - fake).sign().mean()).item()
+
+
+def pull(judge, fake: Tensor) -> Tensor:
+    """The gradient of a sum is each sample's own; autograd.grad leaves nothing in the weights."""
+    latents = fake.detach().requires_grad_()
+    return torch.autograd.grad(F.softplus(-judge(latents)).sum(), latents)[0]
+
+
+# 05 One step
+
+
+def amplification(a: Tensor, a_next: Tensor) -> Tensor:
+    """eps enters x_t' twice: by way of x0, and as the noise that is added again, with the other sign."""
+    return ((1 - a_next).sqrt() - a_next.sqrt() * ((1 - a) / a).sqrt()).abs()
+
+
+def mean_error(a: float, n: int) -> float:
+    """The mean of n independent numbers has 1 / sqrt(n) of their standard deviation."""
+    return math.sqrt((1 - a) / a / n)
+
+
+def score_difference(eps_real: Tensor, eps_fake: Tensor, a: Tensor) -> Tensor:
+    """Each log density has the gradient -eps / sqrt(1 - abar): towards less noise."""
+    return (eps_fake - eps_real) / (1 - a).sqrt()
+
+
+def solve_linear(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of the solution that belongs to the ones is the bias."""
+    solution = torch.linalg.lstsq(torch.cat([h, torch.ones_like(h[:, :1])], dim=1), target).solution  # (D + 1, C)
+    return solution[:-1].T, solution[-1]

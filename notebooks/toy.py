@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -24,10 +25,10 @@ SIGMA = 0.1  # standard deviation around a mode
 BATCH = 512
 
 
-def draw(count: int, generator: torch.Generator) -> Tensor:
+def draw(count: int, generator: torch.Generator, modes: Tensor = MODES) -> Tensor:
     """Points (count, 2) of the distribution: a mode, each as likely, and normal noise around it."""
-    modes = MODES[torch.randint(len(MODES), (count,), generator=generator)]
-    return modes + SIGMA * torch.randn(count, 2, generator=generator)
+    chosen = modes[torch.randint(len(modes), (count,), generator=generator)]
+    return chosen + SIGMA * torch.randn(count, 2, generator=generator)
 
 
 def on_mode(points: Tensor) -> Tensor:
@@ -70,3 +71,15 @@ def distil(student: nn.Module, model: Model, times: Tensor, steps: int, learning
         optimizer.zero_grad()
         losses.append(loss.item())
     return sum(losses[-(steps // 10 or 1) :]) / (steps // 10 or 1)
+
+
+def fit(network: nn.Module, points: Callable[[int, torch.Generator], Tensor], steps: int, rate: float = 5e-3) -> None:
+    """Train a network to predict the noise of points(count, generator), (count, 2), at all timesteps."""
+    generator, optimizer = torch.Generator().manual_seed(0), adamw(network.parameters(), rate, weight_decay=0)
+    for step in range(steps):
+        x0, eps = points(BATCH, generator), torch.randn(BATCH, 2, generator=generator)
+        t = torch.randint(len(ALPHA_BAR), (BATCH,), generator=generator)
+        mean_square(network(add_noise(x0, eps, t, ALPHA_BAR), t), eps).mean().backward()
+        set_lr(optimizer, lr_at(step, rate, 50, steps, "cosine"))
+        optimizer.step()
+        optimizer.zero_grad()

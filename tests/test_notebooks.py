@@ -133,6 +133,45 @@ WRONG = {
         (".flatten(1).mean(1)", ".mean()", "one number for each"),
         ("4 * centre", "3 * centre", "a plain image"),
     ],
+    "player_losses": [
+        (", F.softplus(-fake)", ", -fake.sigmoid().log()", "use softplus"),
+        (", F.softplus(-fake)", ", -F.softplus(fake)", "L_G = ln 2"),
+        ("F.softplus(-real) +", "F.softplus(real) +", "not equation (20)"),
+        (", F.softplus(-fake)", ", F.softplus(fake)", "not equation (21)"),
+    ],
+    "best_logit": [
+        ("real.log() - fake.log()", "fake.log() - real.log()", "a larger logit than"),
+        ("real.log() - fake.log()", "real - fake", "has less loss"),
+        ("real.log() - fake.log()", "real / fake", "tells nothing"),
+    ],
+    "ranking": [
+        ("(real - fake).sign()", "(2.0 * (real > fake) - 1)", "1 is a tie"),
+        (".item()", "", "a float is asked for"),
+    ],
+    "amplification": [
+        ("(1 - a_next).sqrt() - ", "", "from t = 999 to 499"),
+        (".abs()", "", "from t = 999 to -1"),
+        ("((1 - a) / a).sqrt()", "((1 - a) / a)", "from t = 999 to -1"),
+    ],
+    "mean_error": [
+        ("/ n)", ")", "in trials"),
+        ("(1 - a) / a", "(1 - a)", "in trials"),
+    ],
+    "score_difference": [
+        ("eps_fake - eps_real", "eps_real - eps_fake", "yours is -1 times"),
+        (" / (1 - a).sqrt()", "", "times the gradient"),
+        ("eps_fake - eps_real", "-eps_real", "times the gradient"),
+    ],
+    "solve_linear": [
+        ("torch.ones_like", "torch.zeros_like", "the bias that made"),
+        ("solution[:-1].T", "solution[:-1]", "are asked for"),
+        ("h, torch.ones", "2 * h, torch.ones", "the weight that made"),
+    ],
+    "pull": [
+        ("F.softplus(-judge(latents))", "F.softplus(judge(latents))", "of -log p is asked for"),
+        (".sum()", ".mean()", "of -log p is asked for"),
+        ("return torch", "F.softplus(-judge(latents)).sum().backward()\n    return torch", "weights got a gradient"),
+    ],
 }
 
 
