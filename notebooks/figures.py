@@ -154,8 +154,8 @@ def wiring(ax: Axes, skips: Sequence[tuple[str, str]], kept: set[str], blocks: s
 def scatter(ax: Axes, points: Any, noise: Any = None, modes: Any = None, limit: float = 2.3, **axes: Any) -> None:
     """Points (N, 2), coloured by the direction of the noise (N, 2) they come from; modes as crosses."""
     points = np.asarray(points)
-    color = "C0" if noise is None else np.arctan2(*np.asarray(noise).T[::-1])
-    ax.scatter(*points.T, c=color, cmap="hsv", s=3, alpha=0.6, lw=0)
+    colors = {"c": "C0"} if noise is None else {"c": np.arctan2(*np.asarray(noise).T[::-1]), "cmap": "hsv"}
+    ax.scatter(*points.T, **colors, s=3, alpha=0.6, lw=0)
     if modes is not None:
         ax.scatter(*np.asarray(modes).T, marker="+", color="black", s=50, lw=0.8)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")

@@ -25,10 +25,10 @@ SIGMA = 0.1  # standard deviation around a mode
 BATCH = 512
 
 
-def draw(count: int, generator: torch.Generator, modes: Tensor = MODES) -> Tensor:
+def draw(count: int, generator: torch.Generator, modes: Tensor = MODES, sigma: float = SIGMA) -> Tensor:
     """Points (count, 2) of the distribution: a mode, each as likely, and normal noise around it."""
     chosen = modes[torch.randint(len(modes), (count,), generator=generator)]
-    return chosen + SIGMA * torch.randn(count, 2, generator=generator)
+    return chosen + sigma * torch.randn(count, 2, generator=generator)
 
 
 def on_mode(points: Tensor) -> Tensor:
