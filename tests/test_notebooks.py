@@ -163,7 +163,7 @@ WRONG = {
         ("eps_fake - eps_real", "-eps_real", "times the gradient"),
     ],
     "solve_linear": [
-        ("torch.ones_like", "torch.zeros_like", "the bias that made"),
+        ("T, solution[-1]", "T, 0 * solution[-1]", "the bias that made"),
         ("solution[:-1].T", "solution[:-1]", "are asked for"),
         ("h, torch.ones", "2 * h, torch.ones", "the weight that made"),
     ],
