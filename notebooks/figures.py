@@ -149,3 +149,15 @@ def wiring(ax: Axes, skips: Sequence[tuple[str, str]], kept: set[str], blocks: s
         ax.text(-2.2, -i, f"level {i}", va="center", ha="right", fontsize=8)
     ax.set(xlim=(-3.5, 7.6), ylim=(-4.3, 0.9), **axes)
     ax.axis("off")
+
+
+def scatter(ax: Axes, points: Any, noise: Any = None, modes: Any = None, limit: float = 2.3, **axes: Any) -> None:
+    """Points (N, 2), coloured by the direction of the noise (N, 2) they come from; modes as crosses."""
+    points = np.asarray(points)
+    colors = {"c": "C0"} if noise is None else {"c": np.arctan2(*np.asarray(noise).T[::-1]), "cmap": "hsv"}
+    ax.scatter(*points.T, **colors, s=3, alpha=0.6, lw=0)
+    if modes is not None:
+        ax.scatter(*np.asarray(modes).T, marker="+", color="black", s=50, lw=0.8)
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+    ax.set_title(axes.pop("title", ""), fontsize=9)
+    ax.set(**axes)

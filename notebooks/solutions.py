@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from minidistill.diffusion.schedule import move, time_grid
 from minidistill.distill import kd
 
 # 00 Latents, noise and a U-Net
@@ -99,3 +103,83 @@ def reached(feature: str) -> set[str]:
 def eps_loss_of_v(v_student: Tensor, v_teacher: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
     """In the difference of two predictions at the same x_t, sqrt(1 - abar) x_t cancels; sqrt(abar) is squared."""
     return alpha_bar[t] * kd.mean_square(v_student, v_teacher)
+
+
+# 03 Progressive distillation
+
+
+def mixture_eps(x_t: Tensor, t: Tensor, alpha_bar: Tensor, modes: Tensor, sigma: float) -> Tensor:
+    """Given a mode, E[eps] is linear in x_t; the modes are weighted by how likely each is, given x_t."""
+    a = alpha_bar[t].reshape(-1, 1, 1)
+    variance = a * sigma**2 + 1 - a  # of x_t around a mode, (B, 1, 1)
+    away = x_t[:, None] - a.sqrt() * modes  # (B, K, 2)
+    weights = (-away.square().sum(2, keepdim=True) / (2 * variance)).softmax(1)  # (B, K, 1)
+    return (weights * away * (1 - a).sqrt() / variance).sum(1)
+
+
+def my_jump_table(student: int, teacher: int) -> Tensor:
+    """The teacher's grid, ended by -1, cut into the student's jumps; neighbours share a timestep."""
+    grid = torch.cat([time_grid(teacher, "trailing"), torch.tensor([-1])])
+    return grid.unfold(0, teacher // student + 1, teacher // student)
+
+
+def jump_loss(model, x_t: Tensor, target: Tensor, times: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Only the ends of a row matter to the student: it makes one move from the first to the last timestep."""
+    t, t_next = times[:, 0], times[:, -1]
+    return kd.mean_square(move(x_t, model(x_t, t), t, t_next, alpha_bar), target)
+
+
+def sharpness(pixels: Tensor) -> Tensor:
+    """Four neighbours less four times the pixel, of the mean over colours."""
+    grey = pixels.mean(1)
+    centre = grey[:, 1:-1, 1:-1]
+    neighbours = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
+    return (neighbours - 4 * centre).abs().flatten(1).mean(1)
+
+
+# 04 The discriminator
+
+
+def player_losses(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p is softplus(-l), and -log(1 - p) is softplus(l), since 1 - sigmoid(l) = sigmoid(-l)."""
+    return F.softplus(-real) + F.softplus(fake), F.softplus(-fake)
+
+
+def best_logit(real: Tensor, fake: Tensor) -> Tensor:
+    """The derivative -P sigmoid(-l) + Q sigmoid(l) is zero where e^l = P / Q."""
+    return real.log() - fake.log()
+
+
+def ranking(real: Tensor, fake: Tensor) -> float:
+    """The sign of the difference is 1, 0 or -1: its mean, from -1 .. 1 to 0 .. 1."""
+    return (0.5 + 0.5 * (real - fake).sign().mean()).item()
+
+
+def pull(judge, fake: Tensor) -> Tensor:
+    """The gradient of a sum is each sample's own; autograd.grad leaves nothing in the weights."""
+    latents = fake.detach().requires_grad_()
+    return torch.autograd.grad(F.softplus(-judge(latents)).sum(), latents)[0]
+
+
+# 05 One step
+
+
+def amplification(a: Tensor, a_next: Tensor) -> Tensor:
+    """eps enters x_t' twice: by way of x0, and as the noise that is added again, with the other sign."""
+    return ((1 - a_next).sqrt() - a_next.sqrt() * ((1 - a) / a).sqrt()).abs()
+
+
+def mean_error(a: float, n: int) -> float:
+    """The mean of n independent numbers has 1 / sqrt(n) of their standard deviation."""
+    return math.sqrt((1 - a) / a / n)
+
+
+def score_difference(eps_real: Tensor, eps_fake: Tensor, a: Tensor) -> Tensor:
+    """Each log density has the gradient -eps / sqrt(1 - abar): towards less noise."""
+    return (eps_fake - eps_real) / (1 - a).sqrt()
+
+
+def solve_linear(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of the solution that belongs to the ones is the bias."""
+    solution = torch.linalg.lstsq(torch.cat([h, torch.ones_like(h[:, :1])], dim=1), target).solution  # (D + 1, C)
+    return solution[:-1].T, solution[-1]

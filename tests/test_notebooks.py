@@ -102,6 +102,76 @@ WRONG = {
         ("alpha_bar[t] * ", "", "times the expected loss"),
         ("alpha_bar[t]", "(1 - alpha_bar[t])", "times the expected loss"),
     ],
+    "mixture_eps": [
+        ("weights * away", "away", "near the modes"),
+        ("(2 * variance)", "variance", "near the modes"),
+        (" / variance).sum(1)", ").sum(1)", "with a single mode"),
+    ],
+    "my_jump_table": [
+        ("teacher // student + 1,", "teacher // student,", "a table of"),
+        ("[-1]", "[0]", "the row of t = 999 is"),
+        ("trailing", "leading", "the row of t = 999 is"),
+        ("return grid", "return grid.float()", "timesteps are int64"),
+    ],
+    "jump_loss": [
+        ("times[:, -1]", "times[:, 1]", "ends at the last timestep"),
+        ("model(x_t, t)", "model(x_t, t_next.clamp(min=0))", "at the first timestep"),
+        (
+            "kd.mean_square(move(x_t, model(x_t, t), t, t_next, alpha_bar), target)",
+            "(move(x_t, model(x_t, t), t, t_next, alpha_bar) - target).square().mean()",
+            "one number for each",
+        ),
+        (
+            "t_next = times[:, 0], times[:, -1]",
+            "t_next = times[:, 0], times[:, -1]\n    model(x_t, t)",
+            "called the model 2",
+        ),
+    ],
+    "sharpness": [
+        ("pixels.mean(1)", "pixels[:, 0]", "cancel in grey"),
+        (".abs()", "", "a white dot on black"),
+        (".flatten(1).mean(1)", ".mean()", "one number for each"),
+        ("4 * centre", "3 * centre", "a plain image"),
+    ],
+    "player_losses": [
+        (", F.softplus(-fake)", ", -fake.sigmoid().log()", "use softplus"),
+        (", F.softplus(-fake)", ", -F.softplus(fake)", "L_G = ln 2"),
+        ("F.softplus(-real) +", "F.softplus(real) +", "not equation (20)"),
+        (", F.softplus(-fake)", ", F.softplus(fake)", "not equation (21)"),
+    ],
+    "best_logit": [
+        ("real.log() - fake.log()", "fake.log() - real.log()", "a larger logit than"),
+        ("real.log() - fake.log()", "real - fake", "has less loss"),
+        ("real.log() - fake.log()", "real / fake", "tells nothing"),
+    ],
+    "ranking": [
+        ("(real - fake).sign()", "(2.0 * (real > fake) - 1)", "1 is a tie"),
+        (".item()", "", "a float is asked for"),
+    ],
+    "amplification": [
+        ("(1 - a_next).sqrt() - ", "", "from t = 999 to 499"),
+        (".abs()", "", "from t = 999 to -1"),
+        ("((1 - a) / a).sqrt()", "((1 - a) / a)", "from t = 999 to -1"),
+    ],
+    "mean_error": [
+        ("/ n)", ")", "in trials"),
+        ("(1 - a) / a", "(1 - a)", "in trials"),
+    ],
+    "score_difference": [
+        ("eps_fake - eps_real", "eps_real - eps_fake", "yours is -1 times"),
+        (" / (1 - a).sqrt()", "", "times the gradient"),
+        ("eps_fake - eps_real", "-eps_real", "times the gradient"),
+    ],
+    "solve_linear": [
+        ("T, solution[-1]", "T, 0 * solution[-1]", "the bias that made"),
+        ("solution[:-1].T", "solution[:-1]", "are asked for"),
+        ("h, torch.ones", "2 * h, torch.ones", "the weight that made"),
+    ],
+    "pull": [
+        ("F.softplus(-judge(latents))", "F.softplus(judge(latents))", "of -log p is asked for"),
+        (".sum()", ".mean()", "of -log p is asked for"),
+        ("return torch", "F.softplus(-judge(latents)).sum().backward()\n    return torch", "weights got a gradient"),
+    ],
 }
 
 
@@ -250,7 +320,8 @@ def test_stored_outputs_are_whole_and_of_no_machine(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_code_that_is_shown_is_the_package_s_as_it_is_now(path):
-    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "minidistill").rglob("*.py")]
+    files = *(ROOT / "minidistill").rglob("*.py"), ROOT / "notebooks" / "toy.py"
+    sources = [file.read_text(encoding="utf-8") for file in files]
     shown = 0
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", ()):
