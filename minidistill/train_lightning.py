@@ -21,7 +21,6 @@ from typing import Any
 from torch import Tensor
 
 from minidistill.cli import option, run_command
-from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.diffusion.sampling import Sampling, sampling_metadata
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.adversarial import verdict
@@ -48,6 +47,7 @@ from minidistill.models import lora
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import SEED, Report, draw, save_image_grid
+from minidistill.settings import RunConfig
 from minidistill.training import inputs, optim
 from minidistill.training.batches import Batches
 from minidistill.training.device import best_precision, get_device, get_precision
@@ -61,41 +61,25 @@ SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature,
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     teacher: str = option("miniature", "teacher: a model folder, a Hub id, a single file, or miniature")
     plan: str | None = option(None, "stages and phases (default: one-gpu, for small teachers demo)", choices=PLANS)
     stages: tuple[int, ...] | None = option(None, "sampling steps of the students (default: all of the plan)")
     length: float = option(1.0, "multiply the optimizer steps of every phase", minimum=0)
     guidance: float = option(4.0, "guidance of the teacher in the first stage; the students need none", minimum=1)
     pure_noise: bool = option(True, "train on pure noise at the last timestep (eq. 24), as in sampling")
-    data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
-    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
-    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
-    images: int = option(4096, "number of scenes to train on", minimum=1)
-    resolution: int | None = option(None, "training resolution in pixels (default: the teacher's)", minimum=8)
     lora_rank: int = option(64, "rank of the LoRA in phases that train one", minimum=1)
     lora_alpha: float = option(8.0, "scale the LoRA by alpha / rank", minimum=0)
     out: str = option("runs/lightning", "run folder; the students are written to OUT/8-step, OUT/4-step, ...")
     batch_size: int = option(16, "samples per micro-batch", minimum=1)
-    accumulate: int = option(1, "micro-batches per optimizer step (gradient accumulation)", minimum=1)
-    max_grad_norm: float | None = option(1.0, "clip gradients to this norm; none: no clipping", minimum=0)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
-    seed: int = option(0, "random seed")
-    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str | None = option(
         None, "precision (default: bf16 if the device computes it, else fp32)", choices=("fp32", "bf16")
-    )
-    judged: int = option(
-        48, "held-out scenes to evaluate the students on; 0: none", minimum=0, maximum=len(Scenes("test"))
     )
     log_every: int = option(10, "steps between log lines", minimum=1)
     sample_every: int = option(100, "steps between image grids", minimum=1)
     checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(1, "number of checkpoints to keep", minimum=1)
     push_to_hub: str | None = option(None, "upload the last student to this Hub repository (owner/name)")
-    private: bool = option(False, "make the repository of --push-to-hub private")
-    resume: bool = option(False, "resume the run in OUT from its last checkpoint")
 
 
 SDXL = {  # 1024 pixels, guidance 6, bf16

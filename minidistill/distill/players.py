@@ -268,7 +268,7 @@ def contest(
     (loss_d.mean() / ladder.config.accumulate).backward(inputs=learned)
     measures = {
         "d": loss_d.mean(), "real": real.mean(), "fake": fake.mean(), "pull": pull.flatten(1).norm(dim=1).mean(),
-        "rank": ((real > fake).double() + 0.5 * (real == fake).double()).mean(),
+        "rank": adversarial.ranking_accuracy(real, fake),
     }  # fmt: skip
     for level in phase.noise_levels:
         if bool((at == level).any()):
@@ -310,7 +310,7 @@ def ranking(ladder: Ladder, players: Players, pairs: int) -> tuple[float, int]:
         jump = endpoints(ladder, players, batch, trains=False)
         found.append(logits(ladder, players, batch, jump, k, jump.x_real, jump.x_fake)[0])
     real, fake = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return adversarial.ranking_accuracy(real, fake), len(real)
+    return adversarial.ranking_accuracy(real, fake).item(), len(real)
 
 
 @torch.no_grad()
