@@ -6,7 +6,7 @@
 Each stage makes a student of a model with more steps: first by mean squared error from the teacher with guidance, then
 against a discriminator that is made of the teacher's encoder. The students are written to OUT/8-step and so on. The
 procedure is a table, in `distill/lightning.py`; the equations are in `distill/progressive.py` and `adversarial.py`, the
-networks of a phase in `distill/players.py`; `train_phase` is the training loop.
+networks of a phase in `distill/players.py`, the students in `distill/ladder.py`; `train_phase` is the training loop.
 """
 
 from __future__ import annotations
@@ -21,29 +21,18 @@ from typing import Any
 from torch import Tensor
 
 from minidistill.cli import option, run_command
-from minidistill.diffusion.sampling import Sampling, sampling_metadata
+from minidistill.diffusion.sampling import Sampling
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.adversarial import verdict
 from minidistill.distill.kd import mean_square
-from minidistill.distill.lightning import PLANS, Stage, choose, legs, only_lora, stage_rows
-from minidistill.distill.players import (
-    LORA_FILE,
-    Ladder,
-    Players,
-    assemble,
-    contest,
-    endpoints,
-    load_student,
-    match,
-    ranking,
-)
+from minidistill.distill.ladder import LORA_FILE, Ladder, load_student, save_student, student_pipeline
+from minidistill.distill.lightning import PLANS, choose, legs, only_lora, stage_rows
+from minidistill.distill.players import Players, assemble, contest, endpoints, match, ranking
 from minidistill.distill.progressive import convert_loss
 from minidistill.errors import InputError
-from minidistill.interop.lora_files import write_lora
-from minidistill.interop.model_card import CARD, GRID, public_name, write_card
+from minidistill.interop.model_card import CARD, GRID, write_card
 from minidistill.metrics.cost import on_device
 from minidistill.miniature.scenes import Scenes
-from minidistill.models import lora
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import SEED, Report, draw, save_image_grid
@@ -253,27 +242,6 @@ def open_report(ladder: Ladder) -> Report:
         ladder.folder, batches, numbers, (name, teacher), trained="student", judged=judged, idle=batches.idle,
         autocast=autocast,
     )  # fmt: skip
-
-
-def student_pipeline(ladder: Ladder, stage: Stage, unet: UNet) -> Pipeline:
-    """A pipeline that samples the student of a stage as it is trained to be."""
-    student = copy.copy(ladder.pipe)
-    student.unet = unet
-    student.set_sampling(Sampling(stage.student, prediction=ladder.prediction(stage)))
-    return student
-
-
-def save_student(ladder: Ladder, stage: Stage, unet: UNet) -> None:
-    """Write OUT/N-step: a model folder, or a LoRA for the teacher if that is all that was trained."""
-    student, folder = student_pipeline(ladder, stage, unet), ladder.folder.path / stage.name
-    if only_lora(ladder.stages):
-        about = sampling_metadata(student.sampling) | {"ss_sd_model_name": public_name(ladder.config.teacher)}
-        write_lora(folder / LORA_FILE, {**student.networks, "unet": unet}, metadata=about)
-        return
-    if lora.lora_layers(unet):
-        student.unet = copy.deepcopy(unet)
-        lora.merge_lora(student.unet)
-    student.save(folder)
 
 
 def finish(ladder: Ladder, report: Report) -> None:
