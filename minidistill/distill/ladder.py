@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minidistill.diffusion.sampling import Sampling, sampling_metadata
+from minidistill.distill.block_removal import Removal, build_student
 from minidistill.distill.lightning import Stage, only_lora
 from minidistill.interop.lora_files import read_lora, write_lora
 from minidistill.interop.model_card import public_name
@@ -49,6 +50,7 @@ class Ladder:
     stages: tuple[Stage, ...]
     folder: RunFolder
     pipe: Pipeline  # the first teacher; its U-Net is frozen
+    removal: Removal | None  # of blocks of the teacher, where the students have fewer
     batches: Batches
     absent: TextStates  # of no prompt, (1, L, D)
     alpha_bar: Tensor
@@ -58,6 +60,13 @@ class Ladder:
     def prediction(self, stage: Stage) -> str:
         """What the student of a stage predicts."""
         return "sample" if stage.predicts_x0 else self.pipe.schedule.prediction_type
+
+
+def first_student(ladder: Ladder) -> UNet:
+    """The student before the first phase: a copy of the teacher, or of what is left of it when blocks are removed."""
+    if ladder.removal:
+        return build_student(ladder.removal, ladder.pipe.unet, ladder.pipe.device)
+    return copy_unet(ladder.pipe.unet, shared=only_lora(ladder.stages))
 
 
 def load_student(ladder: Ladder, index: int) -> UNet:

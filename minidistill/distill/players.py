@@ -19,7 +19,7 @@ from minidistill.diffusion.samplers import Model, guide
 from minidistill.diffusion.schedule import add_noise, move, to_x0, training_target
 from minidistill.distill import adversarial
 from minidistill.distill.kd import mean_square
-from minidistill.distill.ladder import Ladder, copy_unet, load_student
+from minidistill.distill.ladder import Ladder, copy_unet, first_student, load_student
 from minidistill.distill.lightning import Leg, only_lora
 from minidistill.distill.progressive import jump_table, rollout, solve_conv, teacher_path
 from minidistill.models import lora
@@ -84,7 +84,7 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
         fresh: False if a checkpoint will replace all that is trained.
     """
     config, phase, base = ladder.config, leg.phase, ladder.pipe.unet
-    student = prepare_student(ladder, leg, unet or copy_unet(base, shared=only_lora(ladder.stages)))
+    student = prepare_student(ladder, leg, unet or first_student(ladder))
     times = jump_table(leg.stage.student, phase.teacher or leg.stage.teacher, phase.timesteps, len(ladder.alpha_bar))
     before = ladder.stages[leg.index - 1]
     frozen = Teacher(load_student(ladder, leg.index - 1), ladder.prediction(before), 1.0) if phase.convert else None
