@@ -1,4 +1,4 @@
-"""The settings that all trainers share. Each trainer's Config derives from these and adds its own."""
+"""The settings that trainers share: those of every run, and those of the trainers with one loss. Each adds its own."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from minidistill.training.optim import SCHEDULES
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class RunConfig:
     data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
     split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
     caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
     images: int = option(4096, "number of scenes to train on", minimum=1)
     resolution: int | None = option(None, "training resolution in pixels (default: the model's)", minimum=8)
-    flip: bool = option(False, "random horizontal flip, p = 0.5; not for captions that say left and right")
-    caption_dropout: float = option(0.1, "share of samples with an empty caption, for guidance", minimum=0)
     accumulate: int = option(1, "micro-batches per optimizer step (gradient accumulation)", minimum=1)
-    lr_schedule: str = option("cosine", "learning rate after the warm-up", choices=SCHEDULES)
-    weight_decay: float = option(1e-2, "weight decay of AdamW, on all trained weights", minimum=0)
     max_grad_norm: float | None = option(1.0, "clip gradients to this norm; none: no clipping", minimum=0)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = option(0, "random seed")
@@ -32,3 +28,11 @@ class TrainingConfig:
     push_to_hub: str | None = option(None, "upload the result to this Hub repository (owner/name)")
     private: bool = option(False, "make the repository of --push-to-hub private")
     resume: bool = option(False, "resume the run in OUT from its last checkpoint")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig):
+    flip: bool = option(False, "random horizontal flip, p = 0.5; not for captions that say left and right")
+    caption_dropout: float = option(0.1, "share of samples with an empty caption, for guidance", minimum=0)
+    lr_schedule: str = option("cosine", "learning rate after the warm-up", choices=SCHEDULES)
+    weight_decay: float = option(1e-2, "weight decay of AdamW, on all trained weights", minimum=0)

@@ -6,7 +6,7 @@
 Each stage makes a student of a model with more steps: first by mean squared error from the teacher with guidance, then
 against a discriminator that is made of the teacher's encoder. The students are written to OUT/8-step and so on. The
 procedure is a table, in `distill/lightning.py`; the equations are in `distill/progressive.py` and `adversarial.py`, the
-networks of a phase in `distill/players.py`; `train_phase` is the training loop.
+networks of a phase in `distill/players.py`, the students in `distill/ladder.py`; `train_phase` is the training loop.
 """
 
 from __future__ import annotations
@@ -14,40 +14,32 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from minidistill.cli import option, run_command
-from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
-from minidistill.diffusion.sampling import Sampling, sampling_metadata
+from minidistill.diffusion.sampling import Sampling
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.adversarial import verdict
+from minidistill.distill.block_removal import RECIPES, Removal, plan_removal, removal_rows
 from minidistill.distill.kd import mean_square
+from minidistill.distill.ladder import LORA_FILE, Ladder, load_student, save_student, student_pipeline
 from minidistill.distill.lightning import PLANS, Stage, choose, legs, only_lora, stage_rows
-from minidistill.distill.players import (
-    LORA_FILE,
-    Ladder,
-    Players,
-    assemble,
-    contest,
-    endpoints,
-    load_student,
-    match,
-    ranking,
-)
+from minidistill.distill.players import Players, assemble, contest, endpoints, match, ranking
 from minidistill.distill.progressive import convert_loss
 from minidistill.errors import InputError
-from minidistill.interop.lora_files import write_lora
-from minidistill.interop.model_card import CARD, GRID, public_name, write_card
+from minidistill.interop.model_card import CARD, GRID, write_card
 from minidistill.metrics.cost import on_device
 from minidistill.miniature.scenes import Scenes
-from minidistill.models import lora
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import SEED, Report, draw, save_image_grid
+from minidistill.settings import RunConfig
 from minidistill.training import inputs, optim
 from minidistill.training.batches import Batches
 from minidistill.training.device import best_precision, get_device, get_precision
@@ -61,41 +53,27 @@ SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature,
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     teacher: str = option("miniature", "teacher: a model folder, a Hub id, a single file, or miniature")
+    recipe: str | None = option(None, "pruning recipe: the students have fewer blocks too", choices=RECIPES)
+    remove: tuple[str, ...] | None = option(None, "blocks to remove: down.1.1,mid,stage.3 (default: from the recipe)")
     plan: str | None = option(None, "stages and phases (default: one-gpu, for small teachers demo)", choices=PLANS)
     stages: tuple[int, ...] | None = option(None, "sampling steps of the students (default: all of the plan)")
     length: float = option(1.0, "multiply the optimizer steps of every phase", minimum=0)
     guidance: float = option(4.0, "guidance of the teacher in the first stage; the students need none", minimum=1)
     pure_noise: bool = option(True, "train on pure noise at the last timestep (eq. 24), as in sampling")
-    data: str = option("scenes", "scenes, a folder of images with captions, or a cache that minidistill.cache made")
-    split: str | None = option(None, SPLIT_HELP, choices=SPLIT_CHOICES)
-    caption_column: str | None = option(None, CAPTION_COLUMN_HELP)
-    images: int = option(4096, "number of scenes to train on", minimum=1)
-    resolution: int | None = option(None, "training resolution in pixels (default: the teacher's)", minimum=8)
     lora_rank: int = option(64, "rank of the LoRA in phases that train one", minimum=1)
     lora_alpha: float = option(8.0, "scale the LoRA by alpha / rank", minimum=0)
     out: str = option("runs/lightning", "run folder; the students are written to OUT/8-step, OUT/4-step, ...")
     batch_size: int = option(16, "samples per micro-batch", minimum=1)
-    accumulate: int = option(1, "micro-batches per optimizer step (gradient accumulation)", minimum=1)
-    max_grad_norm: float | None = option(1.0, "clip gradients to this norm; none: no clipping", minimum=0)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
-    seed: int = option(0, "random seed")
-    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     precision: str | None = option(
         None, "precision (default: bf16 if the device computes it, else fp32)", choices=("fp32", "bf16")
-    )
-    judged: int = option(
-        48, "held-out scenes to evaluate the students on; 0: none", minimum=0, maximum=len(Scenes("test"))
     )
     log_every: int = option(10, "steps between log lines", minimum=1)
     sample_every: int = option(100, "steps between image grids", minimum=1)
     checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(1, "number of checkpoints to keep", minimum=1)
     push_to_hub: str | None = option(None, "upload the last student to this Hub repository (owner/name)")
-    private: bool = option(False, "make the repository of --push-to-hub private")
-    resume: bool = option(False, "resume the run in OUT from its last checkpoint")
 
 
 SDXL = {  # 1024 pixels, guidance 6, bf16
@@ -213,39 +191,76 @@ def look(ladder: Ladder, players: Players, report: Report, step: int) -> None:
             warnings.warn(f"step {step}: the discriminator {problem} ({accuracy:.0%} of {count} pairs)", stacklevel=2)
 
 
+class Plan(NamedTuple):
+    """What a run does, all of it checked."""
+
+    config: Config  # every setting resolved
+    stages: tuple[Stage, ...]
+    pipe: Pipeline  # the first teacher
+    removal: Removal | None
+    data: inputs.Data
+
+
 def set_up(config: Config) -> tuple[Ladder, Report]:
     """Check all settings, load the teacher and the data, measure the teacher. No file is written."""
     device = get_device(config.device, config.deterministic)
-    if config.length <= 0 or config.lora_alpha == 0 or config.max_grad_norm == 0:
-        raise InputError("--length, --lora-alpha and --max-grad-norm must be above 0, or nothing trains")
-    pipe = load_pipeline(config.teacher, device)
-    inputs.check_weights(pipe, config.teacher)
-    resolution = inputs.resolution_for(pipe, config.resolution, config.teacher)
-    smallest = inputs.smallest_map(pipe.unet.config, resolution // pipe.vae.config.downscale)
-    size = sum(weight.numel() for weight in pipe.unet.parameters())
-    config = dataclasses.replace(
-        config,
-        plan=config.plan or ("demo" if size < SMALL else "one-gpu"),
-        resolution=resolution,
-        precision=config.precision or best_precision(device, smallest),
-    )
-    stages = choose(PLANS[config.plan], config.stages, config.length)
-    scenes = Scenes("train", length=config.images)
-    data = inputs.open_data(config.data, resolution, scenes, config.split, config.caption_column)
+    plan = make_plan(config, device)
+    config, stages, pipe, removal, data = plan
+    smallest = inputs.smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
+    config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
     precision = get_precision(config.precision, device, smallest)
     about = {"steps": list(legs(stages))[-1].last, "phases": [dataclasses.asdict(stage) for stage in stages]}
     settings, folder = inputs.find_run({**dataclasses.asdict(config), **about}, pipe, data)
-    inputs.print_summary(data)
-    print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
+    describe(plan)
 
     for network in (pipe.vae, *pipe.networks.values()):
         network.eval().requires_grad_(False)
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed)
     absent, alpha_bar = pipe.encode_prompts([None]), make_alpha_bar(pipe.schedule).to(device)
-    ladder = Ladder(
-        config, settings, stages, folder, pipe, batches, absent, alpha_bar, precision.autocast, precision.scaler
-    )
+    ladder = Ladder(config, settings, stages, folder, pipe, removal, batches, absent, alpha_bar, *precision)
     return ladder, open_report(ladder)
+
+
+def make_plan(config: Config, device: torch.device) -> Plan:
+    """Check all settings, load the teacher, open the data. Nothing is printed. InputError: something does not fit."""
+    if config.length <= 0 or config.lora_alpha == 0 or config.max_grad_norm == 0:
+        raise InputError("--length, --lora-alpha and --max-grad-norm must be above 0, or nothing trains")
+    pipe = load_pipeline(config.teacher, device)
+    inputs.check_weights(pipe, config.teacher)
+    resolution = inputs.resolution_for(pipe, config.resolution, config.teacher)
+    size = sum(weight.numel() for weight in pipe.unet.parameters())
+    config = dataclasses.replace(
+        config, plan=config.plan or ("demo" if size < SMALL else "one-gpu"), resolution=resolution
+    )
+    stages = choose(PLANS[config.plan], config.stages, config.length)
+    removal = find_removal(config, pipe, stages)
+    config = dataclasses.replace(config, remove=removal and removal.removed)
+    scenes = Scenes("train", length=config.images)
+    data = inputs.open_data(config.data, resolution, scenes, config.split, config.caption_column)
+    return Plan(config, stages, pipe, removal, data)
+
+
+def describe(plan: Plan) -> None:
+    """Print what the data are, what is removed from the teacher, and the stages."""
+    inputs.print_summary(plan.data)
+    side = plan.config.resolution // plan.pipe.vae.config.downscale
+    if plan.removal:
+        print(format_table(removal_rows(plan.removal, side, side, plan.pipe.tokenizers[0].max_length)) + "\n")
+    print(format_table(stage_rows(plan.stages, plan.config.guidance)) + "\n", flush=True)
+
+
+def find_removal(config: Config, pipe: Pipeline, stages: Sequence[Stage]) -> Removal | None:
+    """What --recipe or --remove removes from the teacher, if given. InputError: it, or the plan, does not fit."""
+    remove = config.remove or (RECIPES[config.recipe].remove if config.recipe else None)
+    if not remove:
+        return None
+    if only_lora(stages):
+        what = f"plan {config.plan} trains nothing but a LoRA, for all blocks of the teacher"
+        raise InputError(f"{what}: to remove some, take --plan paper, which trains all weights, or demo")
+    try:
+        return plan_removal(pipe.unet.config, remove)
+    except InputError as error:
+        raise InputError(f"--recipe or --remove does not fit {config.teacher}: {error}") from error
 
 
 def open_report(ladder: Ladder) -> Report:
@@ -262,34 +277,14 @@ def open_report(ladder: Ladder) -> Report:
     reference = cache(lambda: latents(teacher))
 
     def numbers(model: Pipeline) -> dict[str, Any]:
-        return {"distance_to_teacher": mean_square(latents(model), reference()).mean().item()}
+        size = {"parameters": sum(weight.numel() for weight in model.unet.parameters())} if ladder.removal else {}
+        return {**size, "distance_to_teacher": mean_square(latents(model), reference()).mean().item()}
 
     name, judged = f"teacher, {REFERENCE} steps", config.judged if config.data == "scenes" else 0
     return Report(
         ladder.folder, batches, numbers, (name, teacher), trained="student", judged=judged, idle=batches.idle,
         autocast=autocast,
     )  # fmt: skip
-
-
-def student_pipeline(ladder: Ladder, stage: Stage, unet: UNet) -> Pipeline:
-    """A pipeline that samples the student of a stage as it is trained to be."""
-    student = copy.copy(ladder.pipe)
-    student.unet = unet
-    student.set_sampling(Sampling(stage.student, prediction=ladder.prediction(stage)))
-    return student
-
-
-def save_student(ladder: Ladder, stage: Stage, unet: UNet) -> None:
-    """Write OUT/N-step: a model folder, or a LoRA for the teacher if that is all that was trained."""
-    student, folder = student_pipeline(ladder, stage, unet), ladder.folder.path / stage.name
-    if only_lora(ladder.stages):
-        about = sampling_metadata(student.sampling) | {"ss_sd_model_name": public_name(ladder.config.teacher)}
-        write_lora(folder / LORA_FILE, {**student.networks, "unet": unet}, metadata=about)
-        return
-    if lora.lora_layers(unet):
-        student.unet = copy.deepcopy(unet)
-        lora.merge_lora(student.unet)
-    student.save(folder)
 
 
 def finish(ladder: Ladder, report: Report) -> None:

@@ -21,6 +21,7 @@ from minidistill import report, train_lightning
 from minidistill.cli import parse
 from minidistill.distill import lightning, players
 from minidistill.distill.adversarial import discriminator_loss, generator_loss
+from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
 from minidistill.distill.lightning import LEVELS, PLANS, Phase, Stage, choose, legs, stage_rows
 from minidistill.errors import InputError
 from minidistill.interop.replace import merge_loras
@@ -44,6 +45,7 @@ TINY = {
         Stage(4, 8, (Phase(2, 1e-2, lora=True, mse=1),)),
         Stage(2, 4, (replace(LORA, backbone_rate=0, head_rate=5.0, timesteps=4),)),
     ),
+    "short": (Stage(4, 8, (Phase(1, 1e-3, mse=1),)), Stage(2, 4, (replace(FULL, steps=1),))),
 }
 FIRST = {"LoRA": 2, "matching": 8, "convert": 10, "one step": 12}  # optimizer steps before some phases of "every"
 TOTAL = 14
@@ -266,6 +268,38 @@ def test_an_sdxl_goes_through_the_whole_ladder(train, tmp_path):
     assert load_pipeline(tmp_path / "run" / "2-step").is_sdxl
 
 
+# fewer blocks and fewer steps at once
+
+
+def test_students_have_fewer_blocks_and_sample_the_same_images_in_diffusers(tiny_sd1, images, tmp_path):
+    given = (
+        "--teacher",
+        tiny_sd1,
+        "--data",
+        images,
+        "--plan",
+        "short",
+        "--recipe",
+        "bk-tiny",
+        "--out",
+        tmp_path / "run",
+    )
+    assert exit_code(train_lightning, *given, *FLAGS.split()) == 0
+    teacher, first, last = (
+        load_pipeline(path) for path in (tiny_sd1, *(tmp_path / "run" / f"{n}-step" for n in (4, 2)))
+    )
+    removal = plan_removal(teacher.unet.config, RECIPES["bk-tiny"].remove)
+    left = build_student(removal, teacher.unet).state_dict()
+    assert first.unet.config == last.unet.config == removal.student
+    assert 0 < largest_difference(first.unet.state_dict(), left) < 0.01, "one step from the teacher's own weights"
+    sizes = [row["parameters"] for row in results(tmp_path / "run").values()]
+    assert sizes[0] > sizes[1] == sizes[2] == sum(weight.numel() for weight in left.values())
+    assert "d" in metrics(tmp_path / "run")[1]
+    assert_same_images(
+        images_of(last), oracle_images(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "2-step"), 2)
+    )
+
+
 # one update
 
 
@@ -330,6 +364,8 @@ def test_half_precision_loses_no_gradient(opened):
         ("--stages 4,1", "needs that of 2"),
         ("--length 0", "above 0"),
         ("--plan papier", "did you mean paper?"),
+        ("--plan loras --remove mid", "plan loras trains nothing but a LoRA"),
+        ("--recipe bk-tiny", "--recipe or --remove does not fit"),
         ("--resume", "nothing to resume"),
     ],
 )

@@ -35,9 +35,9 @@ def generator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Te
     return F.softplus(real.detach() - fake) if relativistic else F.softplus(-fake)
 
 
-def ranking_accuracy(real: Tensor, fake: Tensor) -> float:
-    """Share of pairs, logits (B,) and (B,), of which the real one has the larger logit; ties count one half."""
-    return ((real > fake).double() + 0.5 * (real == fake).double()).mean().item()
+def ranking_accuracy(real: Tensor, fake: Tensor) -> Tensor:
+    """Share () of pairs, logits (B,) and (B,), of which the real one has the larger logit; ties count one half."""
+    return ((real > fake).double() + 0.5 * (real == fake).double()).mean()
 
 
 def verdict(accuracy: float, pairs: int) -> str | None:

@@ -6,12 +6,9 @@ from the state of the phase. So a run can be resumed in any phase.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,54 +19,18 @@ from minidistill.diffusion.samplers import Model, guide
 from minidistill.diffusion.schedule import add_noise, move, to_x0, training_target
 from minidistill.distill import adversarial
 from minidistill.distill.kd import mean_square
-from minidistill.distill.lightning import Leg, Stage, only_lora
+from minidistill.distill.ladder import Ladder, copy_unet, first_student, load_student
+from minidistill.distill.lightning import Leg, only_lora
 from minidistill.distill.progressive import jump_table, rollout, solve_conv, teacher_path
-from minidistill.interop.lora_files import read_lora
 from minidistill.models import lora
 from minidistill.models.discriminator import Discriminator
 from minidistill.models.unet import UNet
-from minidistill.pipeline import Pipeline, TextStates
 from minidistill.training import optim
-from minidistill.training.batches import Batch, Batches
-from minidistill.training.run_folder import RunFolder
+from minidistill.training.batches import Batch
 from minidistill.training.state import Part
-from minidistill.weights.folders import load_unet
 
-LORA_FILE = "lora.safetensors"
 SOLVED = 768  # samples of the least squares that start conv_out for x0-prediction
 NUDGE = 0.01  # standard deviation of the noise of the approximated R1
-
-
-class Settings(Protocol):
-    """What a phase reads of a command's settings."""
-
-    seed: int
-    guidance: float
-    pure_noise: bool
-    accumulate: int
-    lora_rank: int
-    lora_alpha: float
-    gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """What all phases share."""
-
-    config: Settings
-    settings: dict[str, Any]  # config.json: the config, the phases, and fingerprints of the model and of the data
-    stages: tuple[Stage, ...]
-    folder: RunFolder
-    pipe: Pipeline  # the first teacher; its U-Net is frozen
-    batches: Batches
-    absent: TextStates  # of no prompt, (1, L, D)
-    alpha_bar: Tensor
-    autocast: AbstractContextManager
-    scaler: torch.amp.GradScaler  # idle: fp16 is not offered
-
-    def prediction(self, stage: Stage) -> str:
-        """What the student of a stage predicts."""
-        return "sample" if stage.predicts_x0 else self.pipe.schedule.prediction_type
 
 
 class Player(NamedTuple):
@@ -123,7 +84,7 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
         fresh: False if a checkpoint will replace all that is trained.
     """
     config, phase, base = ladder.config, leg.phase, ladder.pipe.unet
-    student = prepare_student(ladder, leg, unet or _copy(base, shared=only_lora(ladder.stages)))
+    student = prepare_student(ladder, leg, unet or first_student(ladder))
     times = jump_table(leg.stage.student, phase.teacher or leg.stage.teacher, phase.timesteps, len(ladder.alpha_bar))
     before = ladder.stages[leg.index - 1]
     frozen = Teacher(load_student(ladder, leg.index - 1), ladder.prediction(before), 1.0) if phase.convert else None
@@ -139,7 +100,7 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
         if phase.backbone_rate > 0:
             networks["backbone"] = discriminator.backbone, phase.backbone_rate
     if phase.matching:
-        fake = _copy(base).requires_grad_(True)
+        fake = copy_unet(base).requires_grad_(True)
         fake.gradient_checkpointing = config.gradient_checkpointing
         networks["fake"] = fake, phase.fake_rate
     trained, parts = {}, {}
@@ -180,17 +141,6 @@ def find_teacher(ladder: Ladder, leg: Leg) -> Teacher:
         if ladder.stages[index].student == wanted:
             return Teacher(load_student(ladder, index), ladder.prediction(ladder.stages[index]), 1.0)
     return Teacher(ladder.pipe.unet, ladder.pipe.schedule.prediction_type, ladder.config.guidance)
-
-
-def load_student(ladder: Ladder, index: int) -> UNet:
-    """The student of an earlier stage, frozen, from the run folder. InputError: it is not there any more."""
-    base, folder = ladder.pipe.unet, ladder.folder.path / ladder.stages[index].name
-    if only_lora(ladder.stages):
-        unet = _copy(base, shared=True)
-        lora.attach_lora(unet, read_lora(folder / LORA_FILE, ladder.pipe.networks)["unet"], dtype=torch.float32)
-    else:
-        unet = load_unet(folder, device=ladder.pipe.device)
-    return unet.eval().requires_grad_(False)
 
 
 def endpoints(ladder: Ladder, players: Players, batch: Batch, trains: bool) -> Jump:
@@ -268,7 +218,7 @@ def contest(
     (loss_d.mean() / ladder.config.accumulate).backward(inputs=learned)
     measures = {
         "d": loss_d.mean(), "real": real.mean(), "fake": fake.mean(), "pull": pull.flatten(1).norm(dim=1).mean(),
-        "rank": ((real > fake).double() + 0.5 * (real == fake).double()).mean(),
+        "rank": adversarial.ranking_accuracy(real, fake),
     }  # fmt: skip
     for level in phase.noise_levels:
         if bool((at == level).any()):
@@ -310,7 +260,7 @@ def ranking(ladder: Ladder, players: Players, pairs: int) -> tuple[float, int]:
         jump = endpoints(ladder, players, batch, trains=False)
         found.append(logits(ladder, players, batch, jump, k, jump.x_real, jump.x_fake)[0])
     real, fake = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return adversarial.ranking_accuracy(real, fake), len(real)
+    return adversarial.ranking_accuracy(real, fake).item(), len(real)
 
 
 @torch.no_grad()
@@ -338,8 +288,3 @@ def fresh(ladder: Ladder, k: int, what: str, like: Tensor) -> tuple[Tensor, Tens
     uniform = torch.stack([torch.rand((), generator=g) for g in generators])
     noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
     return uniform.to(like.device), noise.to(like.device)
-
-
-def _copy(unet: UNet, shared: bool = False) -> UNet:
-    """A copy of a U-Net. shared: only of its modules; the weights are the same tensors, and must stay frozen."""
-    return copy.deepcopy(unet, {id(weight): weight for weight in unet.parameters()} if shared else None)
