@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["minidistill", "minidistill.*"]),
-    package_data={"minidistill": ["py.typed", "interop/*.md", "miniature/*.json", "miniature/*/*"]},
+    package_data={"minidistill": ["py.typed", "interop/*.md", "miniature/*.json", "miniature/*/*", "miniature/*/*/*"]},
     entry_points={"console_scripts": ["minidistill = minidistill.__main__:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -1,6 +1,7 @@
 """Text to image with any model.
 
 python -m minidistill.generate --prompt "a red circle" --out circle.png
+python -m minidistill.generate --lightning 4 --prompt "a red circle"
 python -m minidistill.generate --model path/to/stable-diffusion-v1-5 --device cuda --precision fp16
 python -m minidistill.generate --model path/to/sdxl --unet sdxl_lightning_4step_unet.safetensors --prompt "a fox"
 python -m minidistill.generate --model path/to/sdxl --lora style.safetensors,sdxl_lightning_4step_lora.safetensors
@@ -10,7 +11,7 @@ A distilled model is sampled with the settings it was made for, unless flags say
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
 from minidistill.pipeline import GUIDANCE, STEPS, Pipeline, load_pipeline
 from minidistill.training.device import PRECISIONS, get_device, get_dtype
+from minidistill.weights import folders
 from minidistill.weights.files import atomic_path, existing_file, read_safetensors
 from minidistill.weights.folders import Device, DType
 
@@ -40,6 +42,7 @@ class GenerateConfig:
     vae: str | None = option(None, "SOURCE of another VAE for the model; a TAESD is one")
     lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
     lora_scale: tuple[float, ...] = option((1.0,), "scale of the LoRAs: one for all, or one each")
+    lightning: int | None = option(None, "sample in N steps: with the student for N steps beside the model", minimum=1)
     ema: bool = option(False, "use the averaged U-Net weights of a single file that has both kinds")
     prompt: str = option("a large red circle left of a small blue square", "what the image shows")
     negative_prompt: str | None = option(None, "what guidance leads away from")
@@ -69,6 +72,8 @@ def generate(config: GenerateConfig) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
     check_flags(config)
+    if config.lightning:
+        config = with_student(config)
     device = get_device(config.device, report=False)  # the progress bar does
     dtype = get_dtype(config.precision, device)
     vae_dtype = get_dtype(config.vae_precision, device, "--vae-precision")
@@ -127,6 +132,18 @@ def check_flags(config: GenerateConfig) -> None:
             raise InputError(f"--{name.replace('_', '-')} is for --{other}, which is not given")
     if config.latents and config.count != usual.count:
         raise InputError(f"--count {config.count}: there are as many images as --latents {config.latents} holds")
+
+
+def with_student(config: GenerateConfig) -> GenerateConfig:
+    """The flags that load the student of --lightning: its U-Net, or its LoRA, at full scale after those given."""
+    student = folders.find_student(config.model, config.lightning)
+    if student.is_dir():
+        if config.unet:
+            raise InputError(f"--lightning {config.lightning} is a U-Net, as --unet is: leave out one of them")
+        return replace(config, unet=str(student))
+    given = config.lora or ()
+    scales = config.lora_scale * (len(given) if len(config.lora_scale) == 1 else 1)
+    return replace(config, lora=(*given, str(student)), lora_scale=(*scales, 1.0))
 
 
 def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:

@@ -28,8 +28,9 @@ from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.adversarial import verdict
 from minidistill.distill.block_removal import RECIPES, Removal, plan_removal, removal_rows
 from minidistill.distill.kd import mean_square
-from minidistill.distill.ladder import LORA_FILE, Ladder, load_student, save_student, student_pipeline
+from minidistill.distill.ladder import LORA_FILE, Ladder, attach_student, load_student, save_student, student_pipeline
 from minidistill.distill.lightning import PLANS, Stage, choose, legs, only_lora, stage_rows
+from minidistill.distill.memory import image_peak, stage_memory_rows
 from minidistill.distill.players import Players, assemble, contest, endpoints, match, ranking
 from minidistill.distill.progressive import convert_loss
 from minidistill.errors import InputError
@@ -47,6 +48,7 @@ from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.state import unpack
 
 REFERENCE = 32  # sampling steps of the teacher in image grids and in the table
+GUIDANCE = 4.0
 PAIRS = 128  # at least, on which the discriminator's ranking is measured
 COMPARED = 16  # samples whose latents are compared with the teacher's
 SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature, take the plan for minutes
@@ -55,13 +57,19 @@ SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature,
 @dataclass(frozen=True)
 class Config(RunConfig):
     teacher: str = option("miniature", "teacher: a model folder, a Hub id, a single file, or miniature")
+    teacher_lora: str | None = option(None, "LoRA of a distilled student, for --teacher: it is what trains")
     recipe: str | None = option(None, "pruning recipe: the students have fewer blocks too", choices=RECIPES)
     remove: tuple[str, ...] | None = option(None, "blocks to remove: down.1.1,mid,stage.3 (default: from the recipe)")
     plan: str | None = option(None, "stages and phases (default: one-gpu, for small teachers demo)", choices=PLANS)
     stages: tuple[int, ...] | None = option(None, "sampling steps of the students (default: all of the plan)")
     length: float = option(1.0, "multiply the optimizer steps of every phase", minimum=0)
-    guidance: float = option(4.0, "guidance of the teacher in the first stage; the students need none", minimum=1)
+    guidance: float | None = option(
+        None,
+        "guidance of the first teacher; students need none (default: 4, off for distilled teachers)",
+        minimum=1,
+    )
     pure_noise: bool = option(True, "train on pure noise at the last timestep (eq. 24), as in sampling")
+    zero_snr: bool = option(False, "instead of that, students of v-prediction on a schedule that ends in pure noise")
     lora_rank: int = option(64, "rank of the LoRA in phases that train one", minimum=1)
     lora_alpha: float = option(8.0, "scale the LoRA by alpha / rank", minimum=0)
     out: str = option("runs/lightning", "run folder; the students are written to OUT/8-step, OUT/4-step, ...")
@@ -73,6 +81,7 @@ class Config(RunConfig):
     sample_every: int = option(100, "steps between image grids", minimum=1)
     checkpoint_every: int = option(100, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(1, "number of checkpoints to keep", minimum=1)
+    dry_run: bool = option(False, "print the stages, their memory and the number of samples, and stop")
     push_to_hub: str | None = option(None, "upload the last student to this Hub repository (owner/name)")
 
 
@@ -191,7 +200,7 @@ def look(ladder: Ladder, players: Players, report: Report, step: int) -> None:
             warnings.warn(f"step {step}: the discriminator {problem} ({accuracy:.0%} of {count} pairs)", stacklevel=2)
 
 
-class Plan(NamedTuple):
+class Setup(NamedTuple):
     """What a run does, all of it checked."""
 
     config: Config  # every setting resolved
@@ -204,49 +213,62 @@ class Plan(NamedTuple):
 def set_up(config: Config) -> tuple[Ladder, Report]:
     """Check all settings, load the teacher and the data, measure the teacher. No file is written."""
     device = get_device(config.device, config.deterministic)
-    plan = make_plan(config, device)
-    config, stages, pipe, removal, data = plan
+    setup = check(config, device)
+    config, stages, pipe, removal, data = setup
     smallest = inputs.smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
     precision = get_precision(config.precision, device, smallest)
     about = {"steps": list(legs(stages))[-1].last, "phases": [dataclasses.asdict(stage) for stage in stages]}
     settings, folder = inputs.find_run({**dataclasses.asdict(config), **about}, pipe, data)
-    describe(plan)
+    describe(setup)
 
     for network in (pipe.vae, *pipe.networks.values()):
         network.eval().requires_grad_(False)
     batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed)
-    absent, alpha_bar = pipe.encode_prompts([None]), make_alpha_bar(pipe.schedule).to(device)
-    ladder = Ladder(config, settings, stages, folder, pipe, removal, batches, absent, alpha_bar, *precision)
+    absent, own = pipe.encode_prompts([None]), make_alpha_bar(pipe.schedule).to(device)
+    zero = dataclasses.replace(pipe.schedule, rescale_betas_zero_snr=True)
+    alpha_bar = make_alpha_bar(zero).to(device) if config.zero_snr else own
+    ladder = Ladder(config, settings, stages, folder, pipe, removal, batches, absent, alpha_bar, own, *precision)
     return ladder, open_report(ladder)
 
 
-def make_plan(config: Config, device: torch.device) -> Plan:
+def check(config: Config, device: torch.device) -> Setup:
     """Check all settings, load the teacher, open the data. Nothing is printed. InputError: something does not fit."""
     if config.length <= 0 or config.lora_alpha == 0 or config.max_grad_norm == 0:
         raise InputError("--length, --lora-alpha and --max-grad-norm must be above 0, or nothing trains")
     pipe = load_pipeline(config.teacher, device)
     inputs.check_weights(pipe, config.teacher)
+    if config.teacher_lora:
+        weights = attach_student(pipe, config.teacher_lora)
+        config = dataclasses.replace(config, lora_rank=len(weights.down), lora_alpha=weights.alpha)
     resolution = inputs.resolution_for(pipe, config.resolution, config.teacher)
     size = sum(weight.numel() for weight in pipe.unet.parameters())
     config = dataclasses.replace(
-        config, plan=config.plan or ("demo" if size < SMALL else "one-gpu"), resolution=resolution
+        config,
+        plan=config.plan or ("demo" if size < SMALL else "one-gpu"),
+        resolution=resolution,
+        guidance=config.guidance or (pipe.sampling.guidance if pipe.sampling else GUIDANCE),
     )
-    stages = choose(PLANS[config.plan], config.stages, config.length)
+    stages = choose(PLANS[config.plan], config.stages, config.length, pipe.sampling)
+    if config.teacher_lora and not only_lora(stages):
+        raise InputError(f"--teacher-lora: plan {config.plan} trains all weights; take keep-lora or one-gpu")
+    if config.zero_snr and only_lora(stages):
+        raise InputError(f"--zero-snr changes what students predict, which a LoRA, as of plan {config.plan}, cannot")
     removal = find_removal(config, pipe, stages)
     config = dataclasses.replace(config, remove=removal and removal.removed)
     scenes = Scenes("train", length=config.images)
     data = inputs.open_data(config.data, resolution, scenes, config.split, config.caption_column)
-    return Plan(config, stages, pipe, removal, data)
+    return Setup(config, stages, pipe, removal, data)
 
 
-def describe(plan: Plan) -> None:
+def describe(setup: Setup) -> None:
     """Print what the data are, what is removed from the teacher, and the stages."""
-    inputs.print_summary(plan.data)
-    side = plan.config.resolution // plan.pipe.vae.config.downscale
-    if plan.removal:
-        print(format_table(removal_rows(plan.removal, side, side, plan.pipe.tokenizers[0].max_length)) + "\n")
-    print(format_table(stage_rows(plan.stages, plan.config.guidance)) + "\n", flush=True)
+    config, stages, pipe, removal, data = setup
+    inputs.print_summary(data)
+    side = config.resolution // pipe.vae.config.downscale
+    if removal:
+        print(format_table(removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n")
+    print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
 
 
 def find_removal(config: Config, pipe: Pipeline, stages: Sequence[Stage]) -> Removal | None:
@@ -264,10 +286,11 @@ def find_removal(config: Config, pipe: Pipeline, stages: Sequence[Stage]) -> Rem
 
 
 def open_report(ladder: Ladder) -> Report:
-    """The report, in which the teacher is sampled in 32 steps with guidance."""
+    """The report, in which the teacher is sampled as it was distilled, else in 32 steps with guidance."""
     config, batches, autocast = ladder.config, ladder.batches, ladder.autocast
     teacher = copy.copy(ladder.pipe)
-    teacher.set_sampling(Sampling(REFERENCE, guidance=config.guidance, prediction=teacher.schedule.prediction_type))
+    usual = Sampling(REFERENCE, guidance=config.guidance, prediction=teacher.schedule.prediction_type)
+    teacher.set_sampling(teacher.sampling or usual)
     captions, (width, height) = batches.captions(COMPARED), batches.size
 
     def latents(model: Pipeline) -> Tensor:
@@ -280,7 +303,7 @@ def open_report(ladder: Ladder) -> Report:
         size = {"parameters": sum(weight.numel() for weight in model.unet.parameters())} if ladder.removal else {}
         return {**size, "distance_to_teacher": mean_square(latents(model), reference()).mean().item()}
 
-    name, judged = f"teacher, {REFERENCE} steps", config.judged if config.data == "scenes" else 0
+    name, judged = f"teacher, {teacher.sampling.steps} steps", config.judged if config.data == "scenes" else 0
     return Report(
         ladder.folder, batches, numbers, (name, teacher), trained="student", judged=judged, idle=batches.idle,
         autocast=autocast,
@@ -305,5 +328,37 @@ def finish(ladder: Ladder, report: Report) -> None:
     report.finish(ladder.folder.path / last.name, kind, files, {**settings, "student": last.student})
 
 
+def dry_run(config: Config) -> None:
+    """Print the stages, the memory of each phase and the number of samples. Its device need not be in this machine."""
+    here = get_device("auto" if config.device == "auto" else "cpu")
+    best = "bf16" if config.device.startswith("cuda") else best_precision(here)
+    setup = check(dataclasses.replace(config, precision=config.precision or best), torch.device("cpu"))
+    describe(setup)
+    config, stages, pipe, removal, data = setup
+    unet, side = pipe.unet.config, config.resolution // pipe.vae.config.downscale
+    rows = stage_memory_rows(
+        stages,
+        unet,
+        removal.student if removal else unet,
+        [pipe.vae, *pipe.text_encoders],
+        (config.batch_size, side, side, pipe.tokenizers[0].max_length),
+        image_peak(pipe.vae, side),
+        guidance=config.guidance,
+        rank=config.lora_rank,
+        half=config.precision != "fp32",
+        checkpointing=config.gradient_checkpointing,
+        accumulate=config.accumulate > 1,
+    )
+    steps = list(legs(stages))[-1].last
+    samples = steps * config.accumulate * config.batch_size
+    shape = f"{steps} steps of {config.accumulate} x {config.batch_size} samples"
+    print(f"{format_table(rows)}\n\n{shape}: each of {len(data)} images is seen {samples / len(data):.1f} times")
+
+
+def command(config: Config) -> None:
+    """Train, or with --dry-run print what that takes."""
+    (dry_run if config.dry_run else main)(config)
+
+
 if __name__ == "__main__":
-    run_command(main, Config, PRESETS, prog="python -m minidistill.train_lightning", description=__doc__)
+    run_command(command, Config, PRESETS, prog="python -m minidistill.train_lightning", description=__doc__)

@@ -12,14 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import one_line
 from safetensors.torch import load_file, save_file
 from test_convert import parts  # noqa: F401 (a fixture)
 from test_pipeline import change_json, levels, noise, run_generate
 from test_sources import altered, edited
 
 from minidistill import generate
+from minidistill.diffusion.sampling import Sampling, sampling_metadata
 from minidistill.errors import InputError
+from minidistill.interop.lora_files import write_lora
+from minidistill.models.lora import ALL, add_lora, lora_layers
 from minidistill.pipeline import load_pipeline
+from minidistill.weights.folders import SHIPPED, save_unet
 
 PROMPT = "a red circle"
 
@@ -64,6 +69,38 @@ def test_loras_are_merged_each_at_its_scale(run, sources, parts, capsys):  # noq
         assert not any((found == other).all() for other in seen)
         seen.append(found)
     assert capsys.readouterr().err.count("40/40 modules matched") == 2 * 6  # here, and in `run`
+
+
+@pytest.fixture
+def shipped(sources, tmp_path, monkeypatch):
+    """A model as it is shipped, by the name miniature, with a LoRA for 2 steps and a U-Net for 1."""
+    folder = shutil.copytree(sources["sd1"], tmp_path / "shipped")
+    monkeypatch.setitem(SHIPPED, "miniature", folder)
+    unet = load_pipeline(folder).unet
+    save_unet(folder / "lightning", unet, sampling_metadata(Sampling(1, prediction="sample")), "1-step-x0")
+    add_lora(unet, ALL, 2, generator=torch.Generator().manual_seed(0))
+    for layer in lora_layers(unet).values():
+        torch.nn.init.normal_(layer.lora_up, std=0.1)
+    write_lora(folder / "lightning/2-step.safetensors", {"unet": unet}, metadata=sampling_metadata(Sampling(2)))
+    return folder
+
+
+def test_a_shipped_student_is_taken_by_its_number_of_steps(shipped, parts, tmp_path, capsys):  # noqa: F811
+    def image(*words) -> np.ndarray:
+        out = tmp_path / "out.png"
+        assert run_generate("--prompt", PROMPT, "--out", str(out), *map(str, words)) == 0
+        assert "expect poor images" not in capsys.readouterr().err
+        return levels([Image.open(out)])[0]
+
+    lora, unet = shipped / "lightning/2-step.safetensors", shipped / "lightning/1-step-x0"
+    assert (image("--lightning", 2) == image("--lora", lora)).all()
+    assert (image("--lightning", 1) == image("--unet", unet)).all()
+    both = image("--lightning", 2, "--lora", parts["style"], "--lora-scale", "0.5")
+    assert (both == image("--lora", f"{parts['style']},{lora}", "--lora-scale", "0.5,1")).all()
+    assert (both != image("--lightning", 2)).any()
+    for words, reason in ((["--lightning", "4"], "for 1, 2 steps"), (["--lightning", "1", "--unet", "x"], "leave out")):
+        assert run_generate(*words) == 2
+        assert reason in one_line(capsys)
 
 
 def test_another_unet_and_another_vae_take_their_places(run, sources, parts, tmp_path):  # noqa: F811
@@ -156,6 +193,7 @@ def test_the_bar_counts_every_step_and_is_for_terminals_only(run, tmp_path, monk
         (["--lora-scale", "1,2"], "--lora-scale is for --lora"),
         (["--strength", "0.5"], "--strength is for --image"),
         (["--latents", "noise.safetensors", "--count", "2"], "--count 2"),
+        (["--lightning", "4"], "comes with no such student; it has none"),
         (["--ema"], "only single files may hold both"),
         (["--precision", "fp16"], "bf16"),
         (["--vae-precision", "fp16"], "--vae-precision fp16"),

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from minidistill.diffusion.schedule import ScheduleConfig, add_noise, make_alpha_bar, move, time_grid, to_x0
-from minidistill.distill.progressive import convert_loss, jump_table, rollout, solve_conv, teacher_path
+from minidistill.distill.progressive import (
+    convert_loss,
+    jump_table,
+    mixed_jumps,
+    on_schedule,
+    rollout,
+    solve_conv,
+    teacher_path,
+)
 
 ALPHA_BAR = make_alpha_bar(ScheduleConfig())
 T = 999
@@ -40,6 +48,15 @@ def test_further_timesteps_jump_as_far_and_are_clamped_at_clean():
     assert jump_table(1, 2, timesteps=4).tolist() == [[999, 499, -1], [749, 249, -1], [499, -1, -1], [249, -1, -1]]
     assert jump_table(2, 8, timesteps=4)[1].tolist() == [749, 624, 499, 374, 249]
     assert jump_table(8, 32)[0].tolist() == [999, 968, 937, 905, 874]
+
+
+def test_jumps_of_several_students_are_in_one_table_equally_many_of_each():
+    table = mixed_jumps((1, 2), 4)
+    assert table.tolist() == 2 * [[999, 749, 499, 249, -1]] + [[999, 749, 499, 499, 499], [499, 249, -1, -1, -1]]
+    assert mixed_jumps((1, 2, 4, 8), 8).shape == (32, 9)
+    alone = teacher_path(eps_model, randn(2, 4, 3, 3), jump_table(2, 4), ALPHA_BAR, "epsilon")
+    found = teacher_path(eps_model, randn(2, 4, 3, 3), table[2:], ALPHA_BAR, "epsilon")
+    assert torch.equal(found, alone), "those that are at their end stay there"
 
 
 @pytest.mark.parametrize("wrong", [(3, 8, None), (8, 4, None), (2, 4, 3), (4, 8, 2), (6, 32, None)])
@@ -80,6 +97,24 @@ def test_half_precision_of_the_network_stays_out_of_the_move():
     rounded = teacher_path(lambda x, t: eps_model(x, t).bfloat16(), x_t, times, ALPHA_BAR, "epsilon")
     error = (eps_model(x_t, times[:, 0]).bfloat16().float() - eps_model(x_t, times[:, 0])).abs().max()
     assert rounded.dtype == torch.float32 and (rounded - exact).abs().max() < 14.7 * error
+
+
+def test_a_model_is_asked_on_another_schedule_where_it_sees_the_same_noise():
+    zero = make_alpha_bar(ScheduleConfig(rescale_betas_zero_snr=True))
+    x0, eps, t = randn(4, 4, 3, 3), randn(4, 4, 3, 3, seed=1), torch.tensor([999, 749, 300, 0])
+    x_t, asked = add_noise(x0, eps, t, zero), []
+
+    def knows_the_noise(x, at):
+        asked.append(at)
+        return eps
+
+    found = on_schedule(knows_the_noise, ALPHA_BAR, "epsilon", zero)(x_t, t)
+    (at,) = asked
+    assert at[0] == 999 and at[1] > 749 and (ALPHA_BAR[at] - zero[t]).abs().max() < 0.005
+    a = zero[t].view(4, 1, 1, 1)
+    v = a.sqrt() * eps - (1 - a).sqrt() * x0
+    assert torch.allclose(found[1:], v[1:], atol=0.02)
+    assert found[0].abs().max() < 0.1, "pure noise, of which the model says that it is nothing but noise: x0 is 0"
 
 
 def test_a_rollout_is_the_students_own_way_from_pure_noise():

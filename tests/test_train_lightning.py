@@ -19,14 +19,19 @@ from safetensors.torch import load_file
 
 from minidistill import report, train_lightning
 from minidistill.cli import parse
+from minidistill.diffusion.sampling import Sampling
 from minidistill.distill import lightning, players
 from minidistill.distill.adversarial import discriminator_loss, generator_loss
 from minidistill.distill.block_removal import RECIPES, build_student, plan_removal
+from minidistill.distill.kd import mean_square
 from minidistill.distill.lightning import LEVELS, PLANS, Phase, Stage, choose, legs, stage_rows
+from minidistill.distill.memory import kind_of, phase_memory
 from minidistill.errors import InputError
 from minidistill.interop.replace import merge_loras
+from minidistill.metrics.cost import MemoryCount
 from minidistill.models.lora import ALL, find_targets
 from minidistill.pipeline import load_pipeline
+from minidistill.weights.folders import read_sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +50,8 @@ TINY = {
         Stage(4, 8, (Phase(2, 1e-2, lora=True, mse=1),)),
         Stage(2, 4, (replace(LORA, backbone_rate=0, head_rate=5.0, timesteps=4),)),
     ),
+    "keep": (Stage(0, 0, (replace(lightning.KEEP, steps=2, head_start=1, r1=1.0),)),),
+    "keep-lora": (Stage(0, 0, (replace(lightning.KEEP_LORA, steps=2, head_start=1),)),),
     "short": (Stage(4, 8, (Phase(1, 1e-3, mse=1),)), Stage(2, 4, (replace(FULL, steps=1),))),
 }
 FIRST = {"LoRA": 2, "matching": 8, "convert": 10, "one step": 12}  # optimizer steps before some phases of "every"
@@ -69,7 +76,18 @@ def train(sources, images):
     """train(run folder, kind of model, plan, *words) -> exit code."""
 
     def run(folder: Path, kind: str, plan: str, *words: object) -> int:
-        given = ("--teacher", sources[kind], "--data", images, "--plan", plan, "--out", folder, *FLAGS.split(), *words)
+        given = (
+            "--teacher",
+            sources.get(kind, kind),
+            "--data",
+            images,
+            "--plan",
+            plan,
+            "--out",
+            folder,
+            *FLAGS.split(),
+            *words,
+        )
         return exit_code(train_lightning, *given)
 
     return run
@@ -126,11 +144,28 @@ def test_stages_are_chosen_by_their_students():
     assert [stage.student for stage in choose(PLANS["paper"], (8, 32))] == [32, 8]
     (stage,) = choose(PLANS["paper"], (8,), length=0.5)
     assert [phase.steps for phase in stage.phases] == [2000, 2000, 2000]
-    for wrong, words in (((3,), "32, 8, 4, 2, 1"), ((32, 4), "needs that of 8"), ((1,), "converted"), ((), "no stage")):
+    for wrong, words in (
+        ((3,), "32, 8, 4, 2, 1"),
+        ((32, 4), "4-step needs the student of 8"),
+        ((1,), "converted"),
+        ((), "no stage"),
+    ):
         with pytest.raises(InputError, match=words):
             choose(PLANS["paper"], wrong)
-    for plan in PLANS.values():
-        assert choose(plan, None) == plan
+    for name in ("paper", "one-gpu", "demo"):
+        assert choose(PLANS[name], None) == PLANS[name]
+
+
+def test_a_ladder_goes_on_from_a_distilled_teacher():
+    (stage,) = choose(PLANS["keep"], None, distilled=Sampling(4))
+    assert (stage.name, stage.teacher) == ("4-step", 4) and stage_rows([stage], 1.0)[1][2] == "data"
+    assert choose(PLANS["keep"], None, distilled=Sampling(1, prediction="sample"))[0].name == "1-step-x0"
+    stages = (Stage(2, 4, (FULL,)), Stage(1, 2, (FULL, replace(FULL, teacher=4))))
+    assert choose(stages, None, distilled=Sampling(4)) == stages
+    with pytest.raises(InputError, match="2-step needs the student of 4 steps before it; the teacher has 8"):
+        choose(stages, None, distilled=Sampling(8))
+    with pytest.raises(InputError, match="fine-tunes a distilled model"):
+        choose(PLANS["keep"], None)
 
 
 # a run, and what it leaves behind
@@ -300,17 +335,55 @@ def test_students_have_fewer_blocks_and_sample_the_same_images_in_diffusers(tiny
     )
 
 
+# a few-step student learns from new images
+
+
+@pytest.mark.parametrize("plan", ["keep", "keep-lora"])
+def test_a_student_is_fine_tuned_in_its_own_few_steps(request, train, sources, tmp_path, monkeypatch, plan):
+    if plan == "keep":
+        before, kind, file, words = request.getfixturevalue("ladder") / "4-step", None, UNET, []
+    else:
+        before, kind, file = request.getfixturevalue("loras") / "4-step", "sd1", "lora.safetensors"
+        words = ["--teacher-lora", before / file]
+    runs = tmp_path / "whole", tmp_path / "killed"
+    assert train(runs[0], kind or before, plan, *words) == 0
+    monkeypatch.setattr(train_lightning.MetricsLog, "end_step", interrupted_at([2]))
+    with pytest.raises(Killed):
+        train(runs[1], kind or before, plan, *words)
+    assert train(runs[1], kind or before, plan, *words, "--resume") == 0
+    whole, killed, old = (load_file(folder / file) for folder in (runs[0] / "4-step", runs[1] / "4-step", before))
+    assert largest_difference(whole, killed) == 0 and metrics(runs[0]) == metrics(runs[1])
+    assert 0 < largest_difference(whole, old) < 0.01 and whole.keys() == old.keys()
+    assert read_sampling(runs[0] / "4-step" / file) == read_sampling(before / file)
+    first, second = metrics(runs[0])
+    assert first["grad_norm"] == 0 < second["grad_norm"] and set(first) >= {"d", "rank"}
+    assert list(results(runs[0])) == ["teacher, 4 steps", "4-step"]
+
+
+def test_what_is_real_may_be_the_data(opened):
+    ladder, made = opened("fp32", 3, from_data=True, timesteps=None)
+    batch = ladder.batches[0]
+    jump = players.endpoints(ladder, made, batch, trains=True)
+    assert made.teacher is None and set(zip(jump.t.tolist(), jump.t_next.tolist(), strict=True)) <= {
+        (999, 499),
+        (499, -1),
+    }
+    for i, t in enumerate(jump.t_next.tolist()):
+        a = ladder.alpha_bar[t] if t >= 0 else torch.tensor(1.0)
+        assert torch.allclose(jump.x_real[i], a.sqrt() * batch.x0[i] + (1 - a).sqrt() * batch.eps[i])
+
+
 # one update
 
 
 @pytest.fixture(scope="module")
 def opened(sources, images, tmp_path_factory):
-    """opened(precision, k, changes) -> the ladder of "every", and the players of phase k as if it were the first."""
+    """opened(precision, k, *words, changes) -> ladder of "every" and players of phase k, as if it were first."""
 
-    def make(precision, number, **changes):
+    def make(precision, number, *more, **changes):
         out = tmp_path_factory.mktemp("opened") / "run"
         words = ["--teacher", sources["sd1"], "--data", images, "--plan", "every", "--out", out, *FLAGS.split()]
-        words = [*map(str, words), "--precision", precision]
+        words = [*map(str, words), "--precision", precision, *more]
         ladder, _ = train_lightning.set_up(parse(train_lightning.Config, None, words, "prog", None))
         leg = list(legs(ladder.stages))[number]
         leg = leg._replace(index=0, phase=replace(leg.phase, **changes))  # the teacher is the first one
@@ -354,6 +427,75 @@ def test_half_precision_loses_no_gradient(opened):
     assert all(weight.grad is not None for weight in made.student.parameters())
 
 
+# a schedule that ends in pure noise
+
+
+def test_students_of_zero_snr_say_so_and_sample_the_same_images_in_diffusers(train, tmp_path):
+    assert train(tmp_path / "run", "sd1", "short", "--zero-snr") == 0
+    scheduler = read(tmp_path / "run/2-step/scheduler/scheduler_config.json")
+    assert scheduler["rescale_betas_zero_snr"] and scheduler["prediction_type"] == "v_prediction"
+    oracle = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run/2-step")
+    assert oracle.scheduler.sigmas[0] > 4000
+    assert_same_images(images_of(load_pipeline(tmp_path / "run/2-step")), oracle_images(oracle, 2))
+
+
+def test_the_student_of_another_prediction_starts_near_the_teacher(opened):
+    ladder, made = opened("fp32", 0, "--zero-snr", "--guidance", "1")
+    assert made.prediction == "v_prediction" and ladder.alpha_bar[-1] == 0 < ladder.own_alpha_bar[-1]
+
+    def distance() -> float:  # on what conv_out was solved for: random networks have nothing in common elsewhere
+        far = []
+        for k in range(-4, 0):
+            jump = players.endpoints(ladder, made, ladder.batches[k], trains=False)
+            model, prediction = players.ask(ladder, made.teacher, ladder.batches[k])
+            far.append(mean_square(jump.out, model(jump.x_t, jump.t)).mean().item())
+        assert prediction == made.prediction
+        return sum(far)
+
+    solved = distance()
+    made.student.conv_out.load_state_dict(ladder.pipe.unet.conv_out.state_dict())
+    assert solved < 0.5 * distance()
+
+
+# what a run would take
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_a_micro_batch_takes_the_memory_that_a_dry_run_says(opened, number):
+    ladder, made = opened("fp32", number, rollout=False)
+    phase, batch = made.leg.phase, ladder.batches[0]
+    networks = ladder.pipe.unet, made.student, made.discriminator, made.fake
+    with MemoryCount(weight for network in networks if network for weight in network.parameters()) as count:
+        jump = players.endpoints(ladder, made, batch, trains=True)
+        target = mean_square(jump.x_fake, jump.x_real).sum()
+        if phase.matching:
+            clean = jump._replace(t_next=torch.full_like(jump.t, -1))  # all of them, at most
+            target = target + players.match(ladder, made, batch, clean, 0)[0].sum()
+        _, pull, _ = players.contest(ladder, made, batch, jump, 0, trains=True)
+        (target + (jump.x_fake * pull).sum()).backward()
+    unet = ladder.pipe.unet.config
+    about = {"first": True, "guided": True, "rank": 2, "shared": False, "half": False, "checkpointing": False}
+    weights, averages, peak = phase_memory(unet, unet, kind_of(phase), (2, 8, 8, 32), **about)
+    assert count.peak <= 1.05 * peak and peak <= 1.15 * count.peak, (count.peak, peak)
+    trained = [weight for player in made.trained.values() for weight in player.network.parameters()]
+    assert averages == sum(2 * weight.nbytes for weight in trained if weight.requires_grad)
+    every = {id(weight): weight for network in networks if network for weight in network.parameters()}
+    assert weights == sum(weight.nbytes for weight in every.values())
+
+
+def test_a_dry_run_prints_the_stages_and_their_memory_and_writes_nothing(sources, images, tmp_path, capsys):
+    words = ["--teacher", sources["sd1"], "--data", images, "--plan", "loras", "--dry-run", "--out", tmp_path / "run"]
+    assert exit_code(train_lightning, *words, "--device", "cuda", "--batch-size", 2, main="command") == 0
+    printed = capsys.readouterr().out
+    for told in (
+        "MSE, LoRA",
+        "activations, gradients",
+        "4 steps of 1 x 2 samples: each of 10 images is seen 0.8",
+    ):
+        assert told in printed
+    assert not list(tmp_path.iterdir())
+
+
 # what is said, and what is refused
 
 
@@ -361,10 +503,12 @@ def test_half_precision_loses_no_gradient(opened):
     ("words", "said"),
     [
         ("--stages 3", "students of 4, 2, 1 steps"),
-        ("--stages 4,1", "needs that of 2"),
+        ("--stages 4,1", "needs the student of 2 steps"),
+        ("--plan keep", "give one as --teacher"),
         ("--length 0", "above 0"),
         ("--plan papier", "did you mean paper?"),
         ("--plan loras --remove mid", "plan loras trains nothing but a LoRA"),
+        ("--plan loras --zero-snr", "which a LoRA, as of plan loras, cannot"),
         ("--recipe bk-tiny", "--recipe or --remove does not fit"),
         ("--resume", "nothing to resume"),
     ],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,14 +16,16 @@ from torch import Tensor
 from minidistill.diffusion.sampling import Sampling, sampling_metadata
 from minidistill.distill.block_removal import Removal, build_student
 from minidistill.distill.lightning import Stage, only_lora
+from minidistill.errors import InputError
 from minidistill.interop.lora_files import read_lora, write_lora
 from minidistill.interop.model_card import public_name
 from minidistill.models import lora
+from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, TextStates
 from minidistill.training.batches import Batches
 from minidistill.training.run_folder import RunFolder
-from minidistill.weights.folders import load_unet
+from minidistill.weights.folders import find_model, load_unet, read_sampling
 
 LORA_FILE = "lora.safetensors"
 
@@ -35,6 +37,7 @@ class Settings(Protocol):
     seed: int
     guidance: float
     pure_noise: bool
+    zero_snr: bool
     accumulate: int
     lora_rank: int
     lora_alpha: float
@@ -53,13 +56,15 @@ class Ladder:
     removal: Removal | None  # of blocks of the teacher, where the students have fewer
     batches: Batches
     absent: TextStates  # of no prompt, (1, L, D)
-    alpha_bar: Tensor
+    alpha_bar: Tensor  # of the students
+    own_alpha_bar: Tensor  # of the first teacher: another one with --zero-snr
     autocast: AbstractContextManager
     scaler: torch.amp.GradScaler  # idle: fp16 is not offered
 
     def prediction(self, stage: Stage) -> str:
         """What the student of a stage predicts."""
-        return "sample" if stage.predicts_x0 else self.pipe.schedule.prediction_type
+        usual = "v_prediction" if self.config.zero_snr else self.pipe.schedule.prediction_type
+        return "sample" if stage.predicts_x0 else usual
 
 
 def first_student(ladder: Ladder) -> UNet:
@@ -74,6 +79,7 @@ def load_student(ladder: Ladder, index: int) -> UNet:
     folder = ladder.folder.path / ladder.stages[index].name
     if only_lora(ladder.stages):
         unet = copy_unet(ladder.pipe.unet, shared=True)
+        lora.remove_lora(unet)  # the teacher's
         lora.attach_lora(unet, read_lora(folder / LORA_FILE, ladder.pipe.networks)["unet"], dtype=torch.float32)
     else:
         unet = load_unet(folder, device=ladder.pipe.device)
@@ -84,6 +90,8 @@ def student_pipeline(ladder: Ladder, stage: Stage, unet: UNet) -> Pipeline:
     """A pipeline that samples the student of a stage as it is trained to be."""
     student = copy.copy(ladder.pipe)
     student.unet = unet
+    if ladder.config.zero_snr:
+        student.schedule = replace(student.schedule, rescale_betas_zero_snr=True)
     student.set_sampling(Sampling(stage.student, prediction=ladder.prediction(stage)))
     return student
 
@@ -102,5 +110,23 @@ def save_student(ladder: Ladder, stage: Stage, unet: UNet) -> None:
 
 
 def copy_unet(unet: UNet, shared: bool = False) -> UNet:
-    """A copy of a U-Net. shared: only of its modules; the weights are the same tensors, and must stay frozen."""
-    return copy.deepcopy(unet, {id(weight): weight for weight in unet.parameters()} if shared else None)
+    """A copy of a U-Net. shared: only of its modules and its LoRA; the other weights are the same, and stay frozen."""
+    own = {id(weight) for layer in lora.lora_layers(unet).values() for weight in (layer.lora_down, layer.lora_up)}
+    kept = {id(weight): weight for weight in unet.parameters() if id(weight) not in own}
+    return copy.deepcopy(unet, kept if shared else None)
+
+
+def attach_student(pipe: Pipeline, source: str) -> LoRAWeights:
+    """Attach the LoRA of a distilled student to the teacher it is for -> one of its layers.
+
+    InputError: it cannot be read, is for another model, or does not say for how many steps it was distilled.
+    """
+    path = find_model(source)
+    loras, sampling = read_lora(path, pipe.networks), read_sampling(path)
+    if sampling is None:
+        raise InputError(f"{source} does not say for how many steps it was distilled, in its header or its name")
+    if set(loras) != {"unet"}:
+        raise InputError(f"{source} is a LoRA of the text encoder too, and only those of the U-Net are trained on")
+    lora.attach_lora(pipe.unet, loras["unet"], dtype=torch.float32)
+    pipe.set_sampling(sampling)
+    return next(iter(loras["unet"].values()))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from minidistill.diffusion.sampling import Sampling
 from minidistill.errors import InputError
 
 
@@ -30,6 +31,7 @@ class Phase:
     teacher: int | None = None  # sampling steps of a skip-level teacher; None: the stage's
     timesteps: int | None = None  # number of timesteps that the student is trained at; None: those of its own steps
     rollout: bool = False  # x_t from the student's own steps (DMD2's backward simulation), not from noised data
+    from_data: bool = False  # the real x_{t-ns} is the data noised to t - ns, not what a teacher makes of x_t
     # the discriminator
     conditional: bool = True  # D (22) or D' (23)
     noise_levels: tuple[int, ...] = ()  # t* - 1 of (25) and (26); empty: D reads clean latents
@@ -63,17 +65,18 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stage:
-    """From a model of `teacher` sampling steps to one of `student` steps."""
+    """From a model of `teacher` sampling steps to one of `student` steps; 0: as many as the first teacher has."""
 
     student: int
     teacher: int
     phases: tuple[Phase, ...]
     predicts_x0: bool = False  # the student predicts x0, not what the teacher predicts (section 3.7)
+    mixed: tuple[int, ...] = ()  # the student is for all these numbers of steps; `student` is what it is sampled in
 
     @property
     def name(self) -> str:
         """Of the student's folder."""
-        return f"{self.student}-step{'-x0' * self.predicts_x0}"
+        return f"{'any' if self.mixed else self.student}-step{'-x0' * self.predicts_x0}"
 
 
 class Leg(NamedTuple):
@@ -102,8 +105,18 @@ def only_lora(stages: Sequence[Stage]) -> bool:
     return all(phase.lora for stage in stages for phase in stage.phases)
 
 
-def choose(plan: Sequence[Stage], students: Sequence[int] | None, length: float = 1.0) -> tuple[Stage, ...]:
-    """The stages with these students, each phase `length` times as long. InputError: no such ladder."""
+def choose(
+    plan: Sequence[Stage], students: Sequence[int] | None, length: float = 1.0, distilled: Sampling | None = None
+) -> tuple[Stage, ...]:
+    """The stages with these students, each phase `length` times as long. InputError: no such ladder.
+
+    distilled: what the first teacher was distilled for, if it was; the ladder goes on from there.
+    """
+    if distilled:
+        own = {"student": distilled.steps, "teacher": distilled.steps, "predicts_x0": distilled.prediction == "sample"}
+        plan = [stage if stage.student else replace(stage, **own) for stage in plan]
+    elif not all(stage.student for stage in plan):
+        raise InputError("this plan fine-tunes a distilled model: give one as --teacher, or its LoRA as --teacher-lora")
     known = [stage.student for stage in plan]
     if missing := sorted(set(students or ()) - set(known)):
         raise InputError(f"--stages {missing[0]}: this plan has students of {', '.join(map(str, known))} steps")
@@ -111,16 +124,18 @@ def choose(plan: Sequence[Stage], students: Sequence[int] | None, length: float 
     if not stages:
         raise InputError("--stages names no stage: give students' steps such as 8,4,2")
     chosen: list[Stage] = []
+    made = [distilled.steps] if distilled else []  # steps of the models that there are by then
     for stage in stages:
-        earlier = [before.student for before in chosen]
         for phase in stage.phases:
             wanted = phase.teacher or stage.teacher
-            if chosen and wanted not in earlier:
-                raise InputError(f"--stages: the student of {stage.student} steps needs that of {wanted} before it")
+            if made and wanted not in made:
+                given = f"; the teacher has {made[0]}" * bool(distilled)
+                raise InputError(f"--stages: {stage.name} needs the student of {wanted} steps before it{given}")
             if phase.convert and not chosen:
                 raise InputError(f"--stages: {stage.name} is converted from a student, and needs one before it")
         shorter = (replace(phase, steps=max(1, round(length * phase.steps))) for phase in stage.phases)
         chosen.append(replace(stage, phases=tuple(shorter)))
+        made.append(stage.student)
     return tuple(chosen)
 
 
@@ -129,15 +144,16 @@ def stage_rows(stages: Sequence[Stage], guidance: float) -> list[tuple[str, ...]
     rows = [("stage", "objective", "teacher", "timesteps", "t*", "learning rate", "steps")]
     for leg in legs(stages):
         stage, phase = leg.stage, leg.phase
-        guided = f", guidance {guidance:g}" if leg.index == 0 else ""
+        steps = stage.mixed or (stage.student,)
+        guided = f", guidance {guidance:g}" if leg.index == 0 and guidance > 1 else ""
         levels = ":".join(f"{weight:g}" for weight in phase.noise_weights or (1,) * len(phase.noise_levels))
         stars = " ".join(str(level + 1) for level in phase.noise_levels)
         rows.append(
             (
-                f"{stage.teacher} -> {stage.student}{' (x0)' * stage.predicts_x0}",
+                f"{stage.teacher} -> {','.join(map(str, steps))}{' (x0)' * stage.predicts_x0}",
                 phase.label,
-                f"{phase.teacher or stage.teacher} steps{guided}",
-                str(phase.timesteps or stage.student),
+                "data" if phase.from_data else f"{phase.teacher or stage.teacher} steps{guided}",
+                str(phase.timesteps or max(steps)),
                 f"{stars} at {levels}" if stars else "-",
                 f"{phase.learning_rate:g}",
                 str(phase.steps),
@@ -195,4 +211,21 @@ DEMO = (
     Stage(1, 2, (MSE, replace(MATCH, learning_rate=1e-4))),
 )
 
-PLANS: dict[str, tuple[Stage, ...]] = {"paper": PAPER, "one-gpu": ONE_GPU, "demo": DEMO}
+# One student for several numbers of steps.
+ANY = (DEMO[0], Stage(4, 8, (replace(MSE, steps=300, learning_rate=1e-4),), mixed=(1, 2, 4, 8)))
+
+# A distilled student learns from new images, and keeps its number of steps: D' compares its samples with the data.
+KEEP = Phase(
+    300, 3e-5, adversarial=1, from_data=True, conditional=False, taps=TAPS, relativistic=True, backbone_rate=30,
+    head_rate=150, head_start=60,
+)  # fmt: skip
+KEEP_LORA = replace(KEEP, lora=True, backbone_rate=0)
+
+PLANS: dict[str, tuple[Stage, ...]] = {
+    "paper": PAPER,
+    "one-gpu": ONE_GPU,
+    "demo": DEMO,
+    "any": ANY,
+    "keep": (Stage(0, 0, (KEEP,)),),
+    "keep-lora": (Stage(0, 0, (KEEP_LORA,)),),
+}

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from minidistill.distill import kd
 from minidistill.distill.block_removal import Removal, weight_shapes
+from minidistill.distill.ladder import copy_unet
+from minidistill.distill.lightning import Phase, Stage, legs, only_lora
 from minidistill.metrics.cost import format_bytes, peak_bytes
-from minidistill.models.unet import UNet, random_inputs
+from minidistill.models import lora
+from minidistill.models.discriminator import Discriminator
+from minidistill.models.unet import UNet, UNetConfig, random_inputs
 from minidistill.pipeline import VAE
 
 
@@ -78,3 +84,153 @@ def memory_rows(
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
     return [("on the device", "memory"), *rows, ("in all, about", format_bytes(sum(parts.values())))]
+
+
+class Cast(NamedTuple):
+    """The networks of a phase of `distill/lightning.py`, as `distill/players.py` has them."""
+
+    base: UNet  # the first teacher
+    student: UNet
+    others: list[UNet]  # earlier students, as the teacher of the phase, or for the conversion to x0
+    judge: Discriminator | None
+    fake: UNet | None
+
+    def weights(self) -> list[nn.Parameter]:
+        """All weights, shared ones once."""
+        networks = [network for network in (*self[:2], *self.others, *self[3:]) if network is not None]
+        return list({id(weight): weight for network in networks for weight in network.parameters()}.values())
+
+
+def make_cast(
+    teacher: UNetConfig, student: UNetConfig, phase: Phase, side: int, further: int, rank: int, shared: bool
+) -> Cast:
+    """The networks of a phase; `further` of them are earlier students. side: of the latents. shared: as below."""
+    base = UNet(teacher).requires_grad_(False)
+
+    def new(with_lora: bool) -> UNet:
+        unet = copy_unet(base, shared=True) if shared else UNet(student)
+        if with_lora:
+            lora.add_lora(unet, lora.ALL, rank)
+        return unet
+
+    others = [new(shared).requires_grad_(False) for _ in range(further)]
+    judge = None
+    if phase.adversarial:
+        trains = phase.backbone_rate > 0
+        source = UNet(teacher) if trains else base  # not a deep copy, which would lose its fake mode
+        judge = Discriminator(source, side, phase.conditional, phase.taps, train_backbone=False)
+        judge.backbone.requires_grad_(trains)
+    return Cast(base, new(phase.lora), others, judge, UNet(teacher) if phase.matching else None)
+
+
+def play(cast: Cast, phase: Phase, inputs: tuple[int, int, int, int], guided: bool, half: bool) -> None:
+    """One micro-batch, as in `players.endpoints`, `contest` and `match`: every pass, and what is kept between them."""
+    base, student, others, judge, fake = cast
+    x, t, context, added = random_inputs(base.config, *inputs)
+
+    def frozen(unet: UNet, guided: bool) -> None:
+        with torch.no_grad():
+            unet(*(random_inputs(base.config, 2 * inputs[0], *inputs[1:]) if guided else (x, t, context, added)))
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.float16, enabled=half)  # not bfloat16: attention of CPUs
+
+    with autocast():
+        if (phase.mse or phase.adversarial) and not phase.from_data:
+            frozen((others or [base])[0], guided)
+        out = student(x, t, context, added).float()
+    target = kd.mean_square(out, x).mean()
+    if fake:
+        with autocast():
+            frozen(base, True)
+            found = fake(x, t, context, added).float()
+        kd.mean_square(found, x).mean().backward()
+    if judge:
+        x_fake = out.detach().requires_grad_()
+        with autocast():
+            condition = judge.features(x, t, context, added) if phase.conditional else None
+            logits = [judge(y, t, context, added, condition) for y in (x, x_fake, *[x] * (phase.r1 > 0))]
+        (pull,) = torch.autograd.grad(logits[1].sum(), x_fake, retain_graph=True)
+        sum(logits).mean().backward(inputs=[weight for weight in judge.parameters() if weight.requires_grad])
+        target = target + (out * pull).sum()
+        del logits, condition
+    target.backward()
+
+
+@lru_cache
+def phase_memory(
+    teacher: UNetConfig,
+    student: UNetConfig,
+    phase: Phase,
+    inputs: tuple[int, int, int, int],
+    *,
+    first: bool,
+    guided: bool,
+    rank: int,
+    shared: bool,
+    half: bool,
+    checkpointing: bool,
+    accumulate: bool = False,
+) -> tuple[int, int, int]:
+    """Bytes that a phase needs: (weights, Adam's two averages, activations and gradients at the peak of a step).
+
+    Arguments as in `step_peak`, and further:
+        first: it is of the first stage, whose teacher is the first one. guided: with guidance.
+        rank: of a LoRA. shared: nothing but one LoRA is trained, so that student and teachers are one U-Net.
+    """
+    sizes: list[int] = []
+
+    def build() -> tuple[list[nn.Module], Callable[[], None]]:
+        cast = make_cast(teacher, student, phase, min(inputs[1:3]), (not first) + bool(phase.convert), rank, shared)
+        trained = [weight for weight in cast.weights() if weight.requires_grad]
+        sizes.extend((sum(w.nbytes for w in cast.weights()), sum(2 * w.nbytes for w in trained)))
+        for network in (cast.student, cast.judge and cast.judge.backbone, cast.fake):
+            if network is not None:
+                network.gradient_checkpointing = checkpointing
+
+        def run() -> None:
+            if accumulate:  # the second micro-batch finds the gradients of the first
+                for weight in trained:
+                    weight.grad = torch.zeros_like(weight)
+            play(cast, phase, inputs, guided, half)
+
+        return [cast.base, nn.ParameterList(cast.weights())], run
+
+    peak = peak_bytes(build)
+    return sizes[0], sizes[1], peak
+
+
+def stage_memory_rows(
+    stages: Sequence[Stage],
+    teacher: UNetConfig,
+    student: UNetConfig,
+    others: Sequence[nn.Module],
+    inputs: tuple[int, int, int, int],
+    image: int,
+    *,
+    guidance: float,
+    rank: int,
+    half: bool,
+    checkpointing: bool,
+    accumulate: bool,
+) -> list[tuple[str, ...]]:
+    """Table of the memory that each phase needs on the device. Arguments as in `memory_rows` and `phase_memory`."""
+    beside = sum(w.nbytes for network in others for w in network.parameters())
+    rows = [("stage", "objective", "weights", "Adam's averages", "activations, gradients", "in all, about")]
+    for leg in legs(stages):
+        phase, first = leg.phase, leg.index == 0
+        weights, averages, peak = phase_memory(
+            teacher, student, kind_of(phase), inputs, first=first, guided=first and guidance > 1, rank=rank,
+            shared=only_lora(stages), half=half, checkpointing=checkpointing, accumulate=accumulate,
+        )  # fmt: skip
+        parts = weights + beside, averages, max(peak, image)
+        rows.append((leg.stage.name, phase.label, *map(format_bytes, (*parts, sum(parts)))))
+    return rows
+
+
+def kind_of(phase: Phase) -> Phase:
+    """The phase without what memory does not depend on: phases of one kind are counted once."""
+    losses = [float(weight > 0) for weight in (phase.mse, phase.adversarial, phase.matching, phase.convert)]
+    judge = {"conditional": phase.conditional, "taps": phase.taps, "r1": phase.r1}
+    trains_backbone = float(phase.backbone_rate > 0)
+    return Phase(1, 1.0, phase.lora, *losses, from_data=phase.from_data, backbone_rate=trains_backbone, **judge)

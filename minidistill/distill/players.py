@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from minidistill.diffusion.noise import generator_for
 from minidistill.diffusion.samplers import Model, guide
-from minidistill.diffusion.schedule import add_noise, move, to_x0, training_target
+from minidistill.diffusion.schedule import add_noise, move, to_eps, to_x0, training_target
 from minidistill.distill import adversarial
 from minidistill.distill.kd import mean_square
 from minidistill.distill.ladder import Ladder, copy_unet, first_student, load_student
 from minidistill.distill.lightning import Leg, only_lora
-from minidistill.distill.progressive import jump_table, rollout, solve_conv, teacher_path
+from minidistill.distill.progressive import jump_table, mixed_jumps, on_schedule, rollout, solve_conv, teacher_path
 from minidistill.models import lora
 from minidistill.models.discriminator import Discriminator
 from minidistill.models.unet import UNet
@@ -46,7 +46,8 @@ class Teacher(NamedTuple):
 
     unet: UNet
     prediction: str
-    guidance: float
+    guidance: float = 1.0
+    own: Tensor | None = None  # its schedule, if that is another one than the ladder's
 
 
 class Players(NamedTuple):
@@ -56,7 +57,7 @@ class Players(NamedTuple):
     student: UNet
     prediction: str  # the student's
     times: Tensor  # `jump_table`
-    teacher: Teacher | None  # None where the phase needs no endpoints of a teacher
+    teacher: Teacher | None  # None where the phase needs no endpoints of one
     frozen: Teacher | None  # the student before its conversion to x0, eq. (27)
     discriminator: Discriminator | None
     fake: UNet | None  # of distribution matching: trained on the student's samples
@@ -70,7 +71,7 @@ class Jump(NamedTuple):
     x_t: Tensor
     t: Tensor
     t_next: Tensor  # -1: clean
-    x_real: Tensor | None  # the teacher's x_{t-ns}
+    x_real: Tensor | None  # the teacher's x_{t-ns}, or that of the data
     x_fake: Tensor  # the student's
     out: Tensor  # the student's prediction, float32
     frozen_out: Tensor | None  # that of the student before its conversion
@@ -85,9 +86,12 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
     """
     config, phase, base = ladder.config, leg.phase, ladder.pipe.unet
     student = prepare_student(ladder, leg, unet or first_student(ladder))
-    times = jump_table(leg.stage.student, phase.teacher or leg.stage.teacher, phase.timesteps, len(ladder.alpha_bar))
+    T, taught_by = len(ladder.alpha_bar), phase.teacher or leg.stage.teacher
+    times = jump_table(leg.stage.student, taught_by, phase.timesteps, T)
+    if leg.stage.mixed:
+        times = mixed_jumps(leg.stage.mixed, taught_by, T)
     before = ladder.stages[leg.index - 1]
-    frozen = Teacher(load_student(ladder, leg.index - 1), ladder.prediction(before), 1.0) if phase.convert else None
+    frozen = Teacher(load_student(ladder, leg.index - 1), ladder.prediction(before)) if phase.convert else None
     networks: dict[str, tuple[nn.Module, float]] = {"student": (student, 1.0)}
     discriminator = fake = None
     if phase.adversarial:
@@ -111,13 +115,15 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
         parts |= {name: network, f"{name} optimizer": optimizer}
     if only_lora(ladder.stages):  # the rest of the student is the teacher's
         parts["student"] = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
-    teacher = find_teacher(ladder, leg) if phase.mse or phase.adversarial else None
+    teacher = find_teacher(ladder, leg) if (phase.mse or phase.adversarial) and not phase.from_data else None
     players = Players(
         leg, student, ladder.prediction(leg.stage), times.to(ladder.pipe.device), teacher, frozen,
         discriminator, fake, trained, parts,
     )  # fmt: skip
     if fresh and phase.convert:
-        solve_output(ladder, players)
+        solve_output(ladder, players, frozen)
+    elif fresh and leg.number == 0 and players.prediction != ladder.pipe.schedule.prediction_type:
+        solve_output(ladder, players, first_teacher(ladder))
     return players
 
 
@@ -127,9 +133,13 @@ def prepare_student(ladder: Ladder, leg: Leg, unet: UNet) -> UNet:
     if not leg.phase.lora:
         lora.merge_lora(unet)
         unet.requires_grad_(True)
-    elif not lora.lora_layers(unet):
+    elif not (layers := lora.lora_layers(unet)):
         generator = generator_for(config.seed, "lora", leg.number)
         lora.add_lora(unet, lora.ALL, config.lora_rank, config.lora_alpha, generator=generator)
+    else:
+        for layer in layers.values():
+            layer.lora_down.requires_grad_(True)
+            layer.lora_up.requires_grad_(True)
     unet.gradient_checkpointing = config.gradient_checkpointing
     return unet
 
@@ -139,8 +149,14 @@ def find_teacher(ladder: Ladder, leg: Leg) -> Teacher:
     wanted = leg.phase.teacher or leg.stage.teacher
     for index in reversed(range(leg.index)):
         if ladder.stages[index].student == wanted:
-            return Teacher(load_student(ladder, index), ladder.prediction(ladder.stages[index]), 1.0)
-    return Teacher(ladder.pipe.unet, ladder.pipe.schedule.prediction_type, ladder.config.guidance)
+            return Teacher(load_student(ladder, index), ladder.prediction(ladder.stages[index]))
+    return first_teacher(ladder)
+
+
+def first_teacher(ladder: Ladder) -> Teacher:
+    """The teacher that all begins with, with guidance."""
+    own = ladder.own_alpha_bar if ladder.config.zero_snr else None
+    return Teacher(ladder.pipe.unet, ladder.pipe.schedule.prediction_type, ladder.config.guidance, own)
 
 
 def endpoints(ladder: Ladder, players: Players, batch: Batch, trains: bool) -> Jump:
@@ -148,7 +164,8 @@ def endpoints(ladder: Ladder, players: Players, batch: Batch, trains: bool) -> J
     phase, alpha_bar = players.leg.phase, ladder.alpha_bar
     times = players.times[batch.t * len(players.times) // len(alpha_bar)]  # (B, n + 1), each row as likely
     t, t_next = times[:, 0], times[:, -1]
-    x_real = frozen_out = None
+    x_real = add_noise(batch.x0, batch.eps, t_next, alpha_bar) if phase.from_data else None
+    frozen_out = None
     if phase.rollout:
         model, grid = model_of(ladder, players.student, batch), players.times[:, 0]
         with ladder.autocast:  # its own: weights that it casts without gradients must not serve the pass with them
@@ -157,12 +174,11 @@ def endpoints(ladder: Ladder, players: Players, batch: Batch, trains: bool) -> J
         x_t = add_noise(batch.x0, batch.eps, t, alpha_bar, ladder.config.pure_noise)  # (6), (24)
     with ladder.autocast:
         if players.teacher is not None:
-            unet, prediction, guidance = players.teacher
-            model = model_of(ladder, unet, batch, guidance)
+            model, prediction = ask(ladder, players.teacher, batch)
             x_real = teacher_path(model, x_t, times, alpha_bar, prediction)  # (7) to (13)
         if players.frozen is not None:
             with torch.no_grad():
-                frozen_out = model_of(ladder, players.frozen.unet, batch)(x_t, t).float()  # (27)
+                frozen_out = ask(ladder, players.frozen, batch)[0](x_t, t).float()  # (27)
         with torch.set_grad_enabled(trains):
             out = players.student(x_t, t, batch.context, batch.added_cond).float()  # (14)
     x_fake = move(x_t, out, t, t_next, alpha_bar, players.prediction)  # (15)
@@ -177,6 +193,14 @@ def model_of(ladder: Ladder, unet: UNet, batch: Batch, guidance: float = 1.0) ->
     uncond = ladder.absent.map(lambda part: part.to(context).expand(len(context), *part.shape[1:]))
     other = None if added is None else {**added, "text_embeds": uncond.pooled}
     return guide(unet, context, uncond.context, guidance, added_cond=added, uncond_added_cond=other)
+
+
+def ask(ladder: Ladder, teacher: Teacher, batch: Batch) -> tuple[Model, str]:
+    """model(x, t) of a teacher with the text of a batch in it, and what it predicts."""
+    model = model_of(ladder, teacher.unet, batch, teacher.guidance)
+    if teacher.own is None:
+        return model, teacher.prediction
+    return on_schedule(model, teacher.own, teacher.prediction, ladder.alpha_bar), "v_prediction"
 
 
 def logits(
@@ -231,23 +255,23 @@ def match(ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int) ->
 
     Adds the gradient of the fake network's loss, the usual one on the student's samples, to its parameters.
     """
-    clean, T, prediction = jump.t_next < 0, len(ladder.alpha_bar), ladder.pipe.schedule.prediction_type
+    clean, alpha_bar, prediction = jump.t_next < 0, ladder.own_alpha_bar, ladder.pipe.schedule.prediction_type
     none = (0 * jump.x_fake).flatten(1).sum(1)
     if not bool(clean.any()):
         return none, {}
     added = batch.added_cond and {name: value[clean] for name, value in batch.added_cond.items()}
     some = batch._replace(context=batch.context[clean], added_cond=added)
     x0, (uniform, eps) = jump.x_fake[clean], (part[clean] for part in fresh(ladder, k, "matching", jump.x_fake))
-    t = (T * (0.02 + 0.96 * uniform)).long()
-    x_t = add_noise(x0.detach(), eps, t, ladder.alpha_bar)
+    t = (len(alpha_bar) * (0.02 + 0.96 * uniform)).long()
+    x_t = add_noise(x0.detach(), eps, t, alpha_bar)
     with ladder.autocast:
         with torch.no_grad():
             real = model_of(ladder, ladder.pipe.unet, some, ladder.config.guidance)(x_t, t).float()
         fake = players.fake(x_t, t, some.context, some.added_cond).float()
-    target = training_target(x0.detach(), eps, t, ladder.alpha_bar, prediction)
+    target = training_target(x0.detach(), eps, t, alpha_bar, prediction)
     loss_fake = mean_square(fake, target).mean()
     (loss_fake / ladder.config.accumulate).backward()
-    found = (to_x0(out.detach(), x_t, t, ladder.alpha_bar, prediction) for out in (real, fake))
+    found = (to_x0(out.detach(), x_t, t, alpha_bar, prediction) for out in (real, fake))
     return none.masked_scatter(clean, adversarial.matching_loss(x0, *found)), {"fake net": loss_fake}
 
 
@@ -264,17 +288,21 @@ def ranking(ladder: Ladder, players: Players, pairs: int) -> tuple[float, int]:
 
 
 @torch.no_grad()
-def solve_output(ladder: Ladder, players: Players) -> None:
-    """Give the student the conv_out that best predicts x0 from its last features, by least squares."""
-    unet, stages = players.student, len(players.student.up_blocks)
+def solve_output(ladder: Ladder, players: Players, source: Teacher) -> None:
+    """Give the student the conv_out that best says in its own terms, from its last features, what `source` predicts."""
+    unet, alpha_bar = players.student, ladder.alpha_bar
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for k in range(-math.ceil(SOLVED / ladder.batches.batch_size), 0):
             batch = ladder.batches[k]
-            jump = endpoints(ladder, players, batch, trains=False)
-            _, features = unet(jump.x_t, jump.t, batch.context, batch.added_cond, return_features=True)
-            x0 = to_x0(jump.frozen_out, jump.x_t, jump.t, ladder.alpha_bar, players.frozen.prediction)
-            yield F.silu(unet.conv_norm_out(features[f"up.{stages - 1}"])), x0
+            x_t, t, *_ = endpoints(ladder, players, batch, trains=False)
+            _, features = unet(x_t, t, batch.context, batch.added_cond, return_features=True)
+            model, prediction = ask(ladder, source, batch)
+            with ladder.autocast:
+                out = model(x_t, t).float()
+            x0, eps = to_x0(out, x_t, t, alpha_bar, prediction), to_eps(out, x_t, t, alpha_bar, prediction)
+            target = training_target(x0, eps, t, alpha_bar, players.prediction)
+            yield F.silu(unet.conv_norm_out(features[f"up.{len(unet.up_blocks) - 1}"])), target
 
     weight, bias = solve_conv(pairs())
     unet.conv_out.weight.copy_(weight)

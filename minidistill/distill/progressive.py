@@ -11,14 +11,15 @@ square in `kd.py`. All timesteps come from the one trailing grid that the studen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minidistill.diffusion.samplers import Model
-from minidistill.diffusion.schedule import move, time_grid, to_x0
+from minidistill.diffusion.schedule import move, time_grid, to_eps, to_x0, training_target
 from minidistill.distill.kd import mean_square
 
 
@@ -49,6 +50,17 @@ def jump_table(student: int, teacher: int, timesteps: int | None = None, num_tra
     return torch.cat([grid, torch.tensor([-1])])[places.clamp(max=fine)]
 
 
+def mixed_jumps(students: Sequence[int], teacher: int, num_train_timesteps: int = 1000) -> Tensor:
+    """The jumps of several students in one table, (K, n + 1): rows of `jump_table`, of each student equally many.
+
+    n is that of the student of fewest steps; shorter rows stay at their end: 999 874 874 for 8 of 8 steps beside 4.
+    """
+    tables = [jump_table(student, teacher, None, num_train_timesteps) for student in students]
+    width, rows = max(table.shape[1] for table in tables), math.lcm(*map(len, tables))
+    ends = [table[:, -1:].expand(-1, width - table.shape[1]) for table in tables]
+    return torch.cat([torch.cat(pair, 1).repeat(rows // len(pair[0]), 1) for pair in zip(tables, ends, strict=True)])
+
+
 @torch.no_grad()
 def teacher_path(model: Model, x_t: Tensor, times: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
     """x_{t-ns} (B, C, h, w) float32 from x_t, by the teacher's n steps (equations 7 to 13).
@@ -58,10 +70,27 @@ def teacher_path(model: Model, x_t: Tensor, times: Tensor, alpha_bar: Tensor, pr
     """
     x = x_t
     for t, t_next in zip(times[:, :-1].unbind(1), times[:, 1:].unbind(1), strict=True):
-        at = t.clamp(min=0)  # samples that are clean already stay as they are
+        at = t.clamp(min=0)
         moved = move(x, model(x, at).float(), at, t_next, alpha_bar, prediction)
-        x = torch.where((t < 0).view(-1, *[1] * (x.ndim - 1)), x.to(moved), moved)
+        x = torch.where((t == t_next).view(-1, *[1] * (x.ndim - 1)), x.to(moved), moved)  # at their end they stay
     return x
+
+
+def on_schedule(model: Model, own: Tensor, prediction: str, alpha_bar: Tensor) -> Model:
+    """A model that was trained on the schedule `own` (T,), asked on another one, alpha_bar (T,): model(x, t) -> v.
+
+    It is given that timestep of its own at which the noise is most nearly the same. At zero terminal SNR, where eps
+    does not determine x0, that is its last one: as in (24) it sees pure noise, and counts with its own alpha_bar.
+    """
+    clock = (own - alpha_bar[:, None]).abs().argmin(1)  # (T,)
+
+    def predict_v(x: Tensor, t: Tensor) -> Tensor:
+        at = clock[t]
+        out = model(x, at).float()
+        x0, eps = to_x0(out, x, at, own, prediction), to_eps(out, x, at, own, prediction)
+        return training_target(x0, eps, t, alpha_bar, "v_prediction")
+
+    return predict_v
 
 
 @torch.no_grad()

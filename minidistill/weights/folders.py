@@ -8,6 +8,7 @@ nothing is initialised at random or in memory twice.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ DType = torch.dtype | None  # None keeps the file's
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 SHIPPED = {"miniature": MINIATURE}  # models inside this package, by the names that mean them
+STUDENT = re.compile(r"(\d+)-step(\.safetensors|-x0)?")  # of few sampling steps, beside a model
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 CLASSES = {  # in config.json -> the network's config and class here
@@ -66,6 +68,19 @@ def find_model(source: str | Path, dtype: DType = torch.float32) -> Path:
         hint = f"give its folder, {path.parent}" if path.suffix == ".json" else f"weights end in {', '.join(WEIGHTS)}"
         raise InputError(f"{path} is no model: {hint}")
     return path
+
+
+def find_student(source: str | Path, steps: int) -> Path:
+    """The student of a model for so many sampling steps, as it comes with the model, in its folder lightning/.
+
+    N-step.safetensors is a LoRA; a folder N-step, or N-step-x0 if it predicts x0, a U-Net. InputError: there is none.
+    """
+    beside = (find_model(source) / "lightning").glob("*")
+    found = {int(match[1]): path for path in beside if (match := STUDENT.fullmatch(path.name))}
+    if steps not in found:
+        there = f"it has them for {', '.join(map(str, sorted(found)))} steps" if found else "it has none for few steps"
+        raise InputError(f"--lightning {steps}: {source} comes with no such student; {there}")
+    return found[steps]
 
 
 def _model_in(folder: Path) -> Path:
