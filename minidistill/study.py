@@ -30,7 +30,7 @@ from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import STEPS, load_pipeline
 from minidistill.report import SEED
 from minidistill.training.batches import Batches
-from minidistill.training.device import PRECISIONS, get_device
+from minidistill.training.device import PRECISIONS, best_precision, get_device
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import read_json, write_json
 
@@ -76,14 +76,17 @@ class Config:
         None, f"steps per run (default: {', '.join(f'{name} {s.steps}' for name, s in STUDIES.items())})", minimum=1
     )
     judged: int = option(200, "held-out captions judged for each model", minimum=1, maximum=len(Scenes("test")))
-    precision: str = option("bf16", "precision of the forward passes", choices=PRECISIONS)
+    precision: str | None = option(
+        None, "of the forward passes (default: bf16 if the device computes it, else fp32)", choices=PRECISIONS
+    )
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     out: str = option("runs/study", "folder for the runs, study.md and study.json")
 
 
 def main(config: Config) -> None:
     """Train and evaluate what is not done yet, and write the tables."""
-    config = replace(config, device=str(get_device(config.device)))
+    device = get_device(config.device)
+    config = replace(config, device=str(device), precision=config.precision or best_precision(device))
     out = Path(config.out)
     chosen = {config.only: STUDIES[config.only]} if config.only else STUDIES
     lengths = {title: config.steps or study.steps for title, study in chosen.items()}

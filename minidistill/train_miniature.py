@@ -43,7 +43,7 @@ from minidistill.pipeline import Pipeline
 from minidistill.report import save_image_grid
 from minidistill.training.batches import Batches, to_pixels
 from minidistill.training.curves import draw_curves
-from minidistill.training.device import get_device, get_precision
+from minidistill.training.device import PRECISIONS, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog
 from minidistill.training.optim import MUON_RATE, adamw, check_finite, lr_at, muon_and_adamw, optimizer_step
@@ -70,7 +70,7 @@ class Config:
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str | None = option(
-        None, "of the forward pass; default: clip bf16, vae bf16, unet fp32", choices=("fp32", "bf16", "fp16")
+        None, "of the forward pass (default: unet fp32, else bf16 if the device computes it)", choices=PRECISIONS
     )
     judged: int = option(1000, "held-out scenes for the evaluation of CLIP and VAE", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)
@@ -80,8 +80,8 @@ class Config:
 
 
 DEFAULTS = {
-    "clip": {"steps": 2400, "batch_size": 128, "learning_rate": 1e-3, "precision": "bf16"},
-    "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3, "precision": "bf16"},
+    "clip": {"steps": 2400, "batch_size": 128, "learning_rate": 1e-3},
+    "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
     "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32"},
 }
 
@@ -93,7 +93,8 @@ def main(config: Config) -> None:
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
     for part in chosen:
-        own = {name: value for name, value in DEFAULTS[part].items() if getattr(config, name) is None}
+        usual = {"precision": best_precision(get_device(config.device, report=False)), **DEFAULTS[part]}
+        own = {name: value for name, value in usual.items() if getattr(config, name) is None}
         part_config = replace(config, part=part, **own)
         folder, settings = Path(config.out) / part, dataclasses.asdict(part_config)
         resume = config.resume and (folder / "config.json").is_file()

@@ -97,7 +97,7 @@ def test_a_run_that_diverged_is_left_out_and_not_tried_again(runs, tmp_path, mon
 
     usual = train_kd.main
     monkeypatch.setattr(train_kd, "main", train)
-    words = ("--only", "students", "--seeds", 2, "--out", tmp_path)
+    words = ("--only", "students", "--seeds", 2, "--out", tmp_path, "--precision", "bf16")
     for _ in range(2):
         assert command(*words) == 0
         printed = capsys.readouterr().out
