@@ -217,7 +217,8 @@ def warn_if_distilled(pipe: Pipeline) -> None:
     """Warn that the denoising loss undoes the distillation of a few-step model."""
     if pipe.sampling is not None:
         what = f"this model is made for {pipe.sampling}, and this training, which is for many steps, unlearns that"
-        warnings.warn(f"{what}: better train a LoRA for the model it was distilled from, and use it here", stacklevel=2)
+        way = "train a LoRA for the model it was distilled from and use it here, or train_lightning --plan keep"
+        warnings.warn(f"{what}: better {way}", stacklevel=2)
 
 
 def resolve(config: Config, pipe: Pipeline) -> Config:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from minidistill import finetune, train_kd
+from minidistill import finetune, train_kd, train_lightning
 from minidistill.errors import InputError
 from minidistill.training.ema import EMA
 from minidistill.training.run_folder import MAY_CHANGE, NOT_COMPARED, RunFolder
@@ -119,7 +119,7 @@ def test_a_source_may_move_and_be_spelt_otherwise_its_content_may_not(tmp_path, 
 
 
 def test_what_may_change_are_settings_there_are():
-    names = {field.name for command in (train_kd, finetune) for field in fields(command.Config)}
+    names = {field.name for command in (train_kd, train_lightning, finetune) for field in fields(command.Config)}
     assert {*MAY_CHANGE, *NOT_COMPARED} <= names
 
 
