@@ -6,6 +6,7 @@ import contextlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,14 @@ def drawing(model: str) -> Iterator[None]:
 
 def frechet_to_scenes(images: Sequence[Image.Image]) -> float:
     """Frechet distance of images of the first held-out captions to their scenes, in the miniature's CLIP."""
-    clip, scenes = load_clip(MINIATURE), Scenes("test")
-    drawn, real = (image_features(clip, some) for some in (images, [scenes[i][0] for i in range(len(images))]))
-    return frechet_distance(drawn, real)
+    return frechet_distance(image_features(load_clip(MINIATURE), images), scene_features(len(images)))
+
+
+@cache
+def scene_features(count: int) -> torch.Tensor:
+    """Features (N, D) of the first held-out scenes in the miniature's CLIP, the same for all models of a run."""
+    scenes = Scenes("test")
+    return image_features(load_clip(MINIATURE), [scenes[i][0] for i in range(count)])
 
 
 def unet_numbers(unet: UNet, probes: Sequence[Probe]) -> dict[str, Any]:

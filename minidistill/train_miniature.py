@@ -211,8 +211,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
 
     settings = {"batch_size": config.batch_size, "seed": config.seed, "keep_text": False}
     batches = Batches(Scenes("train", config.images, CROWDED), pipe, caption_dropout=0.1, **settings)
-    few = math.ceil(config.images * 0.3)  # of which none is needed later
-    layouts = Batches(Layouts(few), pipe, **settings) if start < LAYOUT * config.steps else batches
+    few, is_needed = math.ceil(config.images * 0.3), start < LAYOUT * config.steps
+    layouts = Batches(Layouts(few), pipe, **settings) if is_needed else batches
     rounds = max(1, min(96, config.judged) // config.batch_size)
     held_out = Batches(Scenes("test", rounds * config.batch_size), pipe, **settings)
     dropout, alpha_bar = OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)

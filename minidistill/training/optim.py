@@ -73,11 +73,13 @@ class Muon(torch.optim.Optimizer):
         """One step; without a gradient, a weight stays as it is."""
         for group in self.param_groups:
             for weight in (p for p in group["params"] if p.grad is not None):
-                average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-                average.mul_(group["momentum"]).add_(weight.grad)
-                nesterov = weight.grad + group["momentum"] * average
-                update = self.orthogonal(nesterov.flatten(1)).view_as(weight)
-                weight.add_(update, alpha=-0.2 * group["lr"] * max(nesterov.flatten(1).shape) ** 0.5)
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                average = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
+                nesterov = (weight.grad + group["momentum"] * average).flatten(1)
+                update = self.orthogonal(nesterov).view_as(weight)
+                weight.add_(update, alpha=-0.2 * group["lr"] * max(nesterov.shape) ** 0.5)
 
     @classmethod
     def orthogonal(cls, matrix: Tensor) -> Tensor:
