@@ -1,6 +1,7 @@
 """One optimizer step, in pieces: learning rate, AdamW, gradient norm, the finite check."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -70,30 +71,36 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; without a gradient, a weight stays as it is."""
+        """One step; without a gradient, a weight stays as it is. Weights of one shape are computed together."""
         for group in self.param_groups:
+            alike = defaultdict(list)
             for weight in (p for p in group["params"] if p.grad is not None):
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                average = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-                nesterov = (weight.grad + group["momentum"] * average).flatten(1)
-                update = self.orthogonal(nesterov).view_as(weight)
-                weight.add_(update, alpha=-0.2 * group["lr"] * max(nesterov.shape) ** 0.5)
+                alike[weight.shape].append(weight)
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+            for shape, weights in alike.items():
+                averages = [self.state[weight]["momentum"] for weight in weights]
+                for weight, average in zip(weights, averages, strict=True):
+                    average.mul_(group["momentum"]).add_(weight.grad)
+                nesterov = torch.stack([weight.grad for weight in weights])
+                nesterov = nesterov.add_(torch.stack(averages), alpha=group["momentum"]).flatten(2)
+                lr = 0.2 * group["lr"] * max(nesterov.shape[1:]) ** 0.5
+                for weight, update in zip(weights, self.orthogonal(nesterov), strict=True):
+                    weight.add_(update.view(shape), alpha=-lr)
 
     @classmethod
     def orthogonal(cls, matrix: Tensor) -> Tensor:
-        """The nearest matrix (m, n) with singular values of 1, roughly: they are between 0.7 and 1.2."""
-        x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-        x = x / (x.norm() + 1e-20)
+        """The nearest matrices (..., m, n) with singular values of 1, roughly: they are between 0.7 and 1.2."""
+        x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-20)
         a, b, c = cls.NEWTON_SCHULZ
-        gram, eye = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
+        gram, eye = x @ x.mT, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
         product = eye
         for _ in range(5):  # x <- (a + b x x^T + c (x x^T)^2) x, of which the factors commute with x x^T
             factor = a * eye + b * gram + c * gram @ gram
             product, gram = factor @ product, factor @ gram @ factor
         x = product @ x
-        return x.T if matrix.shape[0] > matrix.shape[1] else x
+        return (x.mT if matrix.shape[-2] > matrix.shape[-1] else x).contiguous()
 
 
 def muon_and_adamw(network: nn.Module, hidden: Sequence[nn.Parameter], lr: float) -> tuple[Muon, torch.optim.AdamW]:
