@@ -25,7 +25,7 @@ from minidistill.data.folders import ImageFolder, read_ahead
 from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_HELP
 from minidistill.errors import InputError
 from minidistill.pipeline import Pipeline, TextStates, load_pipeline
-from minidistill.training.batches import SMALL, TOGETHER, at_once, encode_samples
+from minidistill.training.batches import TOGETHER, at_once, encode_samples
 from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.training.inputs import resolution_for
 from minidistill.training.run_folder import RunFolder
@@ -49,8 +49,7 @@ class CacheConfig:
     )
     batch_size: int | None = option(
         None,
-        "images encoded at once; the last bits of latents may depend on it (default: as training does, "
-        f"{TOGETHER} of up to {SMALL} pixels, larger ones alone)",
+        "images encoded at once; the last bits of latents may depend on it (default: as training does, by their size)",
         minimum=1,
     )
     text_states: bool = option(False, "cache the text states of all captions too (SD 1.x: 236 kB each in fp32)")
@@ -76,7 +75,7 @@ def main(config: CacheConfig) -> None:
     dtype = get_dtype(config.precision, device)
     pipe = load_pipeline(config.model)
     resolution = resolution_for(pipe, config.resolution, config.model)
-    batch_size = config.batch_size or at_once((resolution, resolution))
+    batch_size = config.batch_size or at_once((resolution, resolution), device)
     if config.shard % batch_size:
         raise InputError(f"--shard {config.shard} must be a multiple of --batch-size {batch_size}")
     names = ("split", "caption_column", "flip", "store", "precision", "shard")

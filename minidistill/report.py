@@ -60,7 +60,7 @@ def draw(
     size: (width, height) in pixels. guidance: None takes the model's own. autocast: the precision that latents are
     sampled in; the VAE keeps its own.
     """
-    few, (width, height) = at_once(size), size
+    few, (width, height) = at_once(size, pipe.device), size
     settings = {"guidance": guidance, "seed": seed, "height": height, "width": width}
     with autocast or contextlib.nullcontext():
         latents = pipe(captions, batch_size=2 * few, output="latents", **settings)

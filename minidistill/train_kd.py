@@ -206,7 +206,7 @@ def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Remova
     pipe = load_pipeline(config.teacher, device)
     inputs.check_weights(pipe, config.teacher)
     config = resolve(config, pipe)
-    removal = check_removal(config, pipe)
+    removal = block_removal.find_removal(pipe.unet.config, config.teacher, config.recipe, config.remove)
     scenes = Scenes("train", length=config.images)
     data = inputs.open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
     return config, pipe, removal, data
@@ -237,18 +237,6 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
         resolution=inputs.resolution_for(pipe, config.resolution, config.teacher),
         learning_rate=rate if config.learning_rate is None else config.learning_rate,
     )
-
-
-def check_removal(config: Config, pipe: Pipeline) -> Removal:
-    """What --recipe or --remove means for this teacher. InputError: it does not fit."""
-    if not config.remove:
-        raise InputError("--remove names no block: name one at least, or leave it out for those of the recipe")
-    try:
-        return block_removal.plan_removal(pipe.unet.config, config.remove)
-    except InputError as error:
-        is_recipe = config.remove == RECIPES[config.recipe].remove
-        flag = f"--recipe {config.recipe}" if is_recipe else f"--remove {','.join(config.remove)}"
-        raise InputError(f"{flag} does not fit {config.teacher}: {error}; --remove takes any list") from error
 
 
 def open_batches(config: Config, data: inputs.Data | Latents, pipe: Pipeline) -> Batches:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from minidistill.cli import option, run_command
 from minidistill.diffusion.sampling import Sampling
 from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.adversarial import verdict
-from minidistill.distill.block_removal import RECIPES, Removal, plan_removal, removal_rows
+from minidistill.distill.block_removal import RECIPES, Removal, find_removal, removal_rows
 from minidistill.distill.kd import mean_square
 from minidistill.distill.ladder import LORA_FILE, Ladder, attach_student, load_student, save_student, student_pipeline
 from minidistill.distill.lightning import PLANS, Stage, choose, legs, only_lora, stage_rows
@@ -194,9 +193,10 @@ def look(ladder: Ladder, players: Players, report: Report, step: int) -> None:
     if step < players.leg.last or not players.leg.ends_stage:  # there the student is measured, and drawn
         report.look(student_pipeline(ladder, players.leg.stage, players.student), step)
     if players.discriminator is not None:
-        accuracy, count = ranking(ladder, players, PAIRS)
-        print(f"the discriminator ranks {accuracy:.0%} of {count} held-out pairs correctly", flush=True)
-        if problem := verdict(accuracy, count):
+        accuracy, by_chance, count = ranking(ladder, players, PAIRS)
+        chance = f"random heads {min(by_chance):.0%} to {max(by_chance):.0%}"
+        print(f"the discriminator ranks {accuracy:.0%} of {count} held-out pairs correctly ({chance})", flush=True)
+        if problem := verdict(accuracy, count, by_chance):
             warnings.warn(f"step {step}: the discriminator {problem} ({accuracy:.0%} of {count} pairs)", stacklevel=2)
 
 
@@ -254,7 +254,12 @@ def check(config: Config, device: torch.device) -> Setup:
         raise InputError(f"--teacher-lora: plan {config.plan} trains all weights; take keep-lora or one-gpu")
     if config.zero_snr and only_lora(stages):
         raise InputError(f"--zero-snr changes what students predict, which a LoRA, as of plan {config.plan}, cannot")
-    removal = find_removal(config, pipe, stages)
+    removal = None
+    if config.recipe or config.remove is not None:
+        if only_lora(stages):
+            what = f"plan {config.plan} trains nothing but a LoRA, for all blocks of the teacher"
+            raise InputError(f"{what}: to remove some, take --plan paper, which trains all weights, or demo")
+        removal = find_removal(pipe.unet.config, config.teacher, config.recipe, config.remove)
     config = dataclasses.replace(config, remove=removal and removal.removed)
     scenes = Scenes("train", length=config.images)
     data = inputs.open_data(config.data, resolution, scenes, config.split, config.caption_column)
@@ -269,20 +274,6 @@ def describe(setup: Setup) -> None:
     if removal:
         print(format_table(removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n")
     print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
-
-
-def find_removal(config: Config, pipe: Pipeline, stages: Sequence[Stage]) -> Removal | None:
-    """What --recipe or --remove removes from the teacher, if given. InputError: it, or the plan, does not fit."""
-    remove = config.remove or (RECIPES[config.recipe].remove if config.recipe else None)
-    if not remove:
-        return None
-    if only_lora(stages):
-        what = f"plan {config.plan} trains nothing but a LoRA, for all blocks of the teacher"
-        raise InputError(f"{what}: to remove some, take --plan paper, which trains all weights, or demo")
-    try:
-        return plan_removal(pipe.unet.config, remove)
-    except InputError as error:
-        raise InputError(f"--recipe or --remove does not fit {config.teacher}: {error}") from error
 
 
 def open_report(ladder: Ladder) -> Report:
@@ -322,10 +313,10 @@ def finish(ladder: Ladder, report: Report) -> None:
     save_image_grid(grid, rows, report.captions, labels)
     kind, files = ("lightning-lora", [LORA_FILE, CARD, GRID]) if only_lora(ladder.stages) else ("lightning", None)
     settings = {name: value for name, value in ladder.settings.items() if name != "phases"}
-    for stage in ladder.stages:
-        about = {**settings, "student": stage.student}
-        write_card(ladder.folder.path / stage.name, kind, about, report.results, grid, settings["push_to_hub"])
-    report.finish(ladder.folder.path / last.name, kind, files, {**settings, "student": last.student})
+    about = {stage.name: {**settings, "student": stage.student, "mixed": stage.mixed} for stage in ladder.stages}
+    for name, words in about.items():
+        write_card(ladder.folder.path / name, kind, words, report.results, grid, settings["push_to_hub"])
+    report.finish(ladder.folder.path / last.name, kind, files, about[last.name])
 
 
 def dry_run(config: Config) -> None:

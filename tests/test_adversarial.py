@@ -14,6 +14,7 @@ from minidistill.distill.adversarial import (
     matching_loss,
     ranking_accuracy,
     to_noise_level,
+    turn,
     verdict,
 )
 
@@ -49,12 +50,25 @@ def test_the_generators_gradient_reaches_the_fake_alone(relativistic):
     assert real.grad is None and (fake.grad < 0).all()
 
 
+@pytest.mark.parametrize("relativistic", [False, True])
+def test_one_gradient_in_the_fake_serves_both_players(relativistic):
+    real = torch.tensor([0.5, -3.0, 40.0, 0.0, 1.0])
+    fake = torch.tensor([2.0, -45.0, 0.1, 30.0, 1.0], requires_grad=True)
+    of_d, of_g = (
+        torch.autograd.grad(loss(real, fake, relativistic).sum(), fake)[0]
+        for loss in (discriminator_loss, generator_loss)
+    )
+    assert torch.allclose(turn(real, fake, relativistic) * of_d, of_g, rtol=1e-4, atol=0)
+
+
 def test_ranking_and_what_it_says_of_a_discriminator():
     assert ranking_accuracy(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 3.0, 2.0, 0.0])) == 0.625
     assert "blind" in verdict(0.55, 100) and "blind" in verdict(0.5, 10_000)
     assert "collapsed" in verdict(0.3, 100) and "wins" in verdict(1.0, 100)
     assert verdict(0.62, 100) is None and verdict(0.9, 100) is None
     assert "blind" in verdict(0.62, 16), "of few pairs it says little"
+    assert "blind" in verdict(0.62, 100, [0.38, 0.6, 0.5, 0.41]), "random heads reach that too"
+    assert verdict(0.8, 100, [0.38, 0.6, 0.5, 0.41]) is None and verdict(0.62, 100, [0.5, 0.49]) is None
 
 
 def test_only_clean_endpoints_are_noised_to_t_star():

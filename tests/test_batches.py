@@ -5,17 +5,20 @@ posterior diffusers computes.
 """
 
 from collections import Counter
+from concurrent.futures import wait
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from data_files import encoded, fill
 from PIL import Image
 
+from minidistill.data.folders import ImageFolder
 from minidistill.errors import InputError
 from minidistill.pipeline import load_pipeline
 from minidistill.training import batches as module
-from minidistill.training.batches import Batches, to_pixels
+from minidistill.training.batches import Batches, at_once, to_pixels
 
 SIDE = 32
 
@@ -92,6 +95,7 @@ def test_the_cache_reads_every_image_once_and_is_used_as_long_as_it_fits(pipe, m
         join(batches, range(4))
         return batches.data.reads - 1  # one read tells the size
 
+    monkeypatch.setattr(module, "AHEAD", 0)
     assert reads_of_two_epochs(True) == 10
     assert reads_of_two_epochs(False) == 20
     needed = 10 * 2 * 4 * (4 * 8 * 8)  # images, mean and deviation, bytes, latent
@@ -100,12 +104,45 @@ def test_the_cache_reads_every_image_once_and_is_used_as_long_as_it_fits(pipe, m
         assert reads_of_two_epochs(None) == reads
 
 
+def test_the_next_images_are_read_while_a_batch_trains_and_change_no_bit(pipe, monkeypatch):
+    expected = [join(make(pipe, cache=False), [k]) for k in (-1, 0, 1, 2, 7)]
+    batches = make(pipe, cache=False)
+    for k, wanted in zip((-1, 0, 1, 2, 7), expected, strict=True):  # a probe's number, steps, a jump
+        assert_same(join(batches, [k]), wanted)
+        ahead = range(4 * (k + 1), 4 * (k + 1 + module.AHEAD))
+        assert list(batches._reading) == list(ahead)
+    wait([*batches._reading.values()])
+    reads = batches.data.reads
+    batches[8]
+    wait([*batches._reading.values()])
+    assert batches.data.reads == reads + 4, "its own images were there already"
+
+
+def test_an_image_that_disappears_while_training_is_replaced_and_named(pipe, tmp_path, capsys):
+    fill(tmp_path, {f"{i}.png": encoded(i) for i in range(12)} | {f"{i}.txt": f"image {i}" for i in range(12)})
+    batches = Batches(ImageFolder(tmp_path, SIDE), pipe, batch_size=2, seed=0, cache=False)
+    batches[0]
+    wait([*batches._reading.values()])
+    gone = batches.data.name(batches._index(2 * (1 + module.AHEAD)))
+    (tmp_path / gone).unlink()
+    for k in range(1, 6):
+        assert batches[k].x0.isfinite().all()
+    assert f"{gone} (No such file or directory) cannot be read" in capsys.readouterr().out
+
+
+def test_as_many_images_are_encoded_at_once_as_their_size_and_the_device_allow():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    sizes = [(64, 64), (128, 128), (256, 256), (512, 512), (1024, 1024)]
+    assert [at_once(size, cpu) for size in sizes] == [8, 2, 1, 1, 1]
+    assert [at_once(size, gpu) for size in sizes] == [128, 32, 8, 2, 1]
+
+
 def test_large_images_are_encoded_one_by_one_to_the_same_latents(pipe, monkeypatch):
     encode, seen = pipe.vae.encode, []
     monkeypatch.setattr(pipe.vae, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     together = join(make(pipe, cache=False), range(2))
     assert max(seen) > 1
-    monkeypatch.setattr(module, "SMALL", SIDE - 1)
+    monkeypatch.setattr(module, "AT_ONCE_ON_CPU", 2 * SIDE**2 - 1)
     for cache in (True, False):
         seen.clear()
         assert_same(join(make(pipe, cache=cache), range(2)), together, exact=False)

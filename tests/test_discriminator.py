@@ -61,6 +61,8 @@ def test_both_discriminators_are_the_head_on_the_features_of_the_unet(unet, taps
         assert found["down.0"].shape == (2, 16, 8, 8) and found["mid"].shape == (2, 32, 4, 4)
         logits = [free.heads[tap.replace(".", "_")](h) for tap, h in found.items()]
         assert torch.allclose(free(x, t, context), sum(logits) / 2, atol=1e-6)
+    together = judge.features_of([x_t, x], [t_t, t], context)
+    assert torch.allclose(judge.compare(*together[::-1]), judge(x, t, context, None, together[0]), atol=1e-5)
     for wrong, condition in ((judge, None), (free, free.features(x_t, t_t, context))):
         with pytest.raises(ValueError, match="features of x_t"):
             wrong(x, t, context, None, condition)
@@ -85,6 +87,14 @@ def test_heads_take_maps_of_any_size(shape):
     assert logits.shape == (3,) and logits.dtype == torch.float32 and logits.std() > 1e-3
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head(h.float()), logits), "heads compute in float32 under autocast too"
+
+
+def test_random_heads_are_of_the_same_kind_and_know_something_else_each(unet):
+    judge, (x, t, context) = Discriminator(unet, 8, False, ("down.0", "mid")), inputs()
+    before, (found,) = torch.random.get_rng_state(), judge.features_of([x], [t], context)
+    one, again, other = (judge.compare(found, None, judge.random_heads(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.allclose(one, other) and one.std() > 0
+    assert torch.equal(before, torch.random.get_rng_state()) and not judge(x, t, context).any()
 
 
 def test_gradients_reach_only_whom_they_should(unet):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from data_files import encoded, fill, found, image, refusal, rows, truncate
-from PIL import Image
+from PIL import ExifTags, Image
 
 from minidistill.data import listing
 from minidistill.data.folders import UNREADABLE, ImageFolder, to_rgb, to_square
@@ -254,6 +254,27 @@ def test_original_size_and_crop_are_known(tmp_path):
     assert np.array_equal(folder[-1][0], ImageFolder(tmp_path, 20)[1][0])
     with pytest.raises(IndexError):
         folder[2]
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+@pytest.mark.parametrize("size", [(403, 301), (640, 520), (96, 515), (64, 40)])
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size_to_nearly_the_same_pixels(tmp_path, size, turned):
+    x, y = np.meshgrid(*(np.linspace(0, 3, length) for length in size))
+    waves = np.stack([np.sin(2 * x + y), np.cos(3 * y), np.sin(x * y)], axis=-1)
+    whole, exif = Image.fromarray((127.5 * (1 + waves)).astype(np.uint8)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    whole.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    (tmp_path / "a.txt").write_text("waves")
+    folder = ImageFolder(tmp_path, 32)
+    loaded, upright = folder.load(0), to_rgb(Image.open(tmp_path / "a.jpg"))
+    assert loaded.size == upright.size and loaded.original == upright.size[::-1]
+    fraction = {403: 4 if turned == 1 else 1, 640: 8}.get(size[0], 1)
+    assert loaded.image.size == tuple(-(-length // fraction) for length in upright.size)
+    sample, exact = folder.sample(0), to_square(upright, 32)
+    error = np.asarray(sample.image, float) - np.asarray(exact, float)
+    assert np.abs(error).max() <= 6 and np.abs(error.mean()) < 0.5
+    side = min(upright.size)
+    assert sample.crop == tuple(round((length - side) / 2 * 32 / side) for length in upright.size)[::-1]
 
 
 def test_to_square_is_resize_then_centre_crop():

@@ -87,6 +87,21 @@ def test_a_students_card_has_its_teacher_recipe_settings_results_and_grid(tmp_pa
     assert (tmp_path / "student/images.png").read_bytes() == grid.read_bytes()
 
 
+def test_cards_of_few_steps_say_how_many_and_what_else_was_done(tmp_path, grid):
+    config = {"teacher": "miniature", "data": "scenes", "batch_size": 16, "accumulate": 1, "student": 4, "plan": "demo"}
+    results = {"teacher": {"distance_to_teacher": 0.0}}
+    for more, words in (
+        ({}, ["# miniature in 4 steps", "miniature, distilled as in", "num_inference_steps=4"]),
+        ({"remove": ["mid", "stage.3"]}, ["Of its U-Net, mid, stage.3 were removed."]),
+        ({"mixed": (1, 2, 4)}, ["# miniature in 1, 2, 4 steps"]),
+        ({"plan": "keep", "data": "me/paintings"}, ["miniature, trained further on me/paintings as in"]),
+    ):
+        write_card(tmp_path / "x", "lightning", config | more, results, grid)
+        text = card_of(tmp_path / "x").text
+        assert all(word in text for word in words), text
+        assert ("were removed" in text) == ("remove" in more)
+
+
 def test_cards_of_what_was_trained_further_name_their_relation_to_the_base(tmp_path, grid):
     lora = ["LoRA of rank 4 and alpha 8.0 for the U-Net of", "layers: all", "kohya"]
     for kind, settings, relation, words in (

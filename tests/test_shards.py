@@ -52,7 +52,7 @@ def test_metadata_in_a_tar_are_of_its_images(tmp_path):
     folder = ImageFolder(tmp_path, 8)
     assert found(folder.report) == {"x.tar/a.png": "a", "x.tar/i/b.png": "b", "x.tar/c.png": "c"}
     assert folder.report.remarks == {"in the metadata but not on the disk, skipped": ["x.tar/gone.png"]}
-    assert folder.load(1)[0].tobytes() == image(1).tobytes()
+    assert folder.load(1).image.tobytes() == image(1).tobytes()
     fill(tmp_path, {"y.tar/metadata.jsonl": "{\n"})
     assert f"{tmp_path}/y.tar/metadata.jsonl line 1 is not one JSON object" in refusal(lambda: find_examples(tmp_path))
 

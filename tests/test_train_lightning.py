@@ -406,7 +406,8 @@ def test_each_player_gets_the_gradient_of_its_own_loss(opened):
     assert all(torch.equal(weight.grad, before) for weight, before in zip(judge.parameters(), found_d, strict=True))
 
     def losses(x_fake):
-        (real, fake), _ = players.logits(ladder, made, batch, jump, 0, jump.x_real, x_fake)
+        parts, condition, _ = players.features(ladder, made, batch, jump, 0, jump.x_real, x_fake)
+        real, fake = (judge.compare(part, condition) for part in parts)
         return generator_loss(real, fake, True), discriminator_loss(real, fake, True)
 
     expected_d = torch.autograd.grad(losses(jump.x_fake.detach())[1].mean(), list(judge.parameters()))
@@ -509,7 +510,7 @@ def test_a_dry_run_prints_the_stages_and_their_memory_and_writes_nothing(sources
         ("--plan papier", "did you mean paper?"),
         ("--plan loras --remove mid", "plan loras trains nothing but a LoRA"),
         ("--plan loras --zero-snr", "which a LoRA, as of plan loras, cannot"),
-        ("--recipe bk-tiny", "--recipe or --remove does not fit"),
+        ("--recipe bk-tiny", "--recipe bk-tiny does not fit"),
         ("--resume", "nothing to resume"),
     ],
 )

@@ -21,6 +21,8 @@ from minidistill.data.listing import find_examples, fingerprint, printable, some
 from minidistill.errors import InputError
 
 MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
+MARGIN = 2  # JPEGs may be decoded at a fraction of their size down to this many times the resolution
+ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation
 UNREADABLE = "unreadable: another image stands in for each until it is removed"
 
 
@@ -33,6 +35,14 @@ class Sample(NamedTuple):
     number: int = 0  # which example this is: another one than asked for, if that cannot be read
     original: tuple[int, int] = (0, 0)  # height and width, before anything was done to it
     crop: tuple[int, int] = (0, 0)  # rows above and columns left of the square, in pixels of the resized image
+
+
+class Loaded(NamedTuple):
+    """An image, upright and RGB, perhaps decoded at a fraction of its size."""
+
+    image: Image.Image
+    size: tuple[int, int]  # width and height of the file's image, upright
+    original: tuple[int, int]  # height and width before anything was done to it
 
 
 class ImageFolder:
@@ -104,22 +114,28 @@ class ImageFolder:
             return -1, -1
         return status.st_size if place.size < 0 else place.size, status.st_mtime_ns
 
-    def load(self, i: int) -> tuple[Image.Image, tuple[int, int]]:
-        """(example i's image, upright and RGB, its height and width before anything was done to it)."""
+    def load(self, i: int) -> Loaded:
+        """Example i's image. JPEGs are decoded at 1/2, 1/4 or 1/8 if twice the resolution is left."""
         example = self.report.examples[i]
         with Image.open(io.BytesIO(self.read_bytes(i))) as stored:
             orientation = stored.getexif().setdefault(ExifTags.Base.Orientation, example.orientation)
+            size, least = stored.size, MARGIN * self.resolution
+            if orientation == 1 or not any(length % 8 for length in size):  # else a cut edge may become the first
+                stored.draft(None, (least, least))
             image = to_rgb(stored)
+        width, height = size[::-1] if orientation in ON_ITS_SIDE else size
         if not example.original:
-            return image, (image.height, image.width)
+            return Loaded(image, (width, height), (height, width))
         # What is known of it is of the image as it was stored, which may have been on its side.
-        return image, example.original[::-1] if orientation in (5, 6, 7, 8) else example.original
+        original = example.original[::-1] if orientation in ON_ITS_SIDE else example.original
+        return Loaded(image, (width, height), original)
 
     def _read(self, i: int) -> Sample:
-        image, original = self.load(i)
-        side = min(image.size)
-        left, top = (round((length - side) / 2 * self.resolution / side) for length in image.size)
-        return Sample(to_square(image, self.resolution), self.captions(i), self.name(i), i, original, (top, left))
+        image, size, original = self.load(i)
+        side = min(size)
+        left, top = (round((length - side) / 2 * self.resolution / side) for length in size)
+        square = to_square(image, self.resolution, size)
+        return Sample(square, self.captions(i), self.name(i), i, original, (top, left))
 
     def _note_broken(self, i: int, reason: str) -> None:
         """Remember and name an unreadable file. InputError if there are too many for it to be chance."""
@@ -182,12 +198,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_square(image: Image.Image, resolution: int) -> Image.Image:
+def to_square(image: Image.Image, resolution: int, size: tuple[int, int] | None = None) -> Image.Image:
     """The largest square in the middle, resized with Lanczos.
 
     The same as resizing the short side and then cropping, without the huge image that a panorama would become.
+
+    size: width and height of the image before it was decoded at a fraction of them; the last pixels may be cut.
     """
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
-    box = (left, top, left + side, top + side)
+    width, height = size or image.size
+    side, fraction = min(width, height), round(max(width, height) / max(image.size))
+    left, top = (width - side) / 2, (height - side) / 2
+    box = tuple(edge / fraction for edge in (left, top, left + side, top + side))
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)

@@ -35,21 +35,34 @@ def generator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Te
     return F.softplus(real.detach() - fake) if relativistic else F.softplus(-fake)
 
 
+def turn(real: Tensor, fake: Tensor, relativistic: bool = False) -> Tensor:
+    """The gradient of L_G in the student's sample over that of L_D in it, from logits (B,) and (B,) -> (B,).
+
+    Both losses reach the sample through its logit l alone, so one backward pass is enough: d L_D / dl = sigmoid(l) and
+    d L_G / dl = -sigmoid(-l), which is -exp(-l) times as much. relativistic: l is fake - real.
+    """
+    l = (fake - real if relativistic else fake).detach()
+    return -torch.exp(-l.clamp(min=-50))  # below, sigmoid(l) loses its digits in float32
+
+
 def ranking_accuracy(real: Tensor, fake: Tensor) -> Tensor:
     """Share () of pairs, logits (B,) and (B,), of which the real one has the larger logit; ties count one half."""
     return ((real > fake).double() + 0.5 * (real == fake).double()).mean()
 
 
-def verdict(accuracy: float, pairs: int) -> str | None:
+def verdict(accuracy: float, pairs: int, by_chance: Sequence[float] = ()) -> str | None:
     """What is wrong with a discriminator that ranks so many held-out pairs with this accuracy; None: nothing.
 
     Its loss does not tell: with beta1 = 0, Adam makes full-size steps of any gradient, also of noise.
+    by_chance: the accuracies of discriminators with random heads. They scatter more than guesses, since the student's
+    samples differ from the teacher's in the same way in all pairs, which any head may like or dislike.
     """
-    error = math.sqrt(0.25 / pairs)  # standard error of a guess
+    scatter = sum((chance - 0.5) ** 2 for chance in by_chance) / max(1, len(by_chance))
+    error = math.sqrt(max(0.25 / pairs, scatter))  # standard error of a guess, or the scatter
     if accuracy < 0.5 - 2 * error:
         return "has collapsed: it ranks the student's samples above the teacher's, and leads the student away"
     if accuracy < 0.5 + 2 * error:
-        return "is blind: its ranking is within the noise of guessing, so the student learns nothing from it"
+        return "is blind: its ranking is within what random heads reach, so the student learns nothing from it"
     if accuracy > 0.99:
         return "wins outright: the student may learn no more from it; lower its learning rate, or train longer"
     return None

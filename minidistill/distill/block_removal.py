@@ -86,6 +86,19 @@ class Removal:
     stages_removed: int
 
 
+def find_removal(teacher: UNetConfig, source: str, recipe: str | None, remove: Sequence[str] | None) -> Removal:
+    """What --recipe, or --remove in its place, removes from the teacher `source`. InputError: it does not fit."""
+    if remove is not None and not remove:
+        raise InputError("--remove names no block: name one at least, or leave it out for those of the recipe")
+    usual = RECIPES[recipe].remove if recipe else ()
+    wanted = usual if remove is None else tuple(remove)
+    try:
+        return plan_removal(teacher, wanted)
+    except InputError as error:
+        flag = f"--recipe {recipe}" if wanted == usual else f"--remove {','.join(wanted)}"
+        raise InputError(f"{flag} does not fit {source}: {error}; --remove takes any list") from error
+
+
 def plan_removal(teacher: UNetConfig, remove: Sequence[str]) -> Removal:
     """Check a list of blocks to remove against a teacher and derive the student's config.
 

@@ -148,12 +148,14 @@ def play(cast: Cast, phase: Phase, inputs: tuple[int, int, int, int], guided: bo
     if judge:
         x_fake = out.detach().requires_grad_()
         with autocast():
-            condition = judge.features(x, t, context, added) if phase.conditional else None
-            logits = [judge(y, t, context, added, condition) for y in (x, x_fake, *[x] * (phase.r1 > 0))]
-        (pull,) = torch.autograd.grad(logits[1].sum(), x_fake, retain_graph=True)
-        sum(logits).mean().backward(inputs=[weight for weight in judge.parameters() if weight.requires_grad])
-        target = target + (out * pull).sum()
-        del logits, condition
+            latents = [x_fake, *[x] * (1 + phase.conditional + (phase.r1 > 0))]
+            parts = judge.features_of(latents, [t] * len(latents), context, added)
+            condition = parts.pop() if phase.conditional else None
+            logits = [judge.compare(part, condition) for part in parts]
+        learned = [weight for weight in judge.parameters() if weight.requires_grad]
+        sum(logits).mean().backward(inputs=[*learned, x_fake])
+        target = target + (out * x_fake.grad).sum()
+        del logits, condition, parts
     target.backward()
 
 

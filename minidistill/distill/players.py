@@ -23,13 +23,14 @@ from minidistill.distill.ladder import Ladder, copy_unet, first_student, load_st
 from minidistill.distill.lightning import Leg, only_lora
 from minidistill.distill.progressive import jump_table, mixed_jumps, on_schedule, rollout, solve_conv, teacher_path
 from minidistill.models import lora
-from minidistill.models.discriminator import Discriminator
+from minidistill.models.discriminator import Discriminator, Features
 from minidistill.models.unet import UNet
 from minidistill.training import optim
 from minidistill.training.batches import Batch
 from minidistill.training.state import Part
 
 SOLVED = 768  # samples of the least squares that start conv_out for x0-prediction
+CHANCES = 8  # random heads beside the discriminator's ranking
 NUDGE = 0.01  # standard deviation of the noise of the approximated R1
 
 
@@ -203,43 +204,48 @@ def ask(ladder: Ladder, teacher: Teacher, batch: Batch) -> tuple[Model, str]:
     return on_schedule(model, teacher.own, teacher.prediction, ladder.alpha_bar), "v_prediction"
 
 
-def logits(
+def features(
     ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int, *latents: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """D's logits (B,) of endpoints (B, C, h, w) of micro-batch k (18), (19), and the timesteps (B,) that it read."""
+) -> tuple[list[Features], Features | None, Tensor]:
+    """D's features of endpoints (B, C, h, w) of micro-batch k, those of x_t, and the timesteps (B,) that it read.
+
+    All latents pass the backbone together, as one batch.
+    """
     phase, judge, text = players.leg.phase, players.discriminator, (batch.context, batch.added_cond)
     uniform, eps = fresh(ladder, k, "t*", jump.x_t)
     level = adversarial.draw_levels(uniform, phase.noise_levels, phase.noise_weights) if phase.noise_levels else None
-    found = []
+    ends = [adversarial.to_noise_level(x, jump.t_next, eps, level, ladder.alpha_bar) for x in latents]
+    xs, ts = zip(*([(jump.x_t, jump.t)] * phase.conditional + ends), strict=True)
     with ladder.autocast:
-        condition = judge.features(jump.x_t, jump.t, *text) if phase.conditional else None  # once for all
-        for endpoint in latents:
-            x, at = adversarial.to_noise_level(endpoint, jump.t_next, eps, level, ladder.alpha_bar)
-            found.append(judge(x, at, *text, condition))
-    return found, at
+        parts = judge.features_of(xs, ts, *text)
+    condition = parts.pop(0) if phase.conditional else None
+    return parts, condition, ts[-1]
 
 
 def contest(
     ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int, trains: bool
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Both players' losses on micro-batch k, from one forward pass of the student and one of D for each latent.
+    """Both players' losses on micro-batch k, from one forward pass of the student, and one and a backward pass of D.
 
     Adds the gradient of L_D to D's parameters, and computes that of L_G in x_fake, but not further. Both are of the
     weights before the step. Returns L_G (B,), its gradient (B, C, h, w), and measures to log.
     """
     phase, judge = players.leg.phase, players.discriminator
-    x_fake = jump.x_fake.detach().requires_grad_()
+    x_fake = jump.x_fake.detach().requires_grad_(trains)
     nudged = [jump.x_real + NUDGE * fresh(ladder, k, "r1", x_fake)[1]] if phase.r1 else []
-    (real, fake, *nudged), at = logits(ladder, players, batch, jump, k, jump.x_real, x_fake, *nudged)
+    parts, condition, at = features(ladder, players, batch, jump, k, jump.x_real, x_fake, *nudged)
+    real, fake, *nudged = (judge.compare(part, condition) for part in parts)  # (18), (19)
     loss_g = adversarial.generator_loss(real, fake, phase.relativistic)
     loss_d = adversarial.discriminator_loss(real, fake, phase.relativistic)
     if phase.r1:
         loss_d = loss_d + phase.r1 * adversarial.approximate_r1(real, *nudged)
+    learned = [weight for weight in judge.parameters() if weight.requires_grad]
+    share = 1 / (len(x_fake) * ladder.config.accumulate)
+    (share * loss_d.sum()).backward(inputs=[*learned, *[x_fake] * trains])
     pull = torch.zeros_like(x_fake)
     if trains:
-        (pull,) = torch.autograd.grad(loss_g.sum(), x_fake, retain_graph=True)
-    learned = [weight for weight in judge.parameters() if weight.requires_grad]
-    (loss_d.mean() / ladder.config.accumulate).backward(inputs=learned)
+        ratio = adversarial.turn(real, fake, phase.relativistic) / share
+        pull = ratio.view(-1, *[1] * (x_fake.ndim - 1)) * x_fake.grad
     measures = {
         "d": loss_d.mean(), "real": real.mean(), "fake": fake.mean(), "pull": pull.flatten(1).norm(dim=1).mean(),
         "rank": adversarial.ranking_accuracy(real, fake),
@@ -276,15 +282,20 @@ def match(ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int) ->
 
 
 @torch.no_grad()
-def ranking(ladder: Ladder, players: Players, pairs: int) -> tuple[float, int]:
-    """D's ranking accuracy on pairs of noise and timesteps that no step takes, and how many they are."""
-    found: list[list[Tensor]] = []
+def ranking(ladder: Ladder, players: Players, pairs: int) -> tuple[float, list[float], int]:
+    """D's ranking accuracy on pairs that no step takes, those of CHANCES random heads, and how many pairs they are."""
+    judge = players.discriminator
+    heads = [judge.heads, *map(judge.random_heads, range(CHANCES))]
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in heads]
     for k in range(-math.ceil(pairs / ladder.batches.batch_size), 0):
         batch = ladder.batches[k]
         jump = endpoints(ladder, players, batch, trains=False)
-        found.append(logits(ladder, players, batch, jump, k, jump.x_real, jump.x_fake)[0])
-    real, fake = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return adversarial.ranking_accuracy(real, fake).item(), len(real)
+        (real, fake), condition, _ = features(ladder, players, batch, jump, k, jump.x_real, jump.x_fake)
+        for own, logits in zip(heads, found, strict=True):
+            logits.append((judge.compare(real, condition, own), judge.compare(fake, condition, own)))
+    both = [[torch.cat(side) for side in zip(*logits, strict=True)] for logits in found]
+    accuracy, *by_chance = (adversarial.ranking_accuracy(*logits).item() for logits in both)
+    return accuracy, by_chance, len(both[0][0])
 
 
 @torch.no_grad()

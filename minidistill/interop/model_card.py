@@ -33,8 +33,9 @@ MEASURES = {
 
 # Settings that say nothing about the model, or are told elsewhere.
 NOT_TOLD = ("out", "resume", "device", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
-NOT_TOLD += ("judged", "push_to_hub", "private", "examples", "weights", "dry_run")
+NOT_TOLD += ("mixed", "judged", "push_to_hub", "private", "examples", "weights", "dry_run")
 PATHS = ("teacher", "model", "data")
+KEEP = ("keep", "keep-lora")  # plans that train a model of few steps further
 
 
 # What the card of one kind of model says; the texts are filled from the run's settings.
@@ -67,18 +68,18 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "lightning": {
         "base": "teacher",
-        "title": "{base} in {student} steps",
-        "summary": "{base}, distilled for {student} sampling steps as in [SDXL-Lightning]"
-        "(https://arxiv.org/abs/2402.13929). Sample it by Euler with trailing timesteps, guidance off.",
+        "title": "{base} in {few} steps",
+        "summary": "{base}, {made} as in [SDXL-Lightning](https://arxiv.org/abs/2402.13929).{pruned} Sample it by "
+        "Euler with trailing timesteps, guidance off.",
         "grid": "teacher above students",
         "tags": ("sdxl-lightning",),
         "relation": "finetune",
     },
     "lightning-lora": {
         "base": "teacher",
-        "title": "LoRA for {base} in {student} steps",
-        "summary": "A LoRA of rank {lora_rank} and alpha {lora_alpha} with which {base} samples in {student} steps, "
-        "distilled as in [SDXL-Lightning](https://arxiv.org/abs/2402.13929). Sample it by Euler with trailing "
+        "title": "LoRA for {base} in {few} steps",
+        "summary": "A LoRA of rank {lora_rank} and alpha {lora_alpha} with which {base} samples in {few} steps, "
+        "{made} as in [SDXL-Lightning](https://arxiv.org/abs/2402.13929). Sample it by Euler with trailing "
         "timesteps, guidance off.",
         "grid": "teacher above students",
         "tags": ("sdxl-lightning", "lora"),
@@ -117,12 +118,7 @@ def write_card(
     folder, about, here = Path(folder), KINDS[kind], repo or "path/to/this/folder"
     source = config[about["base"]]
     told = {name: public_name(value) if name in PATHS else value for name, value in config.items()}
-    words = told | {
-        "base": told[about["base"]],
-        "removed": ", ".join(config.get("remove") or ()),
-        "samples": config["batch_size"] * config["accumulate"],
-        "trained": "U-Net and text encoder" if config.get("train_text_encoder") else "U-Net",
-    }
+    words = told | {"base": told[about["base"]], **_made(told)}
     left_out = NOT_TOLD if config["data"] == "scenes" else (*NOT_TOLD, "images")  # their number is the scenes'
     license = find_license(source)
     front = ModelCardData(
@@ -156,6 +152,19 @@ def write_card(
         shutil.copyfile(grid, temporary)
     with atomic_path(folder / CARD) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _made(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was done to make a model, in words for the texts of KINDS."""
+    removed = ", ".join(config.get("remove") or ())
+    return {
+        "removed": removed,
+        "pruned": f" Of its U-Net, {removed} were removed." * bool(removed),
+        "samples": config["batch_size"] * config["accumulate"],
+        "few": ", ".join(map(str, config.get("mixed") or [config.get("student")])),
+        "made": f"trained further on {config['data']}" if config.get("plan") in KEEP else "distilled",
+        "trained": "U-Net and text encoder" if config.get("train_text_encoder") else "U-Net",
+    }
 
 
 def _for_other_programs(here: str, removed: list[str]) -> str:

@@ -103,6 +103,20 @@ class Discriminator(nn.Module):
             last += len(stage.downsamplers)
         return {tap: found[tap] for tap in self.taps}
 
+    def features_of(
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Sequence[Tensor],
+        context: Tensor,
+        added_cond: dict[str, Tensor] | None = None,
+    ) -> list[Features]:
+        """The features of each of several latents of the same samples, which pass the backbone as one batch."""
+        n = len(latents)
+        added = added_cond and {name: torch.cat([value] * n) for name, value in added_cond.items()}
+        found = self.features(torch.cat([*latents]), torch.cat([*timesteps]), torch.cat([context] * n), added)
+        parts = zip(*(h.chunk(n) for h in found.values()), strict=True)
+        return [dict(zip(found, part, strict=True)) for part in parts]
+
     def forward(
         self,
         x: Tensor,
@@ -115,10 +129,29 @@ class Discriminator(nn.Module):
 
         ValueError: a condition is missing, or is given to D'.
         """
+        return self.compare(self.features(x, t, context, added_cond), condition)
+
+    def compare(self, found: Features, condition: Features | None = None, heads: nn.ModuleDict | None = None) -> Tensor:
+        """Logits (B,) from the features of x_{t-ns} and, for D, those of x_t. ValueError: as in `forward`.
+
+        heads: in place of its own.
+        """
         if (condition is not None) != self.conditional:
             raise ValueError("the conditional discriminator needs features of x_t, and the other one takes none")
         logits = []
-        for tap, h in self.features(x, t, context, added_cond).items():
+        for tap, h in found.items():
             both = h if condition is None else torch.cat([h, condition[tap]], dim=1)  # x_{t-ns} first
-            logits.append(self.heads[tap.replace(".", "_")](both))
+            logits.append((heads or self.heads)[tap.replace(".", "_")](both))
         return torch.stack(logits).mean(0)
+
+    def random_heads(self, seed: int) -> nn.ModuleDict:
+        """Heads like its own that have learned nothing, but are not zero: what a ranking may reach by chance."""
+        heads = copy.deepcopy(self.heads).cpu()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for head in heads.values():
+                for block in head.blocks:
+                    block.conv.reset_parameters()
+                    block.norm.reset_parameters()
+                nn.init.normal_(head.out.weight)
+        return heads.to(next(self.heads.parameters()).device)

@@ -7,7 +7,9 @@ the same after a resume, for any batch size that covers the same numbers, and ho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -25,7 +27,10 @@ from minidistill.miniature.scenes import Scenes
 from minidistill.models.vae import posterior_std
 from minidistill.pipeline import VAE, Origin, Pipeline, TextStates, to_pixels
 
-SMALL, TOGETHER = 64, 8  # images of up to 64 pixels go through the VAE 8 at once, larger ones alone (6 GiB else)
+# Pixels that pass the VAE together: on a CPU more are no faster, and one of 512 x 512 takes 0.8 GiB.
+AT_ONCE_ON_CPU, AT_ONCE = 8 * 64**2, 2 * 512**2
+TOGETHER = 8  # captions that are encoded at once, and images read at once, where all are
+AHEAD = 2  # batches whose images are read before they are needed
 CACHE_LIMIT = 2 * 2**30  # bytes of latents, and of text states, to keep in memory; beyond it: encoded batch by batch
 Images = Scenes | ImageFolder  # or any sequence of (image, caption) with a fingerprint()
 EncodeText = Callable[[Sequence[str | None]], TextStates]
@@ -102,6 +107,8 @@ class Batches:
         self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
         self._cache: Latents | LatentCache | None = None
         self._text: EncodeText | None = None
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._reading: dict[int, Future[Sample]] = {}  # by sample number
         if isinstance(data, LatentCache):
             data.check(pipe, flip)
         if isinstance(data, LatentCache | Latents):
@@ -156,7 +163,17 @@ class Batches:
             self._order = (epoch, order)
         return int(self._order[1][place])
 
-    def _examples(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[str], list[Origin]]:
+    def _read(self, numbers: range) -> list[Sample]:
+        """The images of these samples. Threads go on to those of the next batches, while this one trains."""
+        end = numbers.stop + AHEAD * len(numbers)
+        for n in range(numbers.start, end):
+            if n not in self._reading:
+                self._reading[n] = self._threads.submit(_sample, self._images, self._index(n))
+        found = [self._reading.pop(n).result() for n in numbers]
+        self._reading = {n: later for n, later in self._reading.items() if numbers.stop <= n < end}
+        return found
+
+    def _examples(self, numbers: range) -> tuple[Tensor, Tensor, list[str], list[Origin]]:
         """Posterior means, deviations, captions and origins of these samples, each with draws of its own."""
         indices = [self._index(n) for n in numbers]
         flipped = [self.flip and bool(_draw(2, self.seed, "flip", n)) for n in numbers]
@@ -165,7 +182,7 @@ class Batches:
             found = [self._cache.captions(i) for i in indices]
             origins = [self._cache.origin(i) for i in indices]
         else:
-            samples = [_sample(self._images, i) for i in indices]
+            samples = self._read(numbers)
             mean, std = _encode(self.pipe.vae, samples, flipped)
             found, origins = [sample.captions for sample in samples], _origins(samples)
         captions = [
@@ -228,9 +245,10 @@ def encode_samples(
         yield chosen, mean, std
 
 
-def at_once(size: tuple[int, int]) -> int:
-    """How many images of (width, height) pixels go through the VAE at a time."""
-    return TOGETHER if max(size) <= SMALL else 1
+def at_once(size: tuple[int, int], device: torch.device) -> int:
+    """How many images of (width, height) pixels go through the VAE at a time on this device."""
+    pixels = AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE
+    return max(1, pixels // (size[0] * size[1]))
 
 
 def _draw(count: int, seed: int, what: str, n: int) -> int:
@@ -255,7 +273,7 @@ def _encode(
     """Posterior mean and deviation (B, C, h, w), unscaled, float32 on the CPU. batch_size: as in `encode_samples`."""
     images = [ImageOps.mirror(s.image) if flip else s.image for s, flip in zip(samples, flipped, strict=True)]
     weight = next(vae.parameters())
-    few = to_pixels(images).split(batch_size or at_once(images[0].size))
+    few = to_pixels(images).split(batch_size or at_once(images[0].size, weight.device))
     encoded = [vae.encode(pixels.to(weight)) for pixels in few]
     mean, logvar = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     mean, std = mean.float().cpu(), posterior_std(logvar).float().cpu()
