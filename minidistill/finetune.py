@@ -29,7 +29,7 @@ from minidistill.models import lora
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report
 from minidistill.settings import TrainingConfig
-from minidistill.training import inputs, optim
+from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batch, Batches
 from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision
 from minidistill.training.ema import EMA
@@ -115,6 +115,8 @@ def main(config: Config) -> None:
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     run.folder.save(done, parts, config.keep_checkpoints)
 
+    if not parallel.is_first():
+        return
     with ema.swap():
         run.report.measure("after", pipe, config.steps)
         saved = save(config, pipe, run.folder.path)
@@ -145,7 +147,7 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> tuple[Path, str, list[
 
 def set_up(config: Config) -> Run:
     """Check all settings, build what trains, measure the model before training. No file is written."""
-    device = get_device(config.device, config.deterministic)
+    device = parallel.join(get_device(config.device, config.deterministic))
     check_lora(config)
     inputs.check_training(config)
     pipe = load_pipeline(config.model, device)
@@ -184,7 +186,7 @@ def set_up(config: Config) -> Run:
         judged=config.judged if config.data == "scenes" else 0,
         idle=[] if config.train_text_encoder else batches.idle,
     )
-    return Run(config, settings, folder, pipe, networks, trained, batches, precision, optimizer, ema, report)
+    return Run(config, settings, folder, pipe, networks, trained, batches.share(), precision, optimizer, ema, report)
 
 
 def choose_weights(config: Config, pipe: Pipeline) -> nn.ModuleDict:

@@ -25,6 +25,7 @@ from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline
+from minidistill.training import parallel
 from minidistill.training.batches import Batches, at_once
 from minidistill.training.curves import draw_curves
 from minidistill.training.log import format_table
@@ -162,17 +163,23 @@ class Report:
         self.file = run.path / "results.json"
         self.results: dict[str, dict[str, Any]] = read_json(self.file) if self.file.exists() else {}
         self.reference, pipe = reference
+        if not parallel.is_first():
+            return
         is_known = self.reference in self.results
         self.upper_row = self._images(pipe, self.captions) if is_known else self._measure(self.reference, pipe)
 
     def look(self, pipe: Pipeline, step: int) -> None:
         """Write samples/step-NNNNNN.png. NonFiniteLoss: the model makes no images."""
+        if not parallel.is_first():
+            return
         with drawing(f"the {self.trained} of step {step}"):
             images = self._images(pipe, self.captions)
         self._write(step, images)
 
     def measure(self, name: str, pipe: Pipeline, step: int) -> None:
         """Measure the trained model, keep the result in results.json under `name`, and write the image grid."""
+        if not parallel.is_first():
+            return
         with drawing(f"the {self.trained} of step {step}"):
             images = self._measure(name, pipe)
         self._write(step, images)
@@ -189,6 +196,8 @@ class Report:
         folder: of the trained model. kind: of model card. files: those of the folder to upload, None: all. settings: of
         the run.
         """
+        if not parallel.is_first():
+            return
         draw_curves(self.run.metrics, self.run.curves)
         grid, repo = self.run.image_grid(settings["steps"]), settings["push_to_hub"]  # which `measure` has written
         write_card(folder, kind, settings, self.results, grid, repo)

@@ -32,7 +32,7 @@ from minidistill.miniature.scenes import Scenes
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report, unet_numbers
 from minidistill.settings import TrainingConfig
-from minidistill.training import inputs, optim
+from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batches, Latents, captions_of
 from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
@@ -156,6 +156,8 @@ def main(config: Config) -> None:
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     run.folder.save(done, parts, config.keep_checkpoints)
 
+    if not parallel.is_first():
+        return
     with ema.swap():
         run.report.measure("student after", run.student, config.steps)
         run.student.save(run.folder.path / "student")
@@ -164,7 +166,7 @@ def main(config: Config) -> None:
 
 def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
-    device = get_device(config.device, config.deterministic)
+    device = parallel.join(get_device(config.device, config.deterministic))
     config, pipe, removal, data = plan(config, device)
     smallest = inputs.smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
@@ -193,7 +195,7 @@ def set_up(config: Config) -> Run:
         guidance=config.guidance,
         autocast=precision.autocast,
     )
-    return Run(config, settings, folder, pipe, student, pairs, batches, precision, optimizer, ema, report)
+    return Run(config, settings, folder, pipe, student, pairs, batches.share(), precision, optimizer, ema, report)
 
 
 def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Removal, inputs.Data]:

@@ -40,7 +40,7 @@ from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import SEED, Report, draw, save_image_grid
 from minidistill.settings import RunConfig
-from minidistill.training import inputs, optim
+from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batches
 from minidistill.training.device import best_precision, get_device, get_precision
 from minidistill.training.log import MetricsLog, format_table
@@ -139,7 +139,9 @@ def main(config: Config) -> None:
             del players  # the other networks make room for those of the next phase
             if leg.ends_stage:
                 with log.untimed():
-                    save_student(ladder, leg.stage, unet)
+                    if parallel.is_first():
+                        save_student(ladder, leg.stage, unet)
+                    parallel.wait()  # the next stage reads it
                     report.measure(leg.stage.name, student_pipeline(ladder, leg.stage, unet), leg.last)
     finish(ladder, report)
 
@@ -212,7 +214,7 @@ class Setup(NamedTuple):
 
 def set_up(config: Config) -> tuple[Ladder, Report]:
     """Check all settings, load the teacher and the data, measure the teacher. No file is written."""
-    device = get_device(config.device, config.deterministic)
+    device = parallel.join(get_device(config.device, config.deterministic))
     setup = check(config, device)
     config, stages, pipe, removal, data = setup
     smallest = inputs.smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
@@ -224,7 +226,7 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
 
     for network in (pipe.vae, *pipe.networks.values()):
         network.eval().requires_grad_(False)
-    batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed)
+    batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed).share()
     absent, own = pipe.encode_prompts([None]), make_alpha_bar(pipe.schedule).to(device)
     zero = dataclasses.replace(pipe.schedule, rescale_betas_zero_snr=True)
     alpha_bar = make_alpha_bar(zero).to(device) if config.zero_snr else own
@@ -303,6 +305,8 @@ def open_report(ladder: Ladder) -> Report:
 
 def finish(ladder: Ladder, report: Report) -> None:
     """One image grid of the teacher and all students, the table, and a model card for each student."""
+    if not parallel.is_first():
+        return
     last, rows, labels = ladder.stages[-1], [report.upper_row], [report.reference]
     for index, stage in enumerate(ladder.stages):
         student = student_pipeline(ladder, stage, load_student(ladder, index))

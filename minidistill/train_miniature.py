@@ -41,6 +41,7 @@ from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, posterior_std
 from minidistill.pipeline import Pipeline
 from minidistill.report import save_image_grid
+from minidistill.training import parallel
 from minidistill.training.batches import Batches, to_pixels
 from minidistill.training.curves import draw_curves
 from minidistill.training.device import PRECISIONS, best_precision, get_device, get_precision
@@ -88,6 +89,7 @@ DEFAULTS = {
 
 def main(config: Config) -> None:
     """Train the chosen parts, in their order. InputError: there is nothing to resume."""
+    parallel.refuse("train_miniature")
     train = {"clip": train_clip, "vae": train_vae, "unet": train_unet}
     chosen = tuple(train) if config.part == "all" else (config.part,)
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):

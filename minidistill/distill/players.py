@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -301,6 +302,7 @@ def ranking(ladder: Ladder, players: Players, pairs: int) -> tuple[float, list[f
 @torch.no_grad()
 def solve_output(ladder: Ladder, players: Players, source: Teacher) -> None:
     """Give the student the conv_out that best says in its own terms, from its last features, what `source` predicts."""
+    ladder = replace(ladder, batches=ladder.batches.whole)  # every process finds the same
     unet, alpha_bar = players.student, ladder.alpha_bar
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -322,8 +324,7 @@ def solve_output(ladder: Ladder, players: Players, source: Teacher) -> None:
 
 def fresh(ladder: Ladder, k: int, what: str, like: Tensor) -> tuple[Tensor, Tensor]:
     """Uniform numbers (B,) and standard-normal noise (B, C, h, w) of the samples of micro-batch k, for one purpose."""
-    numbers = range(k * ladder.batches.batch_size, (k + 1) * ladder.batches.batch_size)
-    generators = [generator_for(ladder.config.seed, what, n) for n in numbers]
+    generators = [generator_for(ladder.config.seed, what, n) for n in ladder.batches.numbers(k)]
     uniform = torch.stack([torch.rand((), generator=g) for g in generators])
     noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
     return uniform.to(like.device), noise.to(like.device)

@@ -7,6 +7,7 @@ the same after a resume, for any batch size that covers the same numbers, and ho
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from minidistill.errors import InputError
 from minidistill.miniature.scenes import Scenes
 from minidistill.models.vae import posterior_std
 from minidistill.pipeline import VAE, Origin, Pipeline, TextStates, to_pixels
+from minidistill.training import parallel
 
 # Pixels that pass the VAE together: on a CPU more are no faster, and one of 512 x 512 takes 0.8 GiB.
 AT_ONCE_ON_CPU, AT_ONCE = 8 * 64**2, 2 * 512**2
@@ -104,6 +106,7 @@ class Batches:
         """
         self.data, self.pipe, self.batch_size, self.seed = data, pipe, batch_size, seed
         self.caption_dropout, self.flip, self.device = caption_dropout, flip, pipe.device
+        self.whole, self._part = self, (0, 1)  # of a share: all of each batch; which share, of how many
         self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
         self._cache: Latents | LatentCache | None = None
         self._text: EncodeText | None = None
@@ -125,7 +128,7 @@ class Batches:
             self._text = encode_captions(self._cache, pipe)
 
     def __getitem__(self, k: int) -> Batch:
-        numbers = range(k * self.batch_size, (k + 1) * self.batch_size)
+        numbers = self.numbers(k)
         generators = [generator_for(self.seed, "sample", n) for n in numbers]
         mean, std, all_captions, origins = self._examples(numbers)
         T = self.pipe.schedule.num_train_timesteps
@@ -140,6 +143,22 @@ class Batches:
         text = (self._text or self.pipe.encode_prompts)(captions).map(lambda part: part.to(self.device).float())
         width, height = self.size
         return Batch(x0, text.context, eps, t, captions, self.pipe.added_cond(text.pooled, height, width, origins))
+
+    def share(self) -> Batches:
+        """These batches, of which this process gets its part of each. InputError: they cannot be split evenly."""
+        if self.batch_size % parallel.count():
+            split = f"cannot be split over {parallel.count()} processes"
+            raise InputError(f"--batch-size {self.batch_size} {split}: it counts the samples of all; give a multiple")
+        part = copy.copy(self)
+        part.whole, part._reading = self, {}
+        part.batch_size, part._part = self.batch_size // parallel.count(), (parallel.rank(), parallel.count())
+        return part
+
+    def numbers(self, k: int) -> range:
+        """The numbers of the samples that micro-batch k has here."""
+        part, parts = self._part
+        start = (k * parts + part) * self.batch_size
+        return range(start, start + self.batch_size)
 
     def captions(self, count: int) -> list[str]:
         """The (first) captions of the first entries of the data set."""
@@ -165,12 +184,13 @@ class Batches:
 
     def _read(self, numbers: range) -> list[Sample]:
         """The images of these samples. Threads go on to those of the next batches, while this one trains."""
-        end = numbers.stop + AHEAD * len(numbers)
-        for n in range(numbers.start, end):
+        step = self._part[1] * len(numbers)
+        wanted = [n + i * step for i in range(1 + AHEAD) for n in numbers]
+        for n in wanted:
             if n not in self._reading:
                 self._reading[n] = self._threads.submit(_sample, self._images, self._index(n))
         found = [self._reading.pop(n).result() for n in numbers]
-        self._reading = {n: later for n, later in self._reading.items() if numbers.stop <= n < end}
+        self._reading = {n: self._reading[n] for n in wanted[len(numbers) :]}
         return found
 
     def _examples(self, numbers: range) -> tuple[Tensor, Tensor, list[str], list[Origin]]:

@@ -16,6 +16,7 @@ from minidistill.interop.publish import open_repo
 from minidistill.miniature.scenes import SIDE, Scenes
 from minidistill.models.unet import UNetConfig
 from minidistill.pipeline import Pipeline
+from minidistill.training import parallel
 from minidistill.training.run_folder import RunFolder
 
 Data = Scenes | ImageFolder | LatentCache
@@ -70,7 +71,7 @@ def find_run(config: Mapping[str, Any], pipe: Pipeline, data: Data) -> tuple[dic
     """
     settings = {**config, "weights": weights_fingerprint(pipe), "examples": data.fingerprint()}
     folder = RunFolder.find(settings["out"], settings, settings["resume"])
-    if settings["push_to_hub"]:
+    if settings["push_to_hub"] and parallel.is_first():
         open_repo(settings["push_to_hub"], settings["private"])
     return settings, folder
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from minidistill.errors import InputError
+from minidistill.training import parallel
 from minidistill.weights.files import atomic_path
 
 # The entries of a metrics line that are not loss parts.
@@ -73,10 +75,11 @@ class MetricsLog:
         self, path: str | Path, total: int, every: int = 10, start: int = 0, num_train_timesteps: int = 1000
     ) -> None:
         self.path, self.total, self.every, self.num_train_timesteps = Path(path), total, every, num_train_timesteps
-        kept = [line for line in read_metrics(path) if line["step"] <= start]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        if parallel.is_first():
+            kept = [line for line in read_metrics(path) if line["step"] <= start]
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = (self.path if parallel.is_first() else Path(os.devnull)).open("a", encoding="utf-8")
         self._last = start
         self._clear()
 
@@ -99,11 +102,11 @@ class MetricsLog:
         """Optimizer step number `step` is done, with this learning rate and gradient norm. InputError: a full disk."""
         if step % self.every and step != self.total:
             return
-        losses = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        losses, by_sample = self._means()
         ms = 1000 * (time.perf_counter() - self._clock) / max(1, step - self._last)
         line: dict[str, Any] = {"step": step, **losses, "lr": lr, "grad_norm": float(grad_norm), "ms_per_step": ms}
-        if self._by_sample:
-            loss, t = (torch.cat(tensors).cpu() for tensors in zip(*self._by_sample, strict=True))
+        if by_sample:
+            loss, t = (torch.cat(tensors) for tensors in zip(*by_sample, strict=True))
             line["loss_by_timestep"] = bin_by_timestep(loss, t, self.num_train_timesteps)
         try:
             self._file.write(json.dumps(_finite_or_null(line)) + "\n")
@@ -115,6 +118,16 @@ class MetricsLog:
         print(format_line(step, self.total, losses, ms), flush=True)
         self._last = step
         self._clear()
+
+    def _means(self) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
+        """The mean of each loss part over all processes, and the losses of their samples with the timesteps."""
+        own = {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+        samples = [(loss.cpu(), t.cpu()) for loss, t in self._by_sample]
+        found = parallel.gather((own, samples))
+        names = dict.fromkeys(name for parts, _ in found for name in parts)
+        pairs = {name: [parts[name] for parts, _ in found if name in parts] for name in names}
+        means = {name: sum(total for total, _ in of) / sum(count for _, count in of) for name, of in pairs.items()}
+        return means, [pair for _, some in found for pair in some]
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.errors import InputError, NonFiniteLoss
+from minidistill.training import parallel
 
 SCHEDULES = ("constant", "cosine")
 MUON_RATE = 3.0  # the learning rate of Muon over AdamW's
@@ -130,12 +131,14 @@ def optimizer_step(
     step: int = 0,
     t: Tensor | None = None,
 ) -> Tensor:
-    """After backward: unscale, clip, step with `lr`, clear the gradients. Returns the norm before clipping (0-d).
+    """After backward: average over processes, unscale, clip, step with `lr`, clear the gradients.
 
-    NonFiniteLoss, before any weight is changed, if a gradient is not finite: `step` and its timesteps `t` (B,) are for
-    the message. With fp16, whose gradients overflow now and then, `scaler` skips such a step instead.
+    Returns the norm before clipping (0-d). NonFiniteLoss, before any weight is changed, if a gradient is not finite:
+    `step` and its timesteps `t` (B,) are for the message. With fp16, whose gradients overflow now and then, `scaler`
+    skips such a step instead.
     """
     set_lr(optimizer, lr)
+    parallel.average_gradients(module.parameters())
     scaler.unscale_(optimizer)
     norm = clip_grad_norm(module.parameters(), max_grad_norm)
     if not scaler.is_enabled():

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from minidistill.errors import InputError
+from minidistill.training import parallel
 from minidistill.training.log import read_metrics
 from minidistill.training.state import Part, pack, unpack
 from minidistill.weights.files import read_json, read_safetensors, some, to_disk, write_json, write_safetensors
@@ -111,6 +112,9 @@ class RunFolder:
 
     def begin(self, config: Mapping[str, Any]) -> RunFolder:
         """Write config.json and make the folders; itself. InputError: the operating system refuses."""
+        parallel.wait()  # until all have seen what was there before
+        if not parallel.is_first():
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
@@ -127,6 +131,8 @@ class RunFolder:
 
     def save(self, step: int, parts: Mapping[str, Part], keep: int = 2) -> None:
         """Write checkpoints/step-NNNNNN, the parts of a run (state.pack), then delete all but the last `keep`."""
+        if not parallel.is_first():
+            return
         tensors, meta = pack(parts)
         self._remove_leftovers()
         final = self.checkpoints / f"step-{step:06d}"
@@ -174,7 +180,7 @@ class RunFolder:
         InputError: another process has it. OSError: there is no such folder.
         """
         path = self.path.resolve()
-        if sys.platform == "win32" or path in RunFolder._locks:
+        if sys.platform == "win32" or path in RunFolder._locks or not parallel.is_first():
             return
         while RunFolder._locks:
             os.close(RunFolder._locks.popitem()[1])
