@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +29,7 @@ from minidistill.distill.sensitivity import measure_levels
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
-from minidistill.miniature import networks
-from minidistill.miniature.inside_out import PATCHES, OuterDropout, X0Heads, excess, keep_variance
+from minidistill.miniature import inside_out, networks
 from minidistill.miniature.judge import score
 from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.scenes import Scenes, held_out_captions
@@ -39,7 +37,7 @@ from minidistill.models.clip import CLIPModel, CLIPTextModel
 from minidistill.models.tokenizer import train_bpe
 from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, posterior_std
-from minidistill.pipeline import Pipeline
+from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import save_image_grid
 from minidistill.training import parallel
 from minidistill.training.batches import Batches, to_pixels
@@ -64,6 +62,9 @@ class Config:
 
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
+    teacher: str | None = option(
+        None, "a miniature whose predictions the U-Net learns, and whose text encoder it reads (default: none)"
+    )
     steps: int | None = option(None, "optimizer steps; default: clip 2400, vae 5000, unet 30000", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "peak learning rate; default: clip 1e-3, vae 1.5e-3, unet 1e-3")
@@ -199,12 +200,17 @@ def train_unet(config: Config, run: RunFolder) -> None:
     The text encoder is trained too, as in that paper (sec. 3.3). The loss is weighted by about SNR^(-1/2) (P2, arXiv
     2204.00227). Inner levels first (`miniature/inside_out.py`). In the first eighth of the run, every second step is at
     t >= 850 on captions that state positions (`Layouts`): below, the noisy latents show the layout.
+
+    With a teacher, the target is its prediction in place of eps, which is mostly noise that nobody can predict, and its
+    text encoder stays as it is. Much less data is needed.
     """
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
-    pipe = new_pipeline(Path(config.out) / "pipeline", device)
-    trained, heads = nn.ModuleDict(pipe.networks), X0Heads(pipe.unet.config).to(device)
+    teacher = load_pipeline(config.teacher, device) if config.teacher else None
+    pipe = new_pipeline(Path(config.out) / "pipeline", device, teacher)
+    trained = nn.ModuleDict({"unet": pipe.unet} if teacher else pipe.networks)
+    heads = inside_out.X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
     muon, adam = muon_and_adamw(learned, networks.hidden_weights(pipe.unet), config.learning_rate)
     ema = EMA(trained, 0.999)
@@ -217,20 +223,26 @@ def train_unet(config: Config, run: RunFolder) -> None:
     layouts = Batches(Layouts(few), pipe, **settings) if is_needed else batches
     rounds = max(1, min(96, config.judged) // config.batch_size)
     held_out = Batches(Scenes("test", rounds * config.batch_size), pipe, **settings)
-    dropout, alpha_bar = OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
+    dropout, alpha_bar = inside_out.OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
             progress = step / config.steps
             first = progress < LAYOUT and step % 2 == 1
             batch = (layouts if first else batches)[step]
-            t = squeeze(batch.t, LAYOUT_TIMESTEPS if first else TIMESTEPS)
+            t = inside_out.squeeze(batch.t, LAYOUT_TIMESTEPS if first else TIMESTEPS)
             text = pipe.text_states(batch.captions).context
             x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
+            with torch.no_grad():
+                target = teacher.unet(x_t, t, text) if teacher else batch.eps
             with precision.autocast, dropout.at(progress, len(t), generator_for(config.seed, "drop", step)):
                 out, features = pipe.unet(x_t, t, text, return_features=True)
-            per_sample = (out.float() - batch.eps).square().mean((1, 2, 3))
-            losses = {"eps": (per_sample * p2_weight(t, alpha_bar)).mean(), **heads(features, batch.x0)}
-            loss = losses["eps"] + 0.2 * sum(losses[f"x0 from {name}"] for name in PATCHES) + 0.001 * excess(features)
+            per_sample = (out.float() - target).square().mean((1, 2, 3))
+            losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar)).mean(), **heads(features, batch.x0)}
+            loss = (
+                losses["eps"]
+                + 0.2 * sum(losses[f"x0 from {name}"] for name in inside_out.PATCHES)
+                + 0.001 * inside_out.excess(features)
+            )
             check_finite(per_sample, step + 1, t)
             lr = config.learning_rate * min(1, (step + 1) / 200, (1 - progress) / 0.4)  # linear over the last 40 %
             precision.scaler.scale(loss).backward()
@@ -254,16 +266,21 @@ def train_unet(config: Config, run: RunFolder) -> None:
     print(f"miniature -> {config.out}/pipeline")
 
 
-def new_pipeline(folder: Path, device: torch.device) -> Pipeline:
-    """A new U-Net, with the CLIP and the VAE of `folder`, or else of the shipped miniature."""
+def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = None) -> Pipeline:
+    """A new U-Net, with the CLIP and the VAE of `folder`, or else of the shipped miniature.
+
+    teacher: in place of CLIP's, its text encoder is taken, and does not train.
+    """
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
     unet, tokenizer = UNet(networks.UNET).to(device), folders.load_tokenizer(clip)
-    keep_variance(unet)
+    inside_out.keep_variance(unet)
+    vae = folders.load_vae(vae, device=device)
+    if teacher is not None:
+        encoders = [encoder.requires_grad_(False) for encoder in teacher.text_encoders]
+        return Pipeline(unet, vae, encoders, teacher.tokenizers, ScheduleConfig())
     text_encoder = networks.words_first(folders.load_clip(clip))
     networks.redraw_places(text_encoder, tokenizer)
-    return Pipeline(
-        unet, folders.load_vae(vae, device=device), [text_encoder.to(device)], [tokenizer], ScheduleConfig()
-    )
+    return Pipeline(unet, vae, [text_encoder.to(device)], [tokenizer], ScheduleConfig())
 
 
 def save_result(pipe: Pipeline, folder: Path) -> None:
@@ -273,18 +290,6 @@ def save_result(pipe: Pipeline, folder: Path) -> None:
         network.half()
     pipe.save(folder)
     folders.save_clip(folder, clip)
-
-
-def squeeze(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Timesteps (B,) of 0 .. 999 rescaled into ranges [low, high), which the samples take in turn."""
-    low, high = torch.tensor(ranges, device=t.device)[torch.arange(len(t)) % len(ranges)].T
-    return low + t * (high - low) // 1000
-
-
-def p2_weight(t: Tensor, alpha_bar: Tensor, gamma: float = 0.5, k: float = 0.015) -> Tensor:
-    """Weight 1 / (k + SNR)^gamma of an eps loss at timesteps t (B,): (B,). Source: P2, arXiv 2204.00227."""
-    a = alpha_bar.to(t.device)[t]
-    return (k + a / (1 - a)) ** -gamma
 
 
 def report(run: RunFolder, pipe: Pipeline, step: int, count: int) -> None:

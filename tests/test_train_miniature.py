@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from minidistill import train_miniature
 from minidistill.distill.sensitivity import zeroed
 from minidistill.errors import InputError
 from minidistill.miniature.inside_out import (
@@ -18,6 +19,8 @@ from minidistill.miniature.inside_out import (
     X0Heads,
     excess,
     keep_variance,
+    p2_weight,
+    squeeze,
 )
 from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.networks import UNET, VAE, near_colour, redraw_places, whiten, words_first
@@ -26,7 +29,7 @@ from minidistill.models.clip import CLIPTextModel
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
-from minidistill.train_miniature import LAYOUT_TIMESTEPS, Config, main, p2_weight, squeeze
+from minidistill.train_miniature import LAYOUT_TIMESTEPS, Config, main
 from minidistill.training.batches import to_pixels
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
@@ -86,6 +89,20 @@ def test_the_unet_alone_is_trained_on_the_shipped_vae_and_clip(tmp_path):
     clip = read_safetensors(folders.MINIATURE / "clip" / "model.safetensors")
     copied = read_safetensors(tmp_path / "pipeline" / "clip" / "model.safetensors")
     assert all(torch.equal(tensor, copied[name]) for name, tensor in clip.items())
+
+
+def test_with_a_teacher_its_predictions_are_the_target_and_its_text_encoder_stays(tmp_path, monkeypatch):
+    targets = []
+    monkeypatch.setattr(train_miniature, "check_finite", lambda loss, *_: targets.append(loss.detach()))
+    for teacher in ("miniature", None):
+        out = tmp_path / str(teacher)
+        main(few(out=str(out), part="unet", steps=1, teacher=teacher))
+    shipped, trained = load_pipeline("miniature"), load_pipeline(tmp_path / "miniature" / "pipeline")
+    pairs = zip(shipped.text_encoders[0].parameters(), trained.text_encoders[0].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.allclose(*targets), "eps is another target"
+    names = read_safetensors(tmp_path / "miniature/unet/checkpoints/step-000001/state.safetensors")
+    assert not any("text_encoder" in name for name in names) and any(name.startswith("ema/unet") for name in names)
 
 
 def test_a_missing_run_is_not_resumed(tmp_path):

@@ -10,7 +10,7 @@ alone is dropped, at first always, at last never (`OuterDropout`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,3 +139,15 @@ def keep_variance(unet: UNet) -> None:
     for name, module in unet.named_modules():
         if name.endswith(("conv_shortcut", "samplers.0.conv")):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+
+
+def squeeze(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Timesteps (B,) of 0 .. 999 rescaled into ranges [low, high), which the samples take in turn."""
+    low, high = torch.tensor(ranges, device=t.device)[torch.arange(len(t)) % len(ranges)].T
+    return low + t * (high - low) // 1000
+
+
+def p2_weight(t: Tensor, alpha_bar: Tensor, gamma: float = 0.5, k: float = 0.015) -> Tensor:
+    """Weight 1 / (k + SNR)^gamma of an eps loss at timesteps t (B,): (B,). Source: P2, arXiv 2204.00227."""
+    a = alpha_bar.to(t.device)[t]
+    return (k + a / (1 - a)) ** -gamma
