@@ -62,9 +62,7 @@ class Config:
 
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
-    teacher: str | None = option(
-        None, "a miniature whose predictions the U-Net learns, and whose text encoder it reads (default: none)"
-    )
+    teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
     steps: int | None = option(None, "optimizer steps; default: clip 2400, vae 5000, unet 30000", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "peak learning rate; default: clip 1e-3, vae 1.5e-3, unet 1e-3")
@@ -201,8 +199,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     2204.00227). Inner levels first (`miniature/inside_out.py`). In the first eighth of the run, every second step is at
     t >= 850 on captions that state positions (`Layouts`): below, the noisy latents show the layout.
 
-    With a teacher, the target is its prediction in place of eps, which is mostly noise that nobody can predict, and its
-    text encoder stays as it is. Much less data is needed.
+    With a teacher, its predictions are the targets, in place of eps, and its text encoder stays: far fewer steps.
     """
     device = get_device(config.device)
     precision = get_precision(config.precision, device)
@@ -238,11 +235,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - target).square().mean((1, 2, 3))
             losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar)).mean(), **heads(features, batch.x0)}
-            loss = (
-                losses["eps"]
-                + 0.2 * sum(losses[f"x0 from {name}"] for name in inside_out.PATCHES)
-                + 0.001 * inside_out.excess(features)
-            )
+            inner = sum(losses[f"x0 from {name}"] for name in inside_out.PATCHES)
+            loss = losses["eps"] + 0.2 * inner + 0.001 * inside_out.excess(features)
             check_finite(per_sample, step + 1, t)
             lr = config.learning_rate * min(1, (step + 1) / 200, (1 - progress) / 0.4)  # linear over the last 40 %
             precision.scaler.scale(loss).backward()
@@ -267,19 +261,16 @@ def train_unet(config: Config, run: RunFolder) -> None:
 
 
 def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = None) -> Pipeline:
-    """A new U-Net, with the CLIP and the VAE of `folder`, or else of the shipped miniature.
-
-    teacher: in place of CLIP's, its text encoder is taken, and does not train.
-    """
+    """A new U-Net, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder, frozen."""
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
     unet, tokenizer = UNet(networks.UNET).to(device), folders.load_tokenizer(clip)
     inside_out.keep_variance(unet)
+    if teacher is None:
+        text_encoder = networks.words_first(folders.load_clip(clip))
+        networks.redraw_places(text_encoder, tokenizer)
+    else:
+        text_encoder = teacher.text_encoders[0].requires_grad_(False)
     vae = folders.load_vae(vae, device=device)
-    if teacher is not None:
-        encoders = [encoder.requires_grad_(False) for encoder in teacher.text_encoders]
-        return Pipeline(unet, vae, encoders, teacher.tokenizers, ScheduleConfig())
-    text_encoder = networks.words_first(folders.load_clip(clip))
-    networks.redraw_places(text_encoder, tokenizer)
     return Pipeline(unet, vae, [text_encoder.to(device)], [tokenizer], ScheduleConfig())
 
 
