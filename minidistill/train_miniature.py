@@ -63,14 +63,14 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    steps: int | None = option(None, "optimizer steps; default: clip 2400, vae 5000, unet 30000", minimum=1)
+    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, with a teacher 16000", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
-    learning_rate: float | None = option(None, "peak learning rate; default: clip 1e-3, vae 1.5e-3, unet 1e-3")
+    learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, with a teacher 4e-4")
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     precision: str | None = option(
-        None, "of the forward pass (default: unet fp32, else bf16 if the device computes it)", choices=PRECISIONS
+        None, "forward pass (default: unet fp32, else bf16 if the device has it)", PRECISIONS
     )
     judged: int = option(1000, "held-out scenes for the evaluation of CLIP and VAE", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)
@@ -84,17 +84,21 @@ DEFAULTS = {
     "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
     "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32"},
 }
+TAUGHT = {"steps": 16_000, "learning_rate": 4e-4}  # with a teacher: what is copied would be lost at the usual rate
 
 
 def main(config: Config) -> None:
     """Train the chosen parts, in their order. InputError: there is nothing to resume."""
-    parallel.refuse("train_miniature")
     train = {"clip": train_clip, "vae": train_vae, "unet": train_unet}
     chosen = tuple(train) if config.part == "all" else (config.part,)
+    if chosen != ("unet",):
+        parallel.refuse("train_miniature, but for --part unet,")
+    parallel.join(get_device(config.device, report=False))
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
     for part in chosen:
         usual = {"precision": best_precision(get_device(config.device, report=False)), **DEFAULTS[part]}
+        usual |= TAUGHT if config.teacher and part == "unet" else {}
         own = {name: value for name, value in usual.items() if getattr(config, name) is None}
         part_config = replace(config, part=part, **own)
         folder, settings = Path(config.out) / part, dataclasses.asdict(part_config)
@@ -199,9 +203,9 @@ def train_unet(config: Config, run: RunFolder) -> None:
     2204.00227). Inner levels first (`miniature/inside_out.py`). In the first eighth of the run, every second step is at
     t >= 850 on captions that state positions (`Layouts`): below, the noisy latents show the layout.
 
-    With a teacher, its predictions are the targets, in place of eps, and its text encoder stays: far fewer steps.
+    With a teacher, its predictions are the targets, not eps; its outer convolutions the start; its text encoder stays.
     """
-    device = get_device(config.device)
+    device = parallel.join(get_device(config.device))
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
     teacher = load_pipeline(config.teacher, device) if config.teacher else None
@@ -215,23 +219,24 @@ def train_unet(config: Config, run: RunFolder) -> None:
     start = run.restore(parts)
 
     settings = {"batch_size": config.batch_size, "seed": config.seed, "keep_text": False}
-    batches = Batches(Scenes("train", config.images, CROWDED), pipe, caption_dropout=0.1, **settings)
-    few, is_needed = math.ceil(config.images * 0.3), start < LAYOUT * config.steps
-    layouts = Batches(Layouts(few), pipe, **settings) if is_needed else batches
+    batches = Batches(Scenes("train", config.images, CROWDED), pipe, caption_dropout=0.1, **settings).share()
+    few, lesson = math.ceil(config.images * 0.3), 0 if teacher else LAYOUT * config.steps
+    layouts = Batches(Layouts(few), pipe, **settings).share() if start < lesson else batches
     rounds = max(1, min(96, config.judged) // config.batch_size)
     held_out = Batches(Scenes("test", rounds * config.batch_size), pipe, **settings)
     dropout, alpha_bar = inside_out.OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
             progress = step / config.steps
-            first = progress < LAYOUT and step % 2 == 1
+            first = step < lesson and step % 2 == 1
             batch = (layouts if first else batches)[step]
             t = inside_out.squeeze(batch.t, LAYOUT_TIMESTEPS if first else TIMESTEPS)
             text = pipe.text_states(batch.captions).context
             x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
             with torch.no_grad():
                 target = teacher.unet(x_t, t, text) if teacher else batch.eps
-            with precision.autocast, dropout.at(progress, len(t), generator_for(config.seed, "drop", step)):
+            draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))
+            with precision.autocast, dropout.at(progress, draws[:, batches.part]):
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - target).square().mean((1, 2, 3))
             losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar)).mean(), **heads(features, batch.x0)}
@@ -244,7 +249,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
             norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, step + 1)
             ema.update()
             log.add(losses, per_sample, t)
-            if sampled := (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
+            if sampled := parallel.is_first() and ((step + 1) % config.sample_every == 0 or step + 1 == config.steps):
                 with log.untimed(), ema.swap():
                     log.add(measure_levels(pipe.unet, make_probes(held_out, range(rounds))))
             log.end_step(step + 1, lr=lr, grad_norm=norm)
@@ -255,9 +260,10 @@ def train_unet(config: Config, run: RunFolder) -> None:
                     with ema.swap():
                         report(run, pipe, step + 1, min(64, config.judged))
                     draw_curves(run.metrics, run.curves)
-    with ema.swap():
-        save_result(pipe, Path(config.out) / "pipeline")
-    print(f"miniature -> {config.out}/pipeline")
+    if parallel.is_first():
+        with ema.swap():
+            save_result(pipe, Path(config.out) / "pipeline")
+        print(f"miniature -> {config.out}/pipeline")
 
 
 def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = None) -> Pipeline:
@@ -265,10 +271,11 @@ def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = 
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
     unet, tokenizer = UNet(networks.UNET).to(device), folders.load_tokenizer(clip)
     inside_out.keep_variance(unet)
-    if teacher is None:
+    if not teacher:
         text_encoder = networks.words_first(folders.load_clip(clip))
         networks.redraw_places(text_encoder, tokenizer)
     else:
+        inside_out.copy_outer(teacher.unet, unet)
         text_encoder = teacher.text_encoders[0].requires_grad_(False)
     vae = folders.load_vae(vae, device=device)
     return Pipeline(unet, vae, [text_encoder.to(device)], [tokenizer], ScheduleConfig())

@@ -14,19 +14,21 @@ from minidistill.miniature.inside_out import (
     DROPPED,
     LIMITS,
     PATCHES,
-    Dropped,
     OuterDropout,
     X0Heads,
+    copy_outer,
+    draw,
     excess,
     keep_variance,
     p2_weight,
+    probability,
     squeeze,
 )
 from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.networks import UNET, VAE, near_colour, redraw_places, whiten, words_first
 from minidistill.miniature.scenes import SIZES, Scenes
 from minidistill.models.clip import CLIPTextModel
-from minidistill.models.unet import UNet, random_inputs
+from minidistill.models.unet import SD15, UNet, random_inputs
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
 from minidistill.train_miniature import LAYOUT_TIMESTEPS, Config, main
@@ -201,10 +203,30 @@ def test_squeeze_rescales_timesteps_into_the_ranges_in_turn():
     assert squeeze(torch.arange(1000), [(0, 1000)]).tolist() == list(range(1000))
 
 
-def test_what_is_dropped_comes_back_and_all_of_it_is_kept_at_the_end():
-    dropped = Dropped(0.1, 0.3, 0.25)
-    shares = [0.0, 0.1, 0.2, 0.25, 0.3, 0.9, 0.935, 0.97, 1.0]
-    assert [dropped.probability(s) for s in shares] == pytest.approx([1, 1, 0.5, 0.25, 0.25, 0.25, 0.125, 0, 0])
+def test_nothing_is_dropped_any_more_at_the_end():
+    shares = [0.0, 0.5, 0.9, 0.935, 0.97, 1.0]
+    assert [probability(0.25, share) for share in shares] == pytest.approx([0.25, 0.25, 0.25, 0.125, 0, 0])
+
+
+@torch.no_grad()
+def test_the_outer_levels_start_as_a_teachers_where_they_fit():
+    torch.manual_seed(0)
+    wide = dataclasses.replace(UNET, block_out_channels=(32, 96, 80, 80), attention_head_dim=(1, 3, 5, 5))
+    every = {"down_block_types": SD15.down_block_types, "up_block_types": SD15.up_block_types}
+    teacher, unet = UNet(dataclasses.replace(wide, **every)), UNet(UNET)
+    before = {name: weight.clone() for name, weight in unet.named_parameters()}
+    copy_outer(teacher, unet)
+    given, now = dict(teacher.named_parameters()), dict(unet.named_parameters())
+    for name in ("conv_in.weight", "conv_out.bias", "time_embedding.linear_1.weight", "conv_norm_out.weight"):
+        assert torch.equal(now[name], given[name]), name
+    for name in ("down_blocks.1.resnets.0.conv1.weight", "up_blocks.3.resnets.2.conv_shortcut.weight"):
+        assert torch.equal(now[name], given[name]), name
+    mixed = "up_blocks.2.resnets.0.conv1.weight"  # of 96 + 96 channels, and of 80 + 96 in the teacher
+    assert torch.equal(now[mixed][:, 96:], given[mixed][:, 80:]) and torch.equal(
+        now[mixed][:, :96], before[mixed][:, :96]
+    )
+    inner = [name for name in now if name.startswith(("mid_block", "down_blocks.2", "down_blocks.3", "up_blocks.0"))]
+    assert inner and all(torch.equal(now[name], before[name]) for name in inner)
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +242,10 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
     dropout = OuterDropout(unet)
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(unet(*inputs), plain), "nothing is dropped outside of the block"
-    with dropout.at(1.0, 3, generator):
+    with dropout.at(1.0, draw(3, generator)):
         assert torch.equal(unet(*inputs), plain), "nor at the end of the run"
-    with dropout.at(0.0, 3, generator):
+    with dropout.at(0.5, draw(3, generator)):
+        dropout.kept = {key: torch.zeros(3, dtype=torch.bool) for key in DROPPED}
         nothing = unet(*inputs)
         other_text = unet(*inputs[:2], torch.randn_like(inputs[2]), return_features=True)[1]
     inner = UNet(UNET)
@@ -237,7 +260,7 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
         inner.up_blocks[last - level].register_forward_pre_hook(without_skips)
     assert torch.allclose(nothing, inner(*inputs), atol=1e-5)
     assert other_text["down.2.proj_out"].abs().max() == 0
-    with dropout.at(0.5, 3, generator):
+    with dropout.at(0.5, draw(3, generator)):
         dropout.kept = {key: torch.tensor([True, False, True]) for key in DROPPED}
         some = unet(*inputs)
     assert torch.allclose(some[[0, 2]], plain[[0, 2]], atol=1e-5)
@@ -246,13 +269,13 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
 
 def test_what_an_inner_level_keeps_the_levels_above_it_keep_too(unet):
     dropout = OuterDropout(unet)
-    with dropout.at(0.5, 1000, torch.Generator().manual_seed(0)):
+    with dropout.at(0.5, draw(1000, torch.Generator().manual_seed(0))):
         for kind in ("skips", "attention"):
-            levels = sorted((level for k, level in DROPPED if k == kind), key=lambda n: DROPPED[kind, n].floor)
+            levels = sorted((level for k, level in DROPPED if k == kind), key=lambda n: DROPPED[kind, n])
             for likely, less_likely in itertools.pairwise(levels):
                 assert bool((dropout.kept[kind, likely] | ~dropout.kept[kind, less_likely]).all())
         dropped = (~dropout.kept["attention", 2]).float().mean().item()
-    assert dropped == pytest.approx(DROPPED["attention", 2].floor, abs=0.03)
+    assert dropped == pytest.approx(DROPPED["attention", 2], abs=0.03)
 
 
 @torch.no_grad()

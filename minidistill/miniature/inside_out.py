@@ -1,10 +1,10 @@
-"""How the miniature's U-Net is trained from the inside out, so that all of its levels take part.
+"""How the miniature's U-Net is trained so that all of its levels take part.
 
 Trained plainly, a U-Net for images as small as these stays idle inside: its two outer levels learn the task first, and
 nothing is left for the levels below (with the output of levels 2, 3 and mid block set to zero, its prediction changed
-by an MSE of 1e-5). Here the inner levels come first. Their output reaches the last layer at full scale
-(`keep_variance`); throughout the run, x0 is predicted from them too (`X0Heads`), and what the outer levels could do
-alone is dropped, at first always, at last never (`OuterDropout`).
+by an MSE of 1e-5). Here the outer levels read no text (`networks.UNET`). The output of the inner ones reaches the last
+layer at full scale (`keep_variance`); x0 is predicted from them too (`X0Heads`); and what could do without the levels
+further in is dropped now and then (`OuterDropout`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,30 +55,23 @@ def excess(features: dict[str, Tensor]) -> Tensor:
     return torch.stack([F.relu(squares[name] - limit) for name, limit in LIMITS.items()]).sum()
 
 
-class Dropped(NamedTuple):
-    """A probability that falls from 1 at `start` to 0 at `end`, but not below `floor` until the end of the run.
-
-    Start and end are shares of the run.
-    """
-
-    start: float
-    end: float
-    floor: float
-
-    def probability(self, progress: float) -> float:
-        """At `progress`, 0 to 1, of the run. The floor falls to 0 between .90 and .97."""
-        falling = min(1.0, max(0.0, (self.end - progress) / (self.end - self.start)))
-        return max(falling, self.floor * min(1.0, max(0.0, (0.97 - progress) / 0.07)))
-
-
-DROPPED = {  # kind and level, in the order in which they come back; of level 3 only the skips: it has no transformers
-    ("skips", 3): Dropped(0.003, 0.020, 0.35),
-    ("skips", 2): Dropped(0.006, 0.030, 0.40),
-    ("attention", 2): Dropped(0.006, 0.025, 0.35),
-    ("skips", 1): Dropped(0.015, 0.035, 0.20),
-    ("attention", 1): Dropped(0.020, 0.040, 0.40),
-    ("attention", 0): Dropped(0.035, 0.050, 0.45),
+KINDS = ("skips", "attention")
+DROPPED = {  # kind and level -> probability. Of level 3 only the skips: it has no transformers.
+    ("skips", 3): 0.35,
+    ("skips", 2): 0.40,
+    ("skips", 1): 0.20,
+    ("attention", 2): 0.35,
 }
+
+
+def probability(most: float, progress: float) -> float:
+    """Of dropping, at `progress`, 0 to 1, of the run: `most`, which falls to 0 between .90 and .97."""
+    return most * min(1.0, max(0.0, (0.97 - progress) / 0.07))
+
+
+def draw(batch: int, generator: torch.Generator) -> Tensor:
+    """One random number in [0, 1) for each kind and sample: (2, batch)."""
+    return torch.stack([torch.rand(batch, generator=generator) for _ in KINDS])
 
 
 class OuterDropout:
@@ -101,12 +94,11 @@ class OuterDropout:
                     transformer.forward = partial(self._transform, level, transformer.forward)
 
     @contextlib.contextmanager
-    def at(self, progress: float, batch: int, generator: torch.Generator) -> Iterator[None]:
-        """In this block, of `batch` samples, drop at random what the `progress` of the run says."""
-        draws = {kind: torch.rand(batch, generator=generator) for kind in ("skips", "attention")}
-        for (kind, level), dropped in DROPPED.items():
-            if (probability := dropped.probability(progress)) > 0:
-                self.kept[kind, level] = draws[kind] >= probability
+    def at(self, progress: float, draws: Tensor) -> Iterator[None]:
+        """In this block, drop what the `progress` of the run says. draws: (2, B), those of `draw` for its samples."""
+        for (kind, level), most in DROPPED.items():
+            if (p := probability(most, progress)) > 0:
+                self.kept[kind, level] = draws[KINDS.index(kind)] >= p
         try:
             yield
         finally:
@@ -126,6 +118,25 @@ class OuterDropout:
             return torch.zeros_like(x)
         out = forward(x[kept], context[kept])
         return torch.zeros_like(x, dtype=out.dtype).index_copy(0, kept, out)
+
+
+@torch.no_grad()
+def copy_outer(teacher: UNet, unet: UNet) -> None:
+    """Copy what a teacher has on the two outer levels, before and after them, as far as it fits, in place.
+
+    So only its convolutions, if the U-Net reads no text there. A layer that reads more channels from the level below
+    than the teacher's gets those for the skip connection.
+    """
+    given, tail = dict(teacher.named_parameters()), unet.config.block_out_channels[1]
+    outer = ("conv_", "time_embedding", "down_blocks.0.", "down_blocks.1.", "up_blocks.2.", "up_blocks.3.")
+    for name, weight in unet.named_parameters():
+        source = given.get(name) if name.startswith(outer) else None
+        if source is None or source.shape[0] != weight.shape[0]:
+            continue
+        if source.shape == weight.shape:
+            weight.copy_(source)
+        else:
+            weight[:, -tail:].copy_(source[:, -tail:])
 
 
 @torch.no_grad()

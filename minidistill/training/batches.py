@@ -154,6 +154,11 @@ class Batches:
         part.batch_size, part._part = self.batch_size // parallel.count(), (parallel.rank(), parallel.count())
         return part
 
+    @property
+    def part(self) -> slice:
+        """Where in a whole micro-batch these samples are."""
+        return slice(self._part[0] * self.batch_size, (self._part[0] + 1) * self.batch_size)
+
     def numbers(self, k: int) -> range:
         """The numbers of the samples that micro-batch k has here."""
         part, parts = self._part
