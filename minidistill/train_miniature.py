@@ -63,15 +63,15 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, with a teacher 16000", minimum=1)
+    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 16000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
-    learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, with a teacher 4e-4")
+    learning_rate: float | None = option(
+        None, "peak; default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher"
+    )
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    precision: str | None = option(
-        None, "forward pass (default: unet fp32, else bf16 if the device has it)", PRECISIONS
-    )
+    precision: str | None = option(None, "forward pass (default: unet fp32, else bf16 where computed)", PRECISIONS)
     judged: int = option(1000, "held-out scenes for the evaluation of CLIP and VAE", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)
     sample_every: int = option(2000, "steps between the U-Net's image grids and scores", minimum=1)
