@@ -65,9 +65,7 @@ class Config:
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
     steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 16000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
-    learning_rate: float | None = option(
-        None, "peak; default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher"
-    )
+    learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
