@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidistill.cli import option, run_command
@@ -124,7 +124,9 @@ def train_clip(config: Config, run: RunFolder) -> None:
             images, captions = zip(*(data[step * config.batch_size + i] for i in range(len(labels))), strict=True)
             with precision.autocast, sdpa_kernel(SDPBackend.MATH):  # faster than the fused kernel on a CPU in bf16
                 image_states = clip.encode_image(clip_pixels(images).to(device)).float()
-                text_states = clip.encode_text(trim(tokenizer(list(captions)), tokenizer.eos).to(device)).float()
+                text_states = clip.encode_text(
+                    networks.trim(tokenizer(list(captions)), tokenizer.eos).to(device)
+                ).float()
             logits = clip.logit_scale.exp() * image_states @ text_states.T  # (B, B): image i, caption j
             loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
             lr = lr_at(step, config.learning_rate, 100, config.steps, "cosine")
@@ -146,11 +148,6 @@ def train_clip(config: Config, run: RunFolder) -> None:
     folders.save_clip(pipeline, clip.half())
     found = retrieval(clip.float(), tokenizer, rounds=max(1, config.judged // 100))
     print(f"retrieval among 100 captions: {found:.1%} -> {pipeline}")
-
-
-def trim(ids: Tensor, eos: int) -> Tensor:
-    """Token ids (B, L) without the padding common to all rows; with the causal mask it has no effect."""
-    return ids[:, : int((ids == eos).int().argmax(1).max()) + 1]
 
 
 def train_vae(config: Config, run: RunFolder) -> None:
@@ -197,11 +194,9 @@ def train_vae(config: Config, run: RunFolder) -> None:
 def train_unet(config: Config, run: RunFolder) -> None:
     """eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 3) -> unet/, text_encoder/.
 
-    The text encoder is trained too, as in that paper (sec. 3.3). The loss is weighted by about SNR^(-1/2) (P2, arXiv
-    2204.00227). Inner levels first (`miniature/inside_out.py`). In the first eighth of the run, every second step is at
-    t >= 850 on captions that state positions (`Layouts`): below, the noisy latents show the layout.
-
-    With a teacher, its predictions are the targets, not eps; its outer convolutions the start; its text encoder stays.
+    The text encoder trains too, as in its section 3.3. The loss is weighted by about SNR^(-1/2) (P2, arXiv 2204.00227).
+    In the first eighth of the run every second step teaches layout, at large t (`Layouts`). With a teacher, its
+    predictions are the targets, not eps; its outer convolutions are the start; its text encoder stays.
     """
     device = parallel.join(get_device(config.device))
     precision = get_precision(config.precision, device)
@@ -216,12 +211,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
     parts = {"networks": trained, "heads": heads, "muon": muon, "adamw": adam, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
 
-    settings = {"batch_size": config.batch_size, "seed": config.seed, "keep_text": False}
-    batches = Batches(Scenes("train", config.images, CROWDED), pipe, caption_dropout=0.1, **settings).share()
-    few, lesson = math.ceil(config.images * 0.3), 0 if teacher else LAYOUT * config.steps
-    layouts = Batches(Layouts(few), pipe, **settings).share() if start < lesson else batches
-    rounds = max(1, min(96, config.judged) // config.batch_size)
-    held_out = Batches(Scenes("test", rounds * config.batch_size), pipe, **settings)
+    lesson = 0 if teacher else LAYOUT * config.steps  # its last step
+    batches, layouts, held_out, rounds = open_scenes(config, pipe, start < lesson)
     dropout, alpha_bar = inside_out.OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
@@ -229,8 +220,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
             first = step < lesson and step % 2 == 1
             batch = (layouts if first else batches)[step]
             t = inside_out.squeeze(batch.t, LAYOUT_TIMESTEPS if first else TIMESTEPS)
-            text = pipe.text_states(batch.captions).context
-            x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
+            text, x_t = pipe.text_states(batch.captions).context, add_noise(batch.x0, batch.eps, t, alpha_bar)
             with torch.no_grad():
                 target = teacher.unet(x_t, t, text) if teacher else batch.eps
             draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))
@@ -247,21 +237,28 @@ def train_unet(config: Config, run: RunFolder) -> None:
             norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, step + 1)
             ema.update()
             log.add(losses, per_sample, t)
-            if sampled := parallel.is_first() and ((step + 1) % config.sample_every == 0 or step + 1 == config.steps):
+            is_last = step + 1 == config.steps
+            if parallel.is_first() and ((step + 1) % config.sample_every == 0 or is_last):
                 with log.untimed(), ema.swap():
-                    log.add(measure_levels(pipe.unet, make_probes(held_out, range(rounds))))
+                    log.add(measure_levels(pipe.unet, make_probes(held_out, rounds)))
+                    report(run, pipe, step + 1, min(64, config.judged))
             log.end_step(step + 1, lr=lr, grad_norm=norm)
-            with log.untimed():
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            if (step + 1) % config.checkpoint_every == 0 or is_last:
+                with log.untimed():
                     run.save(step + 1, parts)
-                if sampled:
-                    with ema.swap():
-                        report(run, pipe, step + 1, min(64, config.judged))
-                    draw_curves(run.metrics, run.curves)
     if parallel.is_first():
+        draw_curves(run.metrics, run.curves)
         with ema.swap():
             save_result(pipe, Path(config.out) / "pipeline")
-        print(f"miniature -> {config.out}/pipeline")
+
+
+def open_scenes(config: Config, pipe: Pipeline, lesson: bool) -> tuple[Batches, Batches, Batches, range]:
+    """Training scenes, those of the first lesson if there is one, held-out ones and the numbers of their batches."""
+    settings = {"batch_size": config.batch_size, "seed": config.seed, "keep_text": False}
+    batches = Batches(Scenes("train", config.images, CROWDED), pipe, caption_dropout=0.1, **settings).share()
+    layouts = Batches(Layouts(math.ceil(0.3 * config.images)), pipe, **settings).share() if lesson else batches
+    rounds = max(1, min(96, config.judged) // config.batch_size)
+    return batches, layouts, Batches(Scenes("test", rounds * config.batch_size), pipe, **settings), range(rounds)
 
 
 def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = None) -> Pipeline:
@@ -286,13 +283,15 @@ def save_result(pipe: Pipeline, folder: Path) -> None:
         network.half()
     pipe.save(folder)
     folders.save_clip(folder, clip)
+    print(f"miniature -> {folder}")
 
 
 def report(run: RunFolder, pipe: Pipeline, step: int, count: int) -> None:
-    """Scores and image grid of held-out captions, with fixed noise."""
+    """Scores and image grid of held-out captions, with fixed noise; the curves so far."""
     captions = held_out_captions(count)
     images = pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=32)
     save_image_grid(run.image_grid(step), [images[:16]], captions[:16])
+    draw_curves(run.metrics, run.curves)
     print(f"step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in score(images, captions).items()), flush=True)
 
 

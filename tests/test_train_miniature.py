@@ -289,7 +289,7 @@ def test_the_inner_levels_of_a_new_u_net_reach_the_output_at_full_scale():
         out = unet(*inputs)
         with zeroed(unet.up_blocks[0]):
             reach.append(((out - unet(*inputs)).square().mean() / out.square().mean()).item())
-    assert reach[1] > 5 * reach[0], reach
+    assert reach[1] > 2 * reach[0], reach
 
 
 def without_skips(block, args):

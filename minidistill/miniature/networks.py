@@ -70,6 +70,11 @@ def redraw_places(encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
         weight[rows] = torch.randn(len(rows), weight.shape[1]).to(weight) * weight.std()
 
 
+def trim(ids: Tensor, eos: int) -> Tensor:
+    """Token ids (B, L) without the padding common to all rows; with the causal mask it has no effect."""
+    return ids[:, : int((ids == eos).int().argmax(1).max()) + 1]
+
+
 def near_colour(x: Tensor) -> Tensor:
     """1 within two pixels of a saturated colour, else 0: images (B, 3, H, W) in [-1, 1] -> (B, 1, H, W)."""
     chroma = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
