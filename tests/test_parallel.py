@@ -19,6 +19,7 @@ from minidistill.pipeline import load_pipeline
 from minidistill.training import parallel
 from minidistill.training.batches import Batches
 from minidistill.training.optim import adamw, optimizer_step
+from minidistill.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 KD = (
@@ -47,6 +48,8 @@ def train(tiny_sd1, images, capsys):
         if count == 1:
             main = "command" if hasattr(module, "command") else "main"
             assert exit_code(module, *words, main=main) == 0
+            while RunFolder._locks:  # a process gives up the lock of a run when it ends, or finds another run
+                os.close(RunFolder._locks.popitem()[1])
             return capsys.readouterr().out
         done = start(f"-m {module.__name__}", *words)
         assert done.returncode == 0, done.stderr
@@ -156,8 +159,6 @@ def test_what_one_process_refuses_ends_all(tiny_sd1, images, tmp_path):
     done = start("-m minidistill.train_kd", *teacher, "--batch-size", 3)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     assert "error: --batch-size 3 cannot be split over 2 processes" in done.stderr
-    done = start("-m minidistill.train_miniature", "--out", tmp_path / "x")
-    assert done.returncode != 0 and "start it without torchrun" in done.stderr
 
 
 def test_alone_nothing_is_averaged_and_nothing_waits():
