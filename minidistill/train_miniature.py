@@ -91,11 +91,11 @@ def main(config: Config) -> None:
     chosen = tuple(train) if config.part == "all" else (config.part,)
     if chosen != ("unet",):
         parallel.refuse("train_miniature, but for --part unet,")
-    parallel.join(get_device(config.device, report=False))
+    device = parallel.join(get_device(config.device, report=False))
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
     for part in chosen:
-        usual = {"precision": best_precision(get_device(config.device, report=False)), **DEFAULTS[part]}
+        usual = {"precision": best_precision(device), **DEFAULTS[part]}
         usual |= TAUGHT if config.teacher and part == "unet" else {}
         own = {name: value for name, value in usual.items() if getattr(config, name) is None}
         part_config = replace(config, part=part, **own)
@@ -124,9 +124,8 @@ def train_clip(config: Config, run: RunFolder) -> None:
             images, captions = zip(*(data[step * config.batch_size + i] for i in range(len(labels))), strict=True)
             with precision.autocast, sdpa_kernel(SDPBackend.MATH):  # faster than the fused kernel on a CPU in bf16
                 image_states = clip.encode_image(clip_pixels(images).to(device)).float()
-                text_states = clip.encode_text(
-                    networks.trim(tokenizer(list(captions)), tokenizer.eos).to(device)
-                ).float()
+                ids = networks.trim(tokenizer(list(captions)), tokenizer.eos)
+                text_states = clip.encode_text(ids.to(device)).float()
             logits = clip.logit_scale.exp() * image_states @ text_states.T  # (B, B): image i, caption j
             loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
             lr = lr_at(step, config.learning_rate, 100, config.steps, "cosine")

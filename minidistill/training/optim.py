@@ -138,7 +138,7 @@ def optimizer_step(
     skips such a step instead.
     """
     set_lr(optimizer, lr)
-    parallel.average_gradients(module.parameters())
+    parallel.average_gradients(weight for group in optimizer.param_groups for weight in group["params"])
     scaler.unscale_(optimizer)
     norm = clip_grad_norm(module.parameters(), max_grad_norm)
     if not scaler.is_enabled():

@@ -104,10 +104,12 @@ def average_gradients(weights: Iterable[nn.Parameter]) -> None:
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """Gradients in their order, about BUCKET numbers of one dtype at a time."""
     bucket: list[Tensor] = []
+    size = 0
     for gradient in gradients:
-        if bucket and (sum(g.numel() for g in bucket) >= BUCKET or bucket[0].dtype != gradient.dtype):
+        if bucket and (size >= BUCKET or bucket[0].dtype != gradient.dtype):
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(gradient)
+        size += gradient.numel()
     if bucket:
         yield bucket
