@@ -30,6 +30,7 @@ from minidistill.errors import InputError
 from minidistill.metrics.clip_score import clip_pixels, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature import inside_out, networks
+from minidistill.miniature.contrast import contrast_loss, second_captions
 from minidistill.miniature.judge import score
 from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.scenes import Scenes, held_out_captions
@@ -49,10 +50,10 @@ from minidistill.training.optim import MUON_RATE, adamw, check_finite, lr_at, mu
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
 
-# Hard scenes are more frequent in the U-Net's training set than in the test set. One of four samples is drawn between
-# t = 600 and 900, where most attributes of a scene are decided (how much a wrong word there raises the loss).
+# Hard scenes are more frequent in the U-Net's training set than in the test set. Every other sample is drawn between
+# t = 500 and 950, where most attributes of a scene are decided (how much a wrong word there raises the loss).
 CROWDED = {"one": 14, "related": 24, "two": 8, "inside": 18, "counted": 12, "three": 24}
-TIMESTEPS = ((600, 900), (0, 1000), (0, 1000), (0, 1000))
+TIMESTEPS = ((500, 950), (0, 1000))
 LAYOUT, LAYOUT_TIMESTEPS = 0.12, ((850, 1000),)  # share of the run with steps on layout, and their t
 
 
@@ -63,7 +64,7 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 16000 with a teacher", minimum=1)
+    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 10000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
@@ -82,7 +83,7 @@ DEFAULTS = {
     "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
     "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32"},
 }
-TAUGHT = {"steps": 16_000, "learning_rate": 4e-4}  # with a teacher: what is copied would be lost at the usual rate
+TAUGHT = {"steps": 10_000, "learning_rate": 4e-4}  # with a teacher: what is copied would be lost at the usual rate
 
 
 def main(config: Config) -> None:
@@ -195,7 +196,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
 
     The text encoder trains too, as in its section 3.3. The loss is weighted by about SNR^(-1/2) (P2, arXiv 2204.00227).
     In the first eighth of the run every second step teaches layout, at large t (`Layouts`). With a teacher, its
-    predictions are the targets, not eps; its outer convolutions are the start; its text encoder stays.
+    predictions are the targets, not eps, under two captions each (`contrast.py`); its outer convolutions are the start;
+    its text encoder stays.
     """
     device = parallel.join(get_device(config.device))
     precision = get_precision(config.precision, device)
@@ -219,18 +221,26 @@ def train_unet(config: Config, run: RunFolder) -> None:
             first = step < lesson and step % 2 == 1
             batch = (layouts if first else batches)[step]
             t = inside_out.squeeze(batch.t, LAYOUT_TIMESTEPS if first else TIMESTEPS)
-            text, x_t = pipe.text_states(batch.captions).context, add_noise(batch.x0, batch.eps, t, alpha_bar)
-            with torch.no_grad():
-                target = teacher.unet(x_t, t, text) if teacher else batch.eps
-            draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))
-            with precision.autocast, dropout.at(progress, draws[:, batches.part]):
+            x_t, captions = add_noise(batch.x0, batch.eps, t, alpha_bar), batch.captions
+            draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))[:, batches.part]
+            if teacher:  # a second time with other captions
+                captions = captions + second_captions(captions, batches.numbers(step), batches.data, config.seed)
+                x_t, t, draws = x_t.repeat(2, 1, 1, 1), t.repeat(2), draws.repeat(1, 2)
+            text = pipe.text_states(captions).context
+            with precision.autocast, torch.no_grad():
+                target = teacher.unet(x_t, t, text).float() if teacher else batch.eps
+            with precision.autocast, dropout.at(progress, draws):
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - target).square().mean((1, 2, 3))
             losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar)).mean(), **heads(features, batch.x0)}
             inner = sum(losses[f"x0 from {name}"] for name in inside_out.PATCHES)
             loss = losses["eps"] + 0.2 * inner + 0.001 * inside_out.excess(features)
+            fade = min(1, (1 - progress) / 0.4)  # linear over the last 40 %
+            if teacher:
+                losses["contrast"] = contrast_loss(out, target).mean()
+                loss = loss + 0.5 * fade * losses["contrast"]
             check_finite(per_sample, step + 1, t)
-            lr = config.learning_rate * min(1, (step + 1) / 200, (1 - progress) / 0.4)  # linear over the last 40 %
+            lr = config.learning_rate * min(fade, (step + 1) / 200)
             precision.scaler.scale(loss).backward()
             optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, step + 1)
             norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, step + 1)

@@ -69,6 +69,13 @@ class Latents:
     def __len__(self) -> int:
         return len(self.all_captions)
 
+    @staticmethod
+    def join(parts: Sequence[Latents]) -> Latents:
+        """The entries of several, one after the other."""
+        mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+        captions = [captions for part in parts for captions in part.all_captions]
+        return Latents(mean, std, captions, [origin for part in parts for origin in part.origins], parts[0].size)
+
     def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Posterior mean and deviation (B, C, h, w) of these entries or their mirror images."""
         which = torch.tensor(numbers), torch.tensor(flipped, dtype=torch.int64)
@@ -225,16 +232,19 @@ def captions_of(data: Images | LatentCache | Latents, i: int) -> tuple[str, ...]
 
 
 def encode_all(data: Images, vae: VAE, flip: bool = False) -> Latents:
-    """Encode a data set into memory, with a progress bar on terminals."""
+    """Encode a data set into memory, with a progress bar on terminals. Of several processes, each encodes a part."""
+    part, parts = (parallel.rank(), parallel.count()) if len(data) >= parallel.count() else (0, 1)
+    own = range(len(data) * part // parts, len(data) * (part + 1) // parts)
     encoded, captions, origins = [], [], []
-    with tqdm(total=len(data), desc="encoding images", unit="", disable=None, leave=False) as bar:
-        for chosen, mean, std in encode_samples((_sample(data, i) for i in range(len(data))), vae, flip):
+    with tqdm(total=len(own), desc="encoding images", unit="", disable=None, leave=False) as bar:
+        for chosen, mean, std in encode_samples((_sample(data, i) for i in own), vae, flip):
             encoded.append((mean, std))
             captions += [sample.captions for sample in chosen]
             origins += _origins(chosen)
             bar.update(len(chosen))
-    mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-    return Latents(mean, std, captions, origins, chosen[0].image.size)
+    mean, std = (torch.cat(some) for some in zip(*encoded, strict=True))
+    found = Latents(mean, std, captions, origins, chosen[0].image.size)
+    return found if parts == 1 else Latents.join(parallel.gather(found))
 
 
 def encode_captions(data: Latents | LatentCache, pipe: Pipeline, batch_size: int = 64) -> EncodeText | None:
