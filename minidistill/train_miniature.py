@@ -32,7 +32,6 @@ from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature import inside_out, networks
 from minidistill.miniature.contrast import contrast_loss, second_captions
 from minidistill.miniature.judge import score
-from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.models.clip import CLIPModel, CLIPTextModel
 from minidistill.models.tokenizer import train_bpe
@@ -46,7 +45,7 @@ from minidistill.training.curves import draw_curves
 from minidistill.training.device import PRECISIONS, best_precision, get_device, get_precision
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog
-from minidistill.training.optim import MUON_RATE, adamw, check_finite, lr_at, muon_and_adamw, optimizer_step
+from minidistill.training.optim import MUON_RATE, adamw, lr_at, muon_and_adamw, optimizer_step
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
 
@@ -54,7 +53,6 @@ from minidistill.weights import folders
 # t = 500 and 950, where most attributes of a scene are decided (how much a wrong word there raises the loss).
 CROWDED = {"one": 14, "related": 24, "two": 8, "inside": 18, "counted": 12, "three": 24}
 TIMESTEPS = ((500, 950), (0, 1000))
-LAYOUT, LAYOUT_TIMESTEPS = 0.12, ((850, 1000),)  # share of the run with steps on layout, and their t
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Config:
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
-    precision: str | None = option(None, "forward pass (default: unet fp32, else bf16 where computed)", PRECISIONS)
+    precision: str | None = option(None, "precision (default: bf16 if the device computes it, else fp32)", PRECISIONS)
     judged: int = option(1000, "held-out scenes for the evaluation of CLIP and VAE", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)
     sample_every: int = option(2000, "steps between the U-Net's image grids and scores", minimum=1)
@@ -81,7 +79,7 @@ class Config:
 DEFAULTS = {
     "clip": {"steps": 2400, "batch_size": 128, "learning_rate": 1e-3},
     "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
-    "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32"},
+    "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3},
 }
 TAUGHT = {"steps": 10_000, "learning_rate": 4e-4}  # with a teacher: what is copied would be lost at the usual rate
 
@@ -96,8 +94,8 @@ def main(config: Config) -> None:
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
     for part in chosen:
-        usual = {"precision": best_precision(device), **DEFAULTS[part]}
-        usual |= TAUGHT if config.teacher and part == "unet" else {}
+        taught = TAUGHT if config.teacher and part == "unet" else {}
+        usual = {"precision": best_precision(device), **DEFAULTS[part], **taught}
         own = {name: value for name, value in usual.items() if getattr(config, name) is None}
         part_config = replace(config, part=part, **own)
         folder, settings = Path(config.out) / part, dataclasses.asdict(part_config)
@@ -195,9 +193,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
     """eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 3) -> unet/, text_encoder/.
 
     The text encoder trains too, as in its section 3.3. The loss is weighted by about SNR^(-1/2) (P2, arXiv 2204.00227).
-    In the first eighth of the run every second step teaches layout, at large t (`Layouts`). With a teacher, its
-    predictions are the targets, not eps, under two captions each (`contrast.py`); its outer convolutions are the start;
-    its text encoder stays.
+    With a teacher, its predictions are the targets, not eps, under two captions each (`contrast.py`); its outer
+    convolutions are the start; its text encoder stays. The shipped U-Net had one.
     """
     device = parallel.join(get_device(config.device))
     precision = get_precision(config.precision, device)
@@ -212,16 +209,15 @@ def train_unet(config: Config, run: RunFolder) -> None:
     parts = {"networks": trained, "heads": heads, "muon": muon, "adamw": adam, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
 
-    lesson = 0 if teacher else LAYOUT * config.steps  # its last step
-    batches, layouts, held_out, rounds = open_scenes(config, pipe, start < lesson)
+    batches, held_out, rounds = open_scenes(config, pipe)
     dropout, alpha_bar = inside_out.OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
-            progress = step / config.steps
-            first = step < lesson and step % 2 == 1
-            batch = (layouts if first else batches)[step]
-            t = inside_out.squeeze(batch.t, LAYOUT_TIMESTEPS if first else TIMESTEPS)
-            x_t, captions = add_noise(batch.x0, batch.eps, t, alpha_bar), batch.captions
+            batch, progress = batches[step], step / config.steps
+            fade = min(1, (1 - progress) / 0.4)  # linear over the last 40 %
+            lr = config.learning_rate * min(fade, (step + 1) / 200)
+            t, captions = inside_out.squeeze(batch.t, TIMESTEPS), batch.captions
+            x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
             draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))[:, batches.part]
             if teacher:  # a second time with other captions
                 captions = captions + second_captions(captions, batches.numbers(step), batches.data, config.seed)
@@ -232,15 +228,12 @@ def train_unet(config: Config, run: RunFolder) -> None:
             with precision.autocast, dropout.at(progress, draws):
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - target).square().mean((1, 2, 3))
-            losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar)).mean(), **heads(features, batch.x0)}
-            inner = sum(losses[f"x0 from {name}"] for name in inside_out.PATCHES)
-            loss = losses["eps"] + 0.2 * inner + 0.001 * inside_out.excess(features)
-            fade = min(1, (1 - progress) / 0.4)  # linear over the last 40 %
+            depth = heads(features, batch.x0)
+            losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar)).mean(), **depth}
+            loss = losses["eps"] + 0.2 * sum(depth.values()) + 0.001 * inside_out.excess(features)
             if teacher:
                 losses["contrast"] = contrast_loss(out, target).mean()
                 loss = loss + 0.5 * fade * losses["contrast"]
-            check_finite(per_sample, step + 1, t)
-            lr = config.learning_rate * min(fade, (step + 1) / 200)
             precision.scaler.scale(loss).backward()
             optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, step + 1)
             norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, step + 1)
@@ -261,13 +254,12 @@ def train_unet(config: Config, run: RunFolder) -> None:
             save_result(pipe, Path(config.out) / "pipeline")
 
 
-def open_scenes(config: Config, pipe: Pipeline, lesson: bool) -> tuple[Batches, Batches, Batches, range]:
-    """Training scenes, those of the first lesson if there is one, held-out ones and the numbers of their batches."""
+def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range]:
+    """Training scenes, held-out ones, and the numbers of the held-out batches."""
     settings = {"batch_size": config.batch_size, "seed": config.seed, "keep_text": False}
     batches = Batches(Scenes("train", config.images, CROWDED), pipe, caption_dropout=0.1, **settings).share()
-    layouts = Batches(Layouts(math.ceil(0.3 * config.images)), pipe, **settings).share() if lesson else batches
     rounds = max(1, min(96, config.judged) // config.batch_size)
-    return batches, layouts, Batches(Scenes("test", rounds * config.batch_size), pipe, **settings), range(rounds)
+    return batches, Batches(Scenes("test", rounds * config.batch_size), pipe, **settings), range(rounds)
 
 
 def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = None) -> Pipeline:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
+import random
 import shutil
+from collections import Counter
 
 import pytest
 import torch
+from runs import metrics
 
-from minidistill import train_miniature
 from minidistill.distill.sensitivity import zeroed
 from minidistill.errors import InputError
+from minidistill.miniature.contrast import FLOOR, VALUES, change, contrast_loss, second_captions
 from minidistill.miniature.inside_out import (
     DROPPED,
     LIMITS,
@@ -24,14 +27,13 @@ from minidistill.miniature.inside_out import (
     probability,
     squeeze,
 )
-from minidistill.miniature.layouts import Layouts
 from minidistill.miniature.networks import UNET, VAE, near_colour, redraw_places, whiten, words_first
-from minidistill.miniature.scenes import SIZES, Scenes
+from minidistill.miniature.scenes import SIZES, Scenes, parse
 from minidistill.models.clip import CLIPTextModel
 from minidistill.models.unet import SD15, UNet, random_inputs
 from minidistill.models.vae import AutoencoderKL
 from minidistill.pipeline import load_pipeline
-from minidistill.train_miniature import LAYOUT_TIMESTEPS, Config, main
+from minidistill.train_miniature import Config, main
 from minidistill.training.batches import to_pixels
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
@@ -93,18 +95,61 @@ def test_the_unet_alone_is_trained_on_the_shipped_vae_and_clip(tmp_path):
     assert all(torch.equal(tensor, copied[name]) for name, tensor in clip.items())
 
 
-def test_with_a_teacher_its_predictions_are_the_target_and_its_text_encoder_stays(tmp_path, monkeypatch):
-    targets = []
-    monkeypatch.setattr(train_miniature, "check_finite", lambda loss, *_: targets.append(loss.detach()))
+def test_with_a_teacher_its_predictions_are_the_target_and_its_text_encoder_stays(tmp_path):
     for teacher in ("miniature", None):
-        out = tmp_path / str(teacher)
-        main(few(out=str(out), part="unet", steps=1, teacher=teacher))
+        main(few(out=str(tmp_path / str(teacher)), part="unet", steps=1, teacher=teacher))
+    taught, untaught = (metrics(tmp_path / name / "unet")[0] for name in ("miniature", "None"))
+    assert "contrast" in taught and "contrast" not in untaught
+    assert taught["eps"] != pytest.approx(untaught["eps"], rel=0.01), "eps is another target"
     shipped, trained = load_pipeline("miniature"), load_pipeline(tmp_path / "miniature" / "pipeline")
     pairs = zip(shipped.text_encoders[0].parameters(), trained.text_encoders[0].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.allclose(*targets), "eps is another target"
     names = read_safetensors(tmp_path / "miniature/unet/checkpoints/step-000001/state.safetensors")
     assert not any("text_encoder" in name for name in names) and any(name.startswith("ema/unet") for name in names)
+
+
+@pytest.mark.parametrize("what", VALUES)
+def test_a_caption_is_changed_in_one_attribute_that_it_states(what):
+    rng, scenes, found = random.Random(0), Scenes("train"), Counter()
+    for i in range(200):
+        before = scenes.caption(i)
+        after = change(before, what, rng)
+        found[after is None] += 1
+        if after is None:
+            assert not said(before, what)
+            continue
+        old, new = said(before, what), said(after, what)
+        assert old != new and len(old) == len(new), (before, after)
+        others = (name for name in VALUES if name != what)
+        assert all(said(before, other) == said(after, other) for other in others), (before, after)
+    assert found[False] > 50
+
+
+def said(caption: str, what: str) -> list[str]:
+    """The values of an attribute in a caption."""
+    statement = parse(caption)
+    if what in ("texture", "ground"):
+        return [value for value in [getattr(statement, what)] if value]
+    return [value for thing in statement.things if (value := getattr(thing, what))]
+
+
+def test_second_captions_differ_and_depend_on_the_number_of_the_sample_alone():
+    scenes = Scenes("train", 1000)
+    captions = [None, *(scenes.caption(i) for i in range(199))]
+    others = second_captions(captions, range(200), scenes, 0)
+    assert others[7:9] == second_captions(captions[7:9], range(7, 9), scenes, 0)
+    assert others != second_captions(captions, range(200), scenes, 1)
+    assert sum(a == b for a, b in zip(captions, others, strict=True)) <= 1
+    assert others[0] is not None and 10 < others.count(None) < 35
+
+
+def test_the_contrast_loss_is_the_relative_error_of_differences():
+    target = torch.randn(6, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    same = torch.cat([target[:3], target[:3]])
+    difference = (target[:3] - target[3:]).square().mean((1, 2, 3))
+    assert torch.allclose(contrast_loss(same, target), difference / (difference + FLOOR))
+    shifted = target + torch.cat([target[3:], target[3:]])
+    assert contrast_loss(shifted, target).abs().max() < 1e-6, "an error that both predictions share does not count"
 
 
 def test_a_missing_run_is_not_resumed(tmp_path):
@@ -162,22 +207,6 @@ def test_near_colour_is_one_on_things():
     assert 0.05 < weight.mean() < 0.6 and set(weight.unique().tolist()) == {0.0, 1.0}
 
 
-def test_layouts_state_places_of_single_things_and_of_every_other_pair():
-    layouts = Layouts(40)
-    words = {"left", "right", "above", "below"}
-    ones = 0
-    for i in range(40):
-        caption, usual = layouts[i][1], layouts.scenes.caption(layouts.numbers[i])
-        one = len(layouts.scenes.scene(layouts.numbers[i]).stated.things) == 1
-        ones += one
-        if one or i % 2:
-            assert words & set(caption.split())
-            assert caption != usual
-        else:
-            assert caption == usual
-    assert 10 < ones < 30
-
-
 def test_redraw_places_reinitialises_nearly_equal_words_and_no_others():
     pipe = load_pipeline("miniature")
     weight = pipe.text_encoders[0].text_model.embeddings.token_embedding.weight
@@ -198,7 +227,7 @@ def test_redraw_places_reinitialises_nearly_equal_words_and_no_others():
 
 def test_squeeze_rescales_timesteps_into_the_ranges_in_turn():
     t = torch.tensor([0, 0, 0, 500, 999, 999])
-    assert squeeze(t, LAYOUT_TIMESTEPS).tolist() == [850, 850, 850, 925, 999, 999]
+    assert squeeze(t, [(850, 1000)]).tolist() == [850, 850, 850, 925, 999, 999]
     assert squeeze(t, [(850, 1000), (600, 900), (0, 1000)]).tolist() == [850, 600, 0, 925, 899, 999]
     assert squeeze(torch.arange(1000), [(0, 1000)]).tolist() == list(range(1000))
 
@@ -256,7 +285,7 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
             for transformer in block.attentions:
                 transformer.proj_out.weight.zero_()
                 transformer.proj_out.bias.zero_()
-    for level in (1, 2, 3):
+    for level in (level for kind, level in DROPPED if kind == "skips"):
         inner.up_blocks[last - level].register_forward_pre_hook(without_skips)
     assert torch.allclose(nothing, inner(*inputs), atol=1e-5)
     assert other_text["down.2.proj_out"].abs().max() == 0

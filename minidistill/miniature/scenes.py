@@ -250,24 +250,6 @@ def describe(statement: Statement) -> str:
     return text + _on_ground(statement)
 
 
-def describe_places(scene: Scene) -> str | None:
-    """The caption that states the position of each thing, or None if it is not one word.
-
-    "a red circle left", "a red circle above and a blue square below": for the first phase of training, in which one
-    word names a part of the image. Not in the grammar of `parse` and the judge.
-    """
-    first, things = scene.places[0], scene.stated.things
-    dx, dy = first.x - SIDE / 2, first.y - SIDE / 2
-    if len(things) == 1 and max(abs(dx), abs(dy)) > 4:  # pixels from the centre
-        words = (("left", "right")[dx > 0],) if abs(dx) > abs(dy) else (("above", "below")[dy > 0],)
-    elif len(things) == 2 and scene.stated.relation in RELATIONS[:4]:
-        words = OPPOSITES[RELATIONS.index(scene.stated.relation)]
-    else:
-        return None
-    text = " and ".join(f"{_phrase(thing)} {word}" for thing, word in zip(things, words, strict=True))
-    return text + _on_ground(scene.stated)
-
-
 def _on_ground(statement: Statement) -> str:
     ground = " ".join(word for word in (statement.texture, statement.ground) if word)
     return f" on a {ground} background" if ground else ""
