@@ -208,14 +208,13 @@ def train_unet(config: Config, run: RunFolder) -> None:
     ema = EMA(trained, 0.999)
     parts = {"networks": trained, "heads": heads, "muon": muon, "adamw": adam, "ema": ema, "scaler": precision.scaler}
     start = run.restore(parts)
-
     batches, held_out, rounds = open_scenes(config, pipe)
     dropout, alpha_bar = inside_out.OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
-            batch, progress = batches[step], step / config.steps
+            batch, done, progress = batches[step], step + 1, step / config.steps
             fade = min(1, (1 - progress) / 0.4)  # linear over the last 40 %
-            lr = config.learning_rate * min(fade, (step + 1) / 200)
+            lr = config.learning_rate * min(fade, done / 200)
             t, captions = inside_out.squeeze(batch.t, TIMESTEPS), batch.captions
             x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
             draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))[:, batches.part]
@@ -235,19 +234,17 @@ def train_unet(config: Config, run: RunFolder) -> None:
                 losses["contrast"] = contrast_loss(out, target).mean()
                 loss = loss + 0.5 * fade * losses["contrast"]
             precision.scaler.scale(loss).backward()
-            optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, step + 1)
-            norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, step + 1)
+            optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, done)
+            norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, done)
             ema.update()
             log.add(losses, per_sample, t)
-            is_last = step + 1 == config.steps
-            if parallel.is_first() and ((step + 1) % config.sample_every == 0 or is_last):
+            if parallel.is_first() and (done % config.sample_every == 0 or done == config.steps):
                 with log.untimed(), ema.swap():
-                    log.add(measure_levels(pipe.unet, make_probes(held_out, rounds)))
-                    report(run, pipe, step + 1, min(64, config.judged))
-            log.end_step(step + 1, lr=lr, grad_norm=norm)
-            if (step + 1) % config.checkpoint_every == 0 or is_last:
+                    log.add(report(run, pipe, done, held_out, rounds))
+            log.end_step(done, lr=lr, grad_norm=norm)
+            if done % config.checkpoint_every == 0 or done == config.steps:
                 with log.untimed():
-                    run.save(step + 1, parts)
+                    run.save(done, parts)
     if parallel.is_first():
         draw_curves(run.metrics, run.curves)
         with ema.swap():
@@ -287,13 +284,14 @@ def save_result(pipe: Pipeline, folder: Path) -> None:
     print(f"miniature -> {folder}")
 
 
-def report(run: RunFolder, pipe: Pipeline, step: int, count: int) -> None:
-    """Scores and image grid of held-out captions, with fixed noise; the curves so far."""
-    captions = held_out_captions(count)
+def report(run: RunFolder, pipe: Pipeline, step: int, held_out: Batches, rounds: range) -> dict[str, float]:
+    """Image grid and scores of held-out captions, the curves so far -> what the output loses without inner levels."""
+    captions = held_out_captions(min(64, len(held_out.data)))
     images = pipe(captions, steps=25, guidance=4.0, seed=0, batch_size=32)
     save_image_grid(run.image_grid(step), [images[:16]], captions[:16])
     draw_curves(run.metrics, run.curves)
     print(f"step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in score(images, captions).items()), flush=True)
+    return measure_levels(pipe.unet, make_probes(held_out, rounds))
 
 
 if __name__ == "__main__":
