@@ -16,6 +16,7 @@ import io
 import math
 import os
 import shlex
+import signal
 import sys
 import textwrap
 import types
@@ -25,9 +26,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from minidistill.errors import DONE, INTERRUPTED, REFUSED, InputError
+from minidistill.errors import DONE, INTERRUPTED, REFUSED, TERMINATED, InputError, Stopped, Terminated
 from minidistill.training.run_folder import NOT_COMPARED
-from minidistill.weights.files import read_json
+from minidistill.weights.files import FULL, read_json
 
 Config = TypeVar("Config")
 Presets = dict[str, dict[str, Any]]
@@ -155,21 +156,31 @@ def run_command(
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that a log file on Windows has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
         main(config)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        more = f". {_how_to_resume(config, prog)}" if isinstance(error, Stopped) else ""
+        print(f"error: {error}{more}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a path of the user's, which the system refuses: no permission, too long a name
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        more = f"; make room. {_how_to_resume(config, prog)}" if error.errno in FULL else ""
+        print(f"error: {error.filename or 'cannot print'}: {error.strerror}{more}", file=sys.stderr)
         sys.exit(REFUSED)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted. {_how_to_resume(config, prog)}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        word, code = ("terminated", TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
+        print(f"\n{word}. {_how_to_resume(config, prog)}", file=sys.stderr)
+        sys.exit(code)
     sys.exit(DONE)
+
+
+def _terminate(*_: object) -> NoReturn:
+    """On SIGTERM: files are closed, half-written ones removed, a line says how to resume. A second one ends at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,13 +6,21 @@ from numbers import Integral
 from types import TracebackType
 from typing import Any
 
-DONE, REFUSED, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+DONE, REFUSED, DIVERGED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 
 
 class InputError(Exception):
     """Bad input. The message is one line that names the thing and the way out."""
 
     exit_code = REFUSED
+
+
+class Stopped(InputError):
+    """What ends a command midway from outside, such as a full disk. After its message it is said how to resume."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which Slurm, Kubernetes and torchrun end a program: what Ctrl-C closes and removes, this does too."""
 
 
 class NonFiniteLoss(InputError):

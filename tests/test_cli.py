@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import os
@@ -16,7 +17,7 @@ from data_files import fill
 
 from minidistill.__main__ import commands, main
 from minidistill.cli import ELSEWHERE, GROUPS, REQUIRED, option, parse, run_command
-from minidistill.errors import InputError, NonFiniteLoss
+from minidistill.errors import InputError, NonFiniteLoss, Stopped, Terminated
 from minidistill.training.run_folder import RunFolder
 
 
@@ -273,6 +274,13 @@ def test_exit_codes(capsys, tmp_path):
     fill(tmp_path, {"a run/config.json": {}})
     code, err = outcome(KeyboardInterrupt(), "--out", out, capsys=capsys)
     assert code == 130 and f"{PROG} --out '{out}' --resume" in err
+    code, err = outcome(Terminated(), "--out", out, capsys=capsys)
+    assert code == 143 and err.startswith("\nterminated. To resume") and err.count("\n") == 2
+    again = f" To resume from the last checkpoint: {PROG} --out '{out}' --resume\n"
+    assert outcome(Stopped("no room"), "--out", out, capsys=capsys) == (2, f"error: no room.{again}")
+    full = OSError(errno.ENOSPC, "No space left on device")  # of what is printed into a file
+    said = f"error: cannot print: No space left on device; make room.{again}"
+    assert outcome(full, "--out", out, capsys=capsys) == (2, said)
     for bug in (RuntimeError("bug"), OSError("bug")):  # which keep their traceback
         with pytest.raises(type(bug), match="bug"):
             outcome(bug, capsys=capsys)

@@ -1,5 +1,6 @@
 """Files: written ones come back exactly, broken and foreign ones get one clear line, none is loaded in part."""
 
+import errno
 import io
 import json
 import random
@@ -10,19 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
-from minidistill.errors import InputError
+from minidistill.errors import InputError, Stopped
 from minidistill.weights.files import (
     atomic_path,
+    cannot_write,
     load_into,
     read_json,
     read_metadata,
     read_safetensors,
     read_tensors,
+    torn_files,
     write_json,
     write_safetensors,
+    writing,
 )
 
 
@@ -89,6 +94,22 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "folder.json").mkdir()
     assert "folder.json" in refused(write_json, tmp_path / "folder.json", {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.json", "x.json"]
+
+
+def test_a_full_disk_is_told_apart_and_what_a_killed_process_left_is_found(tmp_path):
+    rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), rust):
+        told = pytest.raises(Stopped, match=f"^cannot write {tmp_path / 'x'}: No space left on device; make room$")
+        with told, writing(tmp_path / "x"):
+            raise error
+    for error in (PermissionError(errno.EACCES, "Permission denied"), SafetensorError("no room (os error 13)")):
+        message = str(cannot_write(tmp_path / "x", error))
+        assert message == f"cannot write {tmp_path / 'x'}: Permission denied"
+    torn = [tmp_path / name for name in (".12.x.json", "student/.3.README.md", "student/unet/.45.x.safetensors")]
+    for path in (*torn, *(tmp_path / name for name in (".x.json", ".12", "12.x", "samples/.DS_Store", "a/b/c/.1.x"))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert sorted(torn_files(tmp_path)) == sorted(torn)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

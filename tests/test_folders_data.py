@@ -137,9 +137,28 @@ def test_the_next_readable_example_stands_in_for_a_broken_one_which_is_named_onc
     said = capsys.readouterr().out
     assert said.count("04.jpg (not an image)") == said.count("19.jpg (") == 1 and said.count("\n") == 2
     assert "; 2 unreadable: another image stands in for each until it is removed: 04.jpg (" in folder.summary()
-    (tmp_path / "10.jpg").unlink()
+    truncate(tmp_path / "10.jpg")
+    os.utime(tmp_path / "10.jpg", (1, 1))  # as if it had been so all along
     message = refusal(lambda: folder[10])  # now more than a tenth
-    assert "3 of 20 images cannot be read" in message and "10.jpg (No such file" in message
+    assert "3 of 20 images cannot be read" in message and "10.jpg (" in message
+
+
+@pytest.mark.parametrize("place", ["03.jpg", "a.tar"])
+def test_what_is_deleted_or_damaged_after_the_folder_was_opened_has_no_stand_in(tmp_path, place):
+    twenty(tmp_path)
+    fill(tmp_path, {"a.tar/0.png": encoded(), "a.tar/0.txt": "x"})
+    folder = ImageFolder(tmp_path, 8)
+    number = next(i for i in range(len(folder)) if folder.name(i).startswith(place))
+    content = (tmp_path / place).read_bytes()
+    (tmp_path / place).write_bytes(content[: len(content) // 8])
+    os.utime(tmp_path / place, (folder._opened + 1, folder._opened + 1))
+    way = "since the command began: put it back, or an empty file for which another image stands in"
+    message = refusal(lambda: folder[number])
+    assert message.startswith(f"{tmp_path / place} was changed, and cannot be read now (") and message.endswith(way)
+    (tmp_path / place).unlink()
+    assert refusal(lambda: folder[number]) == f"{tmp_path / place} was deleted {way}"
+    (tmp_path / place).write_bytes(content)
+    assert folder.sample(number).number == number, "which is forgotten once it is back"
 
 
 def test_a_link_to_nothing_is_unreadable(tmp_path):
@@ -160,7 +179,7 @@ def test_a_file_name_that_is_not_utf8_is_named_in_ascii(tmp_path):
     folder = ImageFolder(tmp_path, 8)
     assert folder.name(20) == r"caf\udce9.png" and folder[20][1] == "a café"
     truncate(tmp_path / name)
-    assert [text.split()[0] for text in unreadable(folder)] == [r"caf\udce9.png"]
+    assert [text.split()[0] for text in unreadable(ImageFolder(tmp_path, 8))] == [r"caf\udce9.png"]
 
 
 # what is refused

@@ -1,12 +1,14 @@
 """Folders of captioned images, as images for training: decoded, cropped to a square, resized.
 
 `listing.py` says how captions are given. Opening a folder decodes nothing; broken files are found when they are read,
-another example stands in for each, and they are named.
+another example stands in for each, and they are named. A file that is deleted or damaged after that ends the command: a
+run must be the same when it is resumed.
 """
 
 import io
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from minidistill.data.listing import find_examples, fingerprint, printable, some
-from minidistill.errors import InputError
+from minidistill.errors import InputError, Stopped
 
 MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
 MARGIN = 2  # JPEGs may be decoded at a fraction of their size down to this many times the resolution
 ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation
+BACK = "put it back, or an empty file for which another image stands in"
 UNREADABLE = "unreadable: another image stands in for each until it is removed"
 
 
@@ -50,7 +53,7 @@ class ImageFolder:
 
     The largest square in the middle of each image is resized with Lanczos. Instead of a file that cannot be read one
     gets the next that can. `report` is what was found. InputError: as `find_examples`, or when more than 10 % of the
-    images turn out to be unreadable.
+    images turn out to be unreadable. Stopped: an unreadable one was deleted or changed since the folder was opened.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ImageFolder:
         if resolution < 1:
             raise InputError(f"resolution must be at least 1 pixel, got {resolution}")
         self.resolution = resolution
+        self._opened = time.time()
         self.report = find_examples(path, split, caption_column)
         self._broken: set[int] = set()
         self._lock = threading.Lock()
@@ -79,6 +83,7 @@ class ImageFolder:
                 try:
                     return self._read(j)
                 except Exception as error:  # decoders raise anything on broken bytes
+                    self._refuse_changed(j, error)
                     self._note_broken(j, _reason(error))
         raise InputError(f"{self.report.path}: no image can be read")
 
@@ -136,6 +141,14 @@ class ImageFolder:
         left, top = (round((length - side) / 2 * self.resolution / side) for length in size)
         square = to_square(image, self.resolution, size)
         return Sample(square, self.captions(i), self.name(i), i, original, (top, left))
+
+    def _refuse_changed(self, i: int, error: Exception) -> None:
+        """Stopped if example i's file could not be read for what was done to it since the folder was opened."""
+        path = os.path.join(self.report.path, self.report.examples[i].place.file)
+        is_gone, changed = not os.path.lexists(path), self.stat(i)[1] / 1e9  # seconds
+        if is_gone or changed > self._opened:
+            what = "was deleted" if is_gone else f"was changed, and cannot be read now ({_reason(error)})"
+            raise Stopped(f"{printable(path)} {what} since the command began: {BACK}") from error
 
     def _note_broken(self, i: int, reason: str) -> None:
         """Remember and name an unreadable file. InputError if there are too many for it to be chance."""

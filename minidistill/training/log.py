@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minidistill.errors import InputError
 from minidistill.training import parallel
-from minidistill.weights.files import atomic_path
+from minidistill.weights.files import atomic_path, cannot_write
 
 # The entries of a metrics line that are not loss parts.
 NOT_LOSSES = ("step", "lr", "grad_norm", "ms_per_step", "loss_by_timestep")
@@ -114,7 +114,7 @@ class MetricsLog:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.close()  # which tries once more to write
-            raise InputError(f"cannot write {self.path}: {error.strerror}; make room, then --resume") from error
+            raise cannot_write(self.path, error) from error
         print(format_line(step, self.total, losses, ms), flush=True)
         self._last = step
         self._clear()

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minidistill.errors import InputError
+from minidistill.errors import InputError, Stopped
 
 PATIENCE = timedelta(hours=12)  # of processes that wait for the first one
 BUCKET = 2**24  # gradients averaged at a time: few calls, little memory
@@ -68,7 +69,8 @@ def is_first() -> bool:
 def wait() -> None:
     """Go on when all processes are here."""
     if count() > 1:
-        dist.barrier()
+        with _with_the_others():
+            dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
@@ -76,8 +78,18 @@ def gather(value: Any) -> list[Any]:
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
-    dist.all_gather_object(found, value)
+    with _with_the_others():
+        dist.all_gather_object(found, value)
     return found
+
+
+@contextmanager
+def _with_the_others() -> Iterator[None]:
+    """Stopped: one of the other processes is gone, so what is done here together cannot be."""
+    try:
+        yield
+    except RuntimeError as error:  # all that PyTorch says: the connection was closed
+        raise Stopped("another process of this training has ended: see what is said of it, above or below") from error
 
 
 @torch.no_grad()
@@ -89,13 +101,15 @@ def average_gradients(weights: Iterable[nn.Parameter]) -> None:
     if not trained:
         return
     has = torch.tensor([weight.grad is not None for weight in trained], dtype=torch.int32, device=trained[0].device)
-    dist.all_reduce(has)
+    with _with_the_others():
+        dist.all_reduce(has)
     reached = [weight for weight, number in zip(trained, has.tolist(), strict=True) if number]
     for weight in reached:
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     for bucket in _buckets([weight.grad for weight in reached if weight.grad is not None]):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
+        with _with_the_others():
+            dist.all_reduce(flat)
         flat /= count()
         for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(part.view_as(gradient))

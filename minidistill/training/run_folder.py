@@ -32,6 +32,7 @@ from minidistill.errors import InputError
 from minidistill.training import parallel
 from minidistill.training.log import read_metrics
 from minidistill.training.state import Part, pack, unpack
+from minidistill.weights import files
 from minidistill.weights.files import read_json, read_safetensors, some, to_disk, write_json, write_safetensors
 from minidistill.weights.folders import SHIPPED
 
@@ -118,7 +119,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            write_json(self.config, _as_stored(config))  # first: what has it can be resumed, whatever else is missing
+            self._remove_leftovers()  # first: they may be what fills the disk
+            for path in files.torn_files(self.path):
+                path.unlink()
+            write_json(self.config, _as_stored(config))  # then: what has it can be resumed, whatever else is missing
             self.samples.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
@@ -134,17 +138,22 @@ class RunFolder:
         if not parallel.is_first():
             return
         tensors, meta = pack(parts)
-        self._remove_leftovers()
         final = self.checkpoints / f"step-{step:06d}"
+        with files.writing(final):
+            self._replace(final, {"step": step, "meta": meta}, tensors, keep)
+
+    def _replace(self, final: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int) -> None:
+        """What `save` does, where the system may refuse."""
+        self._remove_leftovers()
         temporary = self.checkpoints / f".writing-{final.name}"
         write_safetensors(temporary / "state.safetensors", tensors)
-        write_json(temporary / "state.json", {"step": step, "meta": meta})
+        write_json(temporary / "state.json", state)
         if final.exists():  # damaged, or saved again: set aside, but not yet deleted
             final.rename(self.checkpoints / f".old-{final.name}")
         temporary.rename(final)
         to_disk(self.checkpoints)
         paths = self._checkpoint_paths()
-        kept = [path for path in paths if _step_of(path) <= step][-max(1, keep) :]
+        kept = [path for path in paths if _step_of(path) <= _step_of(final)][-max(1, keep) :]
         for path in paths:  # those after `step` are damaged: the run was resumed before them
             if path not in kept:  # renamed first: half a checkpoint must not have the name of a complete one
                 path.rename(self.checkpoints / f".old-{path.name}")

@@ -1,5 +1,6 @@
 """Weights and json on disk: memory-mapped, strict, atomic, and clear about what is wrong with a file."""
 
+import errno
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minidistill.errors import InputError
+from minidistill.errors import InputError, Stopped
 
 Model = TypeVar("Model", bound=nn.Module)
 # What torch raises of a damaged file: its unpickler checks little of what the bytes make it do.
@@ -25,6 +26,8 @@ DAMAGED = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, 
 # Of Python's own library, what training programs save beside weights.
 DATA_MODULES = {"argparse", "collections", "datetime", "pathlib", "typing"}
 DATA_TYPES = {f"builtins.{kind.__name__}" for kind in (bool, bytes, dict, float, int, list, object, set, str, tuple)}
+# What the system says where there is no room: on the disk, in the user's share of it, for a file of that size.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # diffusers before 0.17 named the four linear layers of the VAE's one attention like this.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_ATTENTION = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
@@ -202,13 +205,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def torn_files(folder: Path) -> list[Path]:
+    """The temporary files of `atomic_path` that killed processes left in a folder, or up to two folders below."""
+    found = (path for depth in (".*", "*/.*", "*/*/.*") for path in folder.glob(depth))
+    return [path for path in found if re.fullmatch(r"\.\d+\..+", path.name) and path.is_file()]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Within this context, that the operating system refuses to write is an InputError which names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError | SafetensorError) -> InputError:
+    """The operating system refused to write there: one line for people."""
+    number = getattr(error, "errno", None)
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # all that the safetensors package passes on
+        number = int(found[1])
+    message = f"cannot write {path}: {os.strerror(number) if number else error}"
+    return Stopped(f"{message}; make room") if number in FULL else InputError(message)
 
 
 def to_disk(path: Path) -> None:
