@@ -200,7 +200,9 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, capsys, damage):
 def test_a_run_whose_checkpoints_are_lost_does_not_start_over(tmp_path):
     run = open_run(tmp_path, checkpoint_every=10)
     run.metrics.write_text('{"step": 10}\n')  # it may have been killed while it saved the first
+    open_run(tmp_path, resume=True, checkpoint_every=5)  # and again before it logged anything
     open_run(tmp_path, resume=True, checkpoint_every=10)
+    run.metrics.write_text('{"step": 10}\n')
     run.image_grid(300).touch()  # of the last step, where fewer than `checkpoint_every` were to be done
     with pytest.raises(InputError, match=r"has logged 10 steps, and its checkpoints are lost: put one back"):
         open_run(tmp_path, resume=True, checkpoint_every=10)

@@ -85,11 +85,12 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def _with_the_others() -> Iterator[None]:
-    """Stopped: one of the other processes is gone, so what is done here together cannot be."""
+    """Stopped: one of the other processes is gone, so what is to be done together cannot be."""
     try:
         yield
-    except RuntimeError as error:  # all that PyTorch says: the connection was closed
-        raise Stopped("another process of this training has ended: see what is said of it, above or below") from error
+    except RuntimeError as error:  # PyTorch has no class of its own for a connection that is closed
+        reason = (str(error).strip().splitlines() or ["no reason is given"])[0]
+        raise Stopped(f"another process of this training has ended or cannot be reached ({reason})") from error
 
 
 @torch.no_grad()

@@ -122,6 +122,8 @@ class RunFolder:
             self._remove_leftovers()  # first: they may be what fills the disk
             for path in files.torn_files(self.path):
                 path.unlink()
+            if not self._checkpoint_paths():  # starting at step 0: nothing of what is logged is kept
+                self.metrics.unlink(missing_ok=True)
             write_json(self.config, _as_stored(config))  # then: what has it can be resumed, whatever else is missing
             self.samples.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
