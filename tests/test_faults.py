@@ -61,7 +61,7 @@ PLAN = (
 )
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 ROW = "{:15}  {:7}  {:57}  {:>10}  {}"
-IN_A_ROW = 5  # interruptions of one run, at most
+IN_A_ROW = 3  # interruptions of one run, at most
 ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
 
 
@@ -189,7 +189,9 @@ class Killer:
     def command(self, name: str, out: Path, words: tuple, moment: int, writes: int, printed: Path) -> None:
         """What `python -m minidistill.train_kd` and so on do."""
         for stream, mode in ((1, "w"), (2, "a")):
-            os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if mode == "w" else os.O_APPEND)), stream)
+            os.dup2(
+                os.open(printed, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if mode == "w" else os.O_APPEND), 0o600), stream
+            )
         seen = [0]
 
         def watch(event: str, args: tuple) -> None:
@@ -199,6 +201,7 @@ class Killer:
                     os.write(writes, b"now")
 
         sys.addaudithook(watch)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off in the background
         module, flags = COMMANDS[name]
         given = ["--teacher", self.folder / "teacher", "--data", self.folder / "images", "--out", out]
         code = 1
