@@ -188,10 +188,9 @@ class Killer:
 
     def command(self, name: str, out: Path, words: tuple, moment: int, writes: int, printed: Path) -> None:
         """What `python -m minidistill.train_kd` and so on do."""
-        for stream, mode in ((1, "w"), (2, "a")):
-            os.dup2(
-                os.open(printed, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if mode == "w" else os.O_APPEND), 0o600), stream
-            )
+        file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        for stream in (1, 2):
+            os.dup2(file, stream)
         seen = [0]
 
         def watch(event: str, args: tuple) -> None:
@@ -244,7 +243,7 @@ class Killer:
                 wait = draw.choice([0, pace]) * draw.random()
                 moment = {"moment": draw.randint(1, operations // 2), "wait": wait, "sign": left[0]}
             code, _, printed = self.start(name, out, *resume, **moment)
-            told = re.search(r"resuming at step (\d+)", printed)
+            told = re.search(r"(?:resuming|: starting) at step (\d+)", printed)
             if rows and told:
                 rows[-1][3] = told[1]
                 assert int(told[1]) == rows[-1][5], printed
@@ -255,7 +254,7 @@ class Killer:
                 if code > 0 and (out / "config.json").exists():
                     assert f"To resume from the last checkpoint: {name} --out {out} --resume\n" in printed, printed
                 when = "starting again, " * bool(resume and not told) + doing(out)
-                rows.append([name, signal.Signals(left.pop(0)).name, when, "0", ", ".join(wrong), newest(out)])
+                rows.append([name, signal.Signals(left.pop(0)).name, when, "-", ", ".join(wrong), newest(out)])
         wrong = differences(out, whole, finished=True)
         for command, sign, when, step, changed, _ in rows:
             self.same.append(not changed and not wrong)
