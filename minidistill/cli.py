@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from minidistill.errors import DONE, INTERRUPTED, REFUSED, InputError
+from minidistill.errors import DONE, INTERRUPTED, REFUSED, InputError, printable
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import read_json
 
@@ -154,7 +154,8 @@ def run_command(
     config = None
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that a log file on Windows has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
+    # without the place in the code
+    warnings.formatwarning = lambda message, *_, **__: f"note: {printable(str(message))}\n"
     try:
         config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)
         main(config)
