@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from minidistill.errors import DONE, INTERRUPTED, REFUSED, TERMINATED, InputError, Stopped, Terminated
+from minidistill.errors import DONE, INTERRUPTED, REFUSED, TERMINATED, InputError, Stopped, Terminated, printable
 from minidistill.training.run_folder import NOT_COMPARED
 from minidistill.weights.files import FULL, read_json
 
@@ -155,7 +155,8 @@ def run_command(
     config = None
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that a log file on Windows has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the place in the code
+    # without the place in the code
+    warnings.formatwarning = lambda message, *_, **__: f"note: {printable(str(message))}\n"
     signal.signal(signal.SIGTERM, _terminate)
     try:
         config = parse(config_class, presets, sys.argv[1:] if argv is None else argv, prog, description)

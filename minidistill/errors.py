@@ -10,9 +10,12 @@ DONE, REFUSED, DIVERGED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 
 
 class InputError(Exception):
-    """Bad input. The message is one line that names the thing and the way out."""
+    """Bad input. The message is one line that names the thing and the way out, whatever the thing's name holds."""
 
     exit_code = REFUSED
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class Stopped(InputError):
@@ -27,6 +30,11 @@ class NonFiniteLoss(InputError):
     """A loss, its gradient or what the model draws became nan or infinite: the run cannot continue as it is set."""
 
     exit_code = DIVERGED
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, in one line: control characters, bytes that are no UTF-8 and the like are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_integers(**given: object) -> None:

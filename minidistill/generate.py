@@ -21,13 +21,14 @@ from torch import Tensor
 
 from minidistill.cli import option, run_command
 from minidistill.data.folders import to_rgb
+from minidistill.data.listing import image_formats
 from minidistill.diffusion.sampling import SAMPLERS, Sampling
 from minidistill.diffusion.schedule import SPACINGS
 from minidistill.errors import InputError
 from minidistill.pipeline import GUIDANCE, STEPS, Pipeline, load_pipeline
 from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.weights import folders
-from minidistill.weights.files import atomic_path, existing_file, read_safetensors
+from minidistill.weights.files import DAMAGED, atomic_path, existing_file, read_safetensors
 from minidistill.weights.folders import Device, DType
 
 BATCH_SIZE = 8
@@ -160,9 +161,9 @@ def progress(pipe: Pipeline, config: GenerateConfig, count: int) -> tqdm:
 def read_image(path: str) -> Image.Image:
     """An RGB image, upright and on white, as training reads it. InputError: there is none, or it cannot be read."""
     try:
-        with Image.open(existing_file(path)) as image:
+        with Image.open(existing_file(path), formats=image_formats()) as image:
             return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what decoders raise
+    except (*DAMAGED, SyntaxError, Image.DecompressionBombError) as error:  # what decoders raise
         raise InputError(f"cannot read the image {path}: {error}") from error
 
 

@@ -140,6 +140,8 @@ class Pipeline:
         for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
             if (made := tokenizer.max_length) > (read := encoder.config.max_position_embeddings):
                 yield f"the tokenizer makes {made} tokens, the text encoder reads {read}"
+            if (made := tokenizer.vocab_size) > (read := encoder.config.vocab_size):
+                yield f"the tokenizer's ids go up to {made - 1}, the text encoder knows {read} tokens"
         if self.is_sdxl:
             read = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
             if (made := getattr(encoders[-1].text_projection, "out_features", None)) != read:

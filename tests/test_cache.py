@@ -24,8 +24,13 @@ from minidistill.pipeline import load_pipeline
 from minidistill.training import inputs
 from minidistill.training.batches import Batches, to_pixels
 from minidistill.training.run_folder import RunFolder
+from minidistill.weights.files import read_safetensors, write_json, write_safetensors
 
 SIDE = 32
+
+
+KEY = {"resolution": SIDE, "split": None, "caption_column": None, "flip": False, "store": "fp32", "precision": "fp32"}
+KEY |= {"shard": 4, "vae": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +261,52 @@ def test_a_damaged_shard_and_an_unreadable_version_are_refused(model, data):
     index = json.loads((out / "cache.json").read_text())
     (out / "cache.json").write_text(json.dumps({**index, "format": "minidistill latents, version 0"}))
     assert "not a cache that this version reads" in refusal(lambda: open_data(out))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": None},
+        {"count": 0},
+        {"count": "11"},
+        {"data": 5},
+        {"complete": 1},
+        {"text": {}},
+        {"more": 1},
+        {"key": 5},
+    ]
+    + [{"key": {**KEY, name: value}} for name, value in (("shard", 0), ("shard", 4.0), ("flip", "no"), ("store", "x"))],
+    ids=str,
+)
+def test_an_index_that_no_version_writes_is_refused(tmp_path, change):
+    index = {"format": module.FORMAT, "key": KEY, "data": "x", "count": 1, "complete": True, "text": None}
+    write_json(tmp_path / "cache.json", {name: v for name, v in {**index, **change}.items() if v is not None})
+    assert "not a cache that this version reads" in refusal(lambda: open_data(tmp_path))
+    write_json(tmp_path / "cache.json", index)
+    assert "latents-00000.safetensors" in refusal(lambda: open_data(tmp_path)), "the unchanged index is read"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("latents", {"mean": torch.ones(4, 1, 4, 8)}),
+        ("latents", {"mean": torch.ones(4, 1, 4, 8, 8, dtype=torch.int32)}),
+        ("latents", {"std": torch.ones(3, 1, 4, 8, 8)}),
+        ("latents", {"crop": torch.ones(4, 3, dtype=torch.int32)}),
+        ("latents", {"shown": torch.tensor(0)}),
+        ("latents", {"text": module.to_json([])}),
+        ("latents", {"text": module.to_json({"names": ["a"] * 4, "captions": [["a"], ["a"], ["a"], [5]]})}),
+        ("latents", {"text": torch.ones(3)}),
+        ("text", {"context": torch.ones(4, 16)}),
+        ("text", {"text": module.to_json({"captions": ["a", "b", "c", {}]})}),
+    ],
+)
+def test_a_shard_with_other_tensors_or_texts_is_refused(model, data, kind, changes):
+    out = make(model, data, text_states=True)
+    file = out / f"{kind}-00001.safetensors"
+    write_safetensors(file, read_safetensors(file) | changes)
+    message = refusal(lambda: open_data(out))
+    assert file.name in message or "has no text states of" in message
 
 
 def test_latents_that_are_not_finite_are_blamed_on_their_file(model, data, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from minidistill.errors import InputError, Stopped
+from minidistill.weights import files
 from minidistill.weights.files import (
     atomic_path,
     cannot_write,
@@ -143,6 +145,39 @@ def test_a_pickle_that_would_run_code_is_refused_unrun_wherever_the_code_is(tmp_
     assert not (tmp_path / "it_ran").exists()
 
 
+@pytest.mark.parametrize(
+    "values", [torch.ones(1).expand(10**6, 10), torch.eye(3).to_sparse(), torch.ones(2, device="meta")]
+)
+def test_tensors_that_a_file_only_promises_are_refused(tmp_path, values):
+    torch.save({"a": torch.ones(2), "b": values}, tmp_path / "x.ckpt")
+    assert "is not a state dict" in refused(read_tensors, tmp_path / "x.ckpt")
+    tied = torch.ones(4)
+    torch.save({"a": tied, "b": tied, "c": tied[1:]}, tmp_path / "x.ckpt")
+    assert_same(read_tensors(tmp_path / "x.ckpt"), {"a": tied, "b": tied, "c": tied[1:]})
+
+
+def test_a_compressed_checkpoint_which_may_unpack_to_any_size_is_refused(tmp_path):
+    torch.save(some_tensors(), whole := tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert "are compressed" in refused(read_tensors, tmp_path / "x.ckpt")
+
+
+def test_more_or_longer_names_than_a_model_has_are_refused(tmp_path, monkeypatch):
+    write_safetensors(tmp_path / "x.safetensors", {"a." * 300: torch.ones(1)})
+    assert "as no model does" in refused(read_tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr(files, "MOST_TENSORS", 2)
+    write_safetensors(tmp_path / "x.safetensors", some_tensors())
+    assert "more than 2 tensors" in refused(read_tensors, tmp_path / "x.safetensors")
+
+
+def test_a_message_is_one_line_whatever_a_file_calls_its_tensors(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"a\nb\x1b[1m\u2028c": torch.ones(1)})
+    message = refused(load_into, small_net(), read_tensors(tmp_path / "x.safetensors"), "x")
+    assert r"a\nb\x1b[1m\u2028c" in message and message.isprintable()
+
+
 class Callback:
     """As Lightning's, of a package that is not installed where the file is read."""
 
@@ -260,6 +295,9 @@ def test_what_does_not_fit_is_counted_and_named():
     tensors = small_net().state_dict()
     tensors["0.weight"] = tensors["0.weight"][:, :, None, None]  # a convolution in place of a linear layer
     assert "0.weight is (3, 4, 1, 1)" in refused(load_into, net, tensors, "x")
+    tensors = small_net().state_dict()
+    tensors["0.weight"] = tensors["0.weight"].int()
+    assert "1 of 9 tensors are of another type (0.weight is torch.int32)" in refused(load_into, net, tensors, "x")
     net.register_buffer("mask", torch.empty(2, device="meta"), persistent=False)
     with pytest.raises(RuntimeError, match="mask"):  # outside of the state dict it cannot pass unfilled
         load_into(net, small_net().state_dict(), "x")
@@ -301,3 +339,6 @@ def test_a_damaged_pickle_is_read_or_refused_whatever_its_bytes_make_the_reader_
             assert "\n" not in str(error)
             refusals += 1
     assert 50 < refusals < 300
+    for end in range(1, len(whole)):
+        path.write_bytes(whole[:end])
+        refused(read_tensors, path)

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 from data_files import encoded, fill, found, image, refusal, rows, truncate
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
-from minidistill.data import listing
+from minidistill.data import folders, listing
 from minidistill.data.folders import UNREADABLE, ImageFolder, to_rgb, to_square
 from minidistill.data.listing import find_examples
 
@@ -159,6 +159,23 @@ def test_what_is_deleted_or_damaged_after_the_folder_was_opened_has_no_stand_in(
     assert refusal(lambda: folder[number]) == f"{tmp_path / place} was deleted {way}"
     (tmp_path / place).write_bytes(content)
     assert folder.sample(number).number == number, "which is forgotten once it is back"
+
+
+def test_an_image_that_is_a_program_or_would_fill_the_memory_is_not_decoded(tmp_path, monkeypatch, capsys):
+    def run(*_, **__):
+        raise SystemExit("Ghostscript is started, which runs PostScript")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    twenty(tmp_path)
+    (tmp_path / "04.jpg").write_bytes(encoded(kind="eps"))
+    assert ImageFolder(tmp_path, 8).sample(4).number == 5
+    assert "04.jpg (not an image)" in capsys.readouterr().out
+    (tmp_path / "04.jpg").write_bytes(encoded(size=(2000, 600)))
+    monkeypatch.setattr(folders, "MOST_PIXELS", 1_000_000)
+    assert ImageFolder(tmp_path, 8).sample(4).number == 5
+    assert "04.jpg (2000 x 600 pixels are more than 1 million)" in capsys.readouterr().out
+    (tmp_path / "04.jpg").write_bytes(encoded(size=(2000, 600), kind="jpeg"))  # decoded at a fraction of that
+    assert ImageFolder(tmp_path, 8).sample(4).number == 4
 
 
 def test_a_link_to_nothing_is_unreadable(tmp_path):

@@ -651,6 +651,7 @@ EDITS = [  # what is put in the file in place of None, a tensor left out; what i
     ({f"{FIRST}.bias": torch.ones(2)}, r"1 of 37 tensors are no part of .*LoRA .*proj_in.bias"),
     ({f"{FIRST}.alpha": torch.tensor(float("nan"))}, "alpha of .* is nan"),
     ({f"{FIRST}.alpha": torch.ones(2)}, "alpha of .* cannot be read"),
+    ({f"{FIRST}.alpha": torch.tensor(1j)}, "alpha of .* cannot be read"),
     *(({f"{FIRST}.{end}": torch.ones(2)}, rf"plain LoRA .*{end}") for end in ("dora_scale", "hada_w1_a", "diff")),
     ({f"{FIRST}.lora_mid.weight": torch.ones(2)}, r"plain LoRA .*lora_mid"),
     ({f"{DOTTED}.lora_A.weight": torch.ones(4, 8), f"{DOTTED}.lora_B.weight": torch.ones(8, 4)}, "is there twice"),
@@ -707,6 +708,8 @@ SETTINGS = [
     ("[]", "lora_adapter_metadata in its header cannot be read"),
     ('{"lora_alpha": "much"}', "alpha of .* cannot be read"),
     ('{"lora_alpha": 1, "alpha_pattern": {"(": 2}}', "alpha of .* cannot be read"),
+    ('{"lora_alpha": 1, "alpha_pattern": {"(to_q|to_k)*": 2}}', "no name of a layer, nor a plain pattern"),
+    ('{"lora_alpha": 1, "alpha_pattern": {"(a)(b)": 2}}', "no name of a layer, nor a plain pattern"),
     ('{"lora_alpha": 1, "init_lora_weights": "pissa"}', "LORA started by pissa, which is not supported"),
     ('{"peft_type": "LOHA"}', "LOHA .*not supported"),
 ]

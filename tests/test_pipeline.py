@@ -359,6 +359,51 @@ BREAKS = {
         [SCHEDULER, "FlowMatch"],
     ),
     "no groups": (lambda f: change_json(f / "unet/config.json", norm_num_groups=0), ["unet/config.json"]),
+    "endless layers": (
+        lambda f: change_json(f / "unet/config.json", layers_per_block=10**12),
+        ["unet/config.json", "layers, more than 1000"],
+    ),
+    "endless transformers": (
+        lambda f: change_json(f / "unet/config.json", transformer_layers_per_block=10**6),
+        ["unet/config.json", "transformer blocks, more than 1000"],
+    ),
+    "endless encoder": (
+        lambda f: change_json(f / "text_encoder/config.json", num_hidden_layers=10**9),
+        ["text_encoder/config.json", "num_hidden_layers = 1000000000"],
+    ),
+    "endless VAE": (
+        lambda f: change_json(f / "vae/config.json", layers_per_block=10**6),
+        ["vae/config.json", "layers_per_block = 1000000"],
+    ),
+    "width of no model": (
+        lambda f: change_json(f / "text_encoder/config.json", intermediate_size=10**18),
+        ["text_encoder/config.json", "intermediate_size"],
+    ),
+    "a list for a number": (
+        lambda f: change_json(f / "text_encoder/config.json", layer_norm_eps=[1e-5]),
+        ["text_encoder/config.json", "layer_norm_eps = [1e-05]"],
+    ),
+    "not a number": (
+        lambda f: change_json(f / "vae/config.json", scaling_factor=float("nan")),
+        ["vae/config.json", "scaling_factor = nan"],
+    ),
+    "a number for a class": (
+        lambda f: change_json(f / "text_encoder/config.json", architectures=5),
+        ["text_encoder/config.json"],
+    ),
+    "a list of schedulers": (
+        lambda f: change_json(f / SCHEDULER, _class_name=["DDIMScheduler"]),
+        [SCHEDULER, "is no name"],
+    ),
+    "endless schedule": (
+        lambda f: change_json(f / SCHEDULER, num_train_timesteps=10**12),
+        [SCHEDULER, "num_train_timesteps = 1000000000000"],
+    ),
+    "an id that is none": (lambda f: change_json(f / "tokenizer/vocab.json", a="x"), ["cannot read the tokenizer"]),
+    "no length": (
+        lambda f: change_json(f / "tokenizer/tokenizer_config.json", model_max_length="long"),
+        ["cannot read the tokenizer"],
+    ),
     "no groups in the VAE": (lambda f: change_json(f / "vae/config.json", norm_num_groups=0), ["vae/config.json"]),
 }  # fmt: skip
 
@@ -378,6 +423,9 @@ def test_parts_of_different_models_are_refused(copy, sources, tmp_path):
             with_tensor(copy / UNET, name, tensor[:, :20].clone())
     message = refused(load_pipeline, copy)
     assert "20" in message and "24" in message and "different models" in message
+    shutil.copytree(sources["sd1"] / "unet", copy / "unet", dirs_exist_ok=True)
+    change_json(copy / "tokenizer/vocab.json", more=10**6)
+    assert "the tokenizer's ids go up to 1000000, the text encoder knows 547 tokens" in refused(load_pipeline, copy)
     load_pipeline(sources["sdxl"]).save(tmp_path)
     change_json(tmp_path / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "needs 2 text encoder(s), there are 1" in refused(load_pipeline, tmp_path)

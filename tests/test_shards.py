@@ -93,6 +93,29 @@ def test_what_belongs_together_is_told_by_name_wherever_it_is(tmp_path):
     assert folder.sample(3).original == (480, 640)
 
 
+def test_a_name_with_a_number_that_python_does_not_read_is_a_name(tmp_path):
+    stem = f"{'1' * 5000}_x/0"  # as of kohya's folders, which say how often their images repeat
+    fill(tmp_path, {f"0.tar/{stem}.jpg": encoded(kind="jpeg"), f"0.tar/{stem}.txt": "a"})
+    assert len(find_examples(tmp_path).examples) == 1
+
+
+def test_a_sparse_member_that_states_more_than_there_is_ends_its_tar(tmp_path):
+    write_shard(tmp_path / "0.tar", 1)
+    info = tarfile.TarInfo("large.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0" % 0 * 2  # one part of no bytes, in a file of 2 MB
+    header[483:495] = b"00010000000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(bytes(header) + whole)
+    write_shard(tmp_path / "1.tar", 1)
+    report = find_examples(tmp_path)
+    assert [example.name for example in report.examples] == ["1.tar/000000000.jpg"]
+    assert list(report.remarks) == ["damaged tars"]
+
+
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_names_are_read_in_both_spellings(tmp_path, format):
     stem = "x" * 150 + "ä"

@@ -496,3 +496,9 @@ def test_a_header_that_is_not_right_is_refused(foreign, tmp_path, key):
     for text in ("{", "3", "[3]", '{"layers_per_block": {}, "beta_schedule": 3}', '[{"vocab": 3}, 1]', "[" * 99999):
         save_file(foreign[0], tmp_path / "x.safetensors", metadata={f"minidistill.{key}": text})
         assert f"x.safetensors: minidistill.{key}" in refused(read_single_file, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("stages", "layers", "said"), [(17, 1, "17 stages, more than 16"), (2, 501, "1002 layers")])
+def test_a_unet_of_more_stages_or_layers_than_any_has_is_refused(stages, layers, said):
+    names = [f"down_blocks.{i}.resnets.{j}.conv1.weight" for i in range(stages) for j in range(layers)]
+    assert said in refused(infer_unet_config, dict.fromkeys(names, torch.empty(4, 4, 3, 3)))

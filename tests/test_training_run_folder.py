@@ -172,6 +172,8 @@ def rewrite(name, change):
 DAMAGE = {
     "cut short": rewrite("state.safetensors", lambda data: data[:-100]),
     "no json": rewrite("state.json", lambda data: b"{"),
+    "a step that is none": rewrite("state.json", lambda data: b'{"step": "2", "meta": {}}'),
+    "a list of meta": rewrite("state.json", lambda data: b'{"step": 2, "meta": []}'),
     "a key missing": rewrite("state.json", lambda data: b'{"step": 2}'),
     "no tensors": lambda folder: (folder / "state.safetensors").unlink(),
 }
@@ -210,6 +212,26 @@ def test_a_run_whose_checkpoints_are_lost_does_not_start_over(tmp_path):
     run.metrics.write_text('{"step": 20}\n')
     with pytest.raises(InputError, match=r"has logged 20 steps, and its checkpoints are lost: put one back"):
         open_run(tmp_path, resume=True, checkpoint_every=30)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", '{"steps": "all"}'),
+        ("config.json", '{"steps": 3, "checkpoint_every": [1]}'),
+        *[("metrics.jsonl", line + "\n") for line in ("5", "{}", '{"step": "1"}', '{"step": 1, "loss": "x"}')],
+        *[
+            ("metrics.jsonl", line + "\n")
+            for line in ('{"step": 1, "loss": NaN}', '{"step": 1, "loss_by_timestep": 1}')
+        ],
+        ("metrics.jsonl", b'{"step": 1, "\xff": 1}\n'),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, file, content):
+    RunFolder.find(tmp_path, {"steps": 3}).begin({"steps": 3})
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=r"must be whole numbers|is damaged in line 1"):
+        RunFolder.find(tmp_path, {"steps": 3}, resume=True)
 
 
 class Crash(BaseException):

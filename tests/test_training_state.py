@@ -144,3 +144,42 @@ def test_an_optimizer_before_its_first_step_has_no_state_and_one_over_an_unpacke
     del parts["student"]
     with pytest.raises(ValueError, match="not among the parts"):
         pack(parts)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        *[("optimizer", "settings", value) for value in (None, [], [5], [{"lr": 1}])],
+        *[("optimizer", "groups", value) for value in (None, [[]])],
+        *[("ema", "updates", value) for value in (None, "9", [9])],
+        ("scaler", "scale", "large"),
+    ],
+)
+def test_meta_of_another_structure_is_refused(part, key, value):
+    tensors, meta = pack(make_parts())
+    meta = json.loads(json.dumps(meta))
+    for changed in ({**meta[part], key: value}, {k: v for k, v in meta[part].items() if k != key}, 5):
+        with pytest.raises(InputError, match="of another kind of run"):
+            unpack(tensors, {**meta, part: changed}, make_parts())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", "0.1"), ("betas", [0.9]), ("betas", [0.9, "x"]), ("eps", float("nan"))]
+)
+def test_a_setting_of_another_type_is_refused(name, value):
+    tensors, meta = pack(make_parts())
+    meta = json.loads(json.dumps(meta))
+    meta["optimizer"]["settings"][0][name] = value
+    with pytest.raises(InputError, match="of its optimizer it says"):
+        unpack(tensors, meta, make_parts())
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t.int(), lambda t: t[None]])
+@pytest.mark.parametrize("field", ["exp_avg", "step"])
+def test_optimizer_state_of_another_shape_or_type_is_refused(field, change):
+    train(parts := make_parts(), 0, 1)
+    tensors, meta = pack(parts)
+    name = f"optimizer/student.0.weight/{field}"
+    tensors[name] = change(tensors[name].reshape(1) if tensors[name].ndim == 0 else tensors[name])
+    with pytest.raises(InputError, match=f"its {name} is"):
+        unpack(tensors, json.loads(json.dumps(meta)), make_parts())

@@ -20,7 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,21 @@ from torch import Tensor, nn
 
 from minidistill.data.folders import ImageFolder, Sample
 from minidistill.data.listing import fingerprint
-from minidistill.errors import InputError
+from minidistill.errors import InputError, shown
 from minidistill.pipeline import Origin, Pipeline, TextStates
 from minidistill.weights.files import read_json, read_safetensors, write_json, write_safetensors
+from minidistill.weights.typed import MISSHAPEN, check_types
 
 FORMAT = "minidistill latents, version 2"
 INDEX_NAME = "cache.json"
 AGAIN = "make it again with python -m minidistill.cache, in another --out"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+FLOATS, INTEGERS = tuple(DTYPES.values()), (torch.int32, torch.int64, torch.uint8)
+TENSORS = {  # in shards: dimensions and types
+    **{"mean": (5, FLOATS), "std": (5, FLOATS), "context": (3, FLOATS), "pooled": (2, FLOATS), "shown": (1, INTEGERS)},
+    **{name: (2, INTEGERS) for name in ("original", "crop", "stat", "digest")},
+}
+LATENTS, TEXTS = ("mean", "std", "original", "crop", "shown", "stat", "digest"), ("context",)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,23 @@ class CacheKey:
     precision: str  # of the VAE while encoding
     shard: int  # examples in a file
     vae: str  # `vae_digest`
+
+
+@dataclass
+class _TextIndex:
+    digest: str
+    count: int
+
+
+@dataclass
+class _Index:
+    """What cache.json holds beside its format."""
+
+    key: CacheKey
+    data: str
+    count: int
+    complete: bool
+    text: _TextIndex | None
 
 
 class LatentCache:
@@ -90,8 +115,7 @@ class LatentCache:
             file = shard_path(self.path, number)
             if unfinished and not file.exists():
                 break
-            self._shards.append(read_safetensors(file))
-            text = from_json(self._shards[-1]["text"])
+            text = _read_shard(file, LATENTS, self._shards)
             self.names += text["names"]
             self._captions += text["captions"]
         if unfinished:
@@ -103,6 +127,8 @@ class LatentCache:
             self.refuse_stale(ImageFolder(self.index["data"], key.resolution, key.split, key.caption_column))
         if self.index["text"]:
             self.text = TextCache(self.path, self.index["text"]["count"], self.key.shard)
+            if lacking := {None, "", *chain(*self._captions)} - self.text.captions:
+                raise InputError(f"{self.path} has no text states of {shown(lacking.pop())}: {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -129,9 +155,11 @@ class LatentCache:
 
     def check(self, pipe: Pipeline, flip: bool = False) -> None:
         """InputError unless the cache was made with this VAE, these text encoders, and flips if they are asked for."""
-        if vae_digest(pipe.vae) != self.key.vae:
+        side = self.key.resolution // pipe.vae.config.downscale
+        shape = (1 + self.key.flip, pipe.vae.config.latent_channels, side, side)
+        if vae_digest(pipe.vae) != self.key.vae or self._shards[0]["mean"].shape[1:] != shape:
             raise InputError(f"{self.path} was made with another VAE than this model's: {AGAIN}")
-        if self.text and text_digest(pipe) != self.index["text"]["digest"]:
+        if self.text and (text_digest(pipe) != self.index["text"]["digest"] or not self.text.fits(pipe)):
             raise InputError(f"{self.path} holds text states of other text encoders than this model's: {AGAIN}")
         if flip and not self.key.flip:
             raise InputError(f"{self.path} holds no mirror images: turn flips off, or {AGAIN}, with --flip")
@@ -154,9 +182,12 @@ class LatentCache:
             return f"{name} was removed or moved, {folder.name(i)} is in its place"
         shard, row = self._place(i)
         shown = int(shard["shown"][row])
-        if shown < len(folder) and folder.captions(shown) != self.captions(i):
+        if 0 <= shown < len(folder) and folder.captions(shown) != self.captions(i):
             return f"another caption for {name}"
-        if list(folder.stat(i)) != shard["stat"][row].tolist() and _digest(folder, i) != bytes(shard["digest"][row]):
+        if (
+            list(folder.stat(i)) != shard["stat"][row].tolist()
+            and [*_digest(folder, i)] != shard["digest"][row].tolist()
+        ):
             return f"{name} has changed"
         return ""
 
@@ -183,10 +214,24 @@ class TextCache:
         self._shards: list[dict[str, Tensor]] = []
         self._places: dict[str | None, tuple[int, int]] = {}  # caption -> shard and row
         for number in range(-(-count // shard)):
-            tensors = read_safetensors(text_path(path, number))
-            for row, caption in enumerate(from_json(tensors["text"])["captions"]):
-                self._places[caption] = (number, row)
-            self._shards.append(tensors)
+            for row, caption in enumerate(_read_shard(text_path(path, number), TEXTS, self._shards)["captions"]):
+                self._places[caption if isinstance(caption, str) else None] = (number, row)
+
+    @property
+    def captions(self) -> set[str | None]:
+        """Those whose states are there."""
+        return set(self._places)
+
+    def fits(self, pipe: Pipeline) -> bool:
+        """Whether the states have the shapes that this model reads."""
+        found, unet = (
+            [self._shards[0][name].shape[1:] for name in TextStates._fields if name in self._shards[0]],
+            pipe.unet.config,
+        )
+        shapes = [(pipe.tokenizers[0].max_length, unet.cross_attention_dim)]
+        if pipe.is_sdxl:
+            shapes.append((unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim,))
+        return found == shapes
 
     def text_states(self, captions: Sequence[str | None]) -> TextStates:
         """Text states of captions of this cache, "" and None; float32 on the CPU."""
@@ -197,6 +242,32 @@ class TextCache:
             if name in self._shards[0]
         }
         return TextStates(parts["context"], parts.get("pooled"))
+
+
+def _read_shard(file: Path, names: Sequence[str], shards: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Add the tensors of a shard to `shards`, and return its text. InputError: damaged, or unlike the first shard."""
+    tensors = read_safetensors(file)
+    first = shards[0] if shards else tensors
+    try:
+        text = from_json(tensors["text"])
+        count = len(text["captions"])
+        for name in (*names, *(["pooled"] if "pooled" in first else [])):
+            tensor, (dimensions, dtypes) = tensors[name], TENSORS[name]
+            same = tensor.dtype == first[name].dtype and tensor.shape[1:] == first[name].shape[1:]
+            if not same or len(tensor) != count or tensor.ndim != dimensions or tensor.dtype not in dtypes:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} of {count} examples")
+        if names is LATENTS:
+            texts = [*text["names"], *chain(*text["captions"])]
+            if len(text["names"]) != count or not all(text["captions"]) or not all(isinstance(t, str) for t in texts):
+                raise ValueError("names or captions that are no text")
+            if tensors["mean"].shape != tensors["std"].shape or {tensors[n].shape[1] for n in ("original", "crop")} != {
+                2
+            }:
+                raise ValueError("tensors that do not fit")
+    except MISSHAPEN as error:
+        raise InputError(f"{file} is damaged ({error}): {AGAIN}") from error
+    shards.append(tensors)
+    return text
 
 
 def is_cache(path: str | Path) -> bool:
@@ -216,12 +287,18 @@ def text_path(path: Path, number: int) -> Path:
 
 
 def read_index(path: Path) -> dict:
-    """cache.json, its `key` as a CacheKey."""
+    """cache.json, its `key` as a CacheKey. InputError: it is of another version, or not as `write_index` writes it."""
     content = read_json(path / INDEX_NAME)
-    names = {field.name for field in fields(CacheKey)}
-    if content.get("format") != FORMAT or set(content.get("key", {})) != names:
-        raise InputError(f"{path} is not a cache that this version reads ({FORMAT}): {AGAIN}")
-    return {**content, "key": CacheKey(**content["key"])}
+    try:
+        if content.pop("format") != FORMAT:
+            raise ValueError("another format")
+        key, text = CacheKey(**content["key"]), content["text"]
+        check_types(_Index(**{**content, "key": key, "text": None if text is None else _TextIndex(**text)}))
+        if min(key.resolution, key.shard, content["count"]) < 1 or key.store not in DTYPES:
+            raise ValueError("an empty cache")
+    except MISSHAPEN as error:
+        raise InputError(f"{path} is not a cache that this version reads ({FORMAT}): {AGAIN}") from error
+    return {**content, "key": key}
 
 
 def write_index(path: Path, index: Mapping) -> None:

@@ -6,6 +6,7 @@ run must be the same when it is resumed.
 """
 
 import io
+import math
 import os
 import threading
 import time
@@ -19,10 +20,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from minidistill.data.listing import find_examples, fingerprint, printable, some
-from minidistill.errors import InputError, Stopped
+from minidistill.data.listing import find_examples, fingerprint, image_formats, some
+from minidistill.errors import InputError, Stopped, printable
 
 MOST_UNREADABLE = 0.1  # more than this and something else is wrong: a failed copy, a wrong folder
+MOST_PIXELS = 2**28 // 3  # that are decoded of one image, 360 MB: where Pillow begins to suspect a bomb
 MARGIN = 2  # JPEGs may be decoded at a fraction of their size down to this many times the resolution
 ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation
 BACK = "put it back, or an empty file for which another image stands in"
@@ -122,7 +124,7 @@ class ImageFolder:
     def load(self, i: int) -> Loaded:
         """Example i's image. JPEGs are decoded at 1/2, 1/4 or 1/8 if twice the resolution is left."""
         example = self.report.examples[i]
-        with Image.open(io.BytesIO(self.read_bytes(i))) as stored:
+        with Image.open(io.BytesIO(self.read_bytes(i)), formats=image_formats()) as stored:
             orientation = stored.getexif().setdefault(ExifTags.Base.Orientation, example.orientation)
             size, least = stored.size, MARGIN * self.resolution
             if orientation == 1 or not any(length % 8 for length in size):  # else a cut edge may become the first
@@ -191,8 +193,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB: turned upright, transparency flattened on white, 16-bit grey scaled to 8 bits.
 
     Of an animation, the first frame. Raises whatever the decoder raises on broken files, and ValueError for pixels
-    without an agreed range.
+    without an agreed range, or more of them than MOST_PIXELS.
     """
+    if math.prod(image.size) > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS / 1e6:.0f} million")
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":

@@ -34,7 +34,7 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 
 from minidistill.data.shards import list_tar, read_part
-from minidistill.errors import InputError
+from minidistill.errors import InputError, printable
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
@@ -149,11 +149,6 @@ def some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def printable(name: str) -> str:
-    """A file's name with the bytes that are no UTF-8 escaped: it can be printed and written down."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def fingerprint(count: int, content: Iterable[object]) -> str:
     """A data set in a few words, "20 images, 3f2a91c0": the hexadecimals are of the SHA-256 of `content`, as JSON."""
     digest = hashlib.sha256()
@@ -181,10 +176,17 @@ def _walk(report: FolderReport) -> Iterator[str]:
 
 
 @cache
+def image_formats() -> tuple[str, ...]:
+    """The formats that are read: all of Pillow's but EPS, which it hands to Ghostscript, which runs what is in it."""
+    Image.init()
+    return tuple(kind for kind in Image.OPEN if kind != "EPS")
+
+
+@cache
 def _image_suffixes() -> frozenset[str]:
     """Of all formats that Pillow reads, here and now."""
-    extensions = Image.registered_extensions()  # first: it fills Image.OPEN
-    return frozenset(suffix for suffix, kind in extensions.items() if kind in {*Image.OPEN, "MPO"})  # opened as JPEG
+    kinds = {*image_formats(), "MPO"}  # opened as JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 def _key(name: str) -> str:
@@ -358,7 +360,7 @@ def _object(text: object) -> dict[str, Any]:
 def _remark_repeats(report: FolderReport) -> None:
     """Say that folders called 10_name and 1_name, of which kohya's scripts repeat images so often, are not repeated."""
     folders = {posixpath.dirname(example.name) for example in report.examples}
-    repeats = {folder: re.match(r"(\d+)_", posixpath.basename(folder)) for folder in folders}
+    repeats = {folder: re.match(r"(\d{1,9})_", posixpath.basename(folder)) for folder in folders}
     if len({found and int(found[1]) for found in repeats.values()}) > 1:
         for folder in sorted(folder for folder, found in repeats.items() if found):
             report.remark("folders named as kohya's scripts repeat them; here every image counts once", folder)

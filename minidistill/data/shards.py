@@ -24,7 +24,8 @@ def list_tar(path: str) -> tuple[dict[str, tuple[int, int]], str]:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # else it keeps 1 kB for each
-                if not member.offset_data <= tar.offset <= total:  # tarfile believes any size that a header states
+                stated = member.offset_data + member.size if member.isreg() else tar.offset  # of sparse files more
+                if not member.offset_data <= tar.offset <= total or stated > total:  # tarfile believes any size
                     return members, DAMAGED
                 if member.isreg():
                     members[member.name.removeprefix("./")] = (member.offset_data, member.size)

@@ -69,6 +69,8 @@ class ScheduleConfig:
         (`trained_betas`, ...), or a flow-matching or EDM scheduler.
         """
         writer = config.get("_class_name", "DDIMScheduler")
+        if not isinstance(writer, str):
+            raise ValueError(f"scheduler config: _class_name = {writer!r} is no name")
         if "FlowMatch" in writer or "EDM" in writer:
             raise ValueError(f"scheduler config: {writer} is not supported; a DDPM noise schedule is needed")
         for key, only in _NOISE_SETTINGS.items():

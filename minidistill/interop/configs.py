@@ -16,6 +16,8 @@ from minidistill.diffusion.schedule import PREDICTIONS, ScheduleConfig
 from minidistill.errors import InputError
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import SD15, SD21, SDXL, UNetConfig
+from minidistill.models.unet_config import MOST_BLOCKS
+from minidistill.weights.typed import MISSHAPEN, STAGES
 
 UNET, VAE, SCHEDULE = "minidistill.unet_config", "minidistill.vae_config", "minidistill.schedule"
 TEXT, TOKENIZERS = "minidistill.text_configs", "minidistill.tokenizers"  # lists: SDXL has two of each
@@ -33,7 +35,7 @@ def read_config(metadata: Mapping[str, str], key: str, build: Callable[[Any], An
     """What a header has under `key`, built; None where it has nothing. InputError: it cannot be built."""
     try:
         return build(json.loads(metadata[key])) if key in metadata else None
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+    except MISSHAPEN as error:
         raise InputError(f"{key} in its header cannot be read: {error}") from error
 
 
@@ -60,8 +62,12 @@ def infer_unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
     has text and sizes (unCLIP, upscalers, SDXL's refiner).
     """
     stages = range(_count(tensors, "down_blocks"))
+    if len(stages) > STAGES:
+        raise InputError(f"its U-Net has {len(stages)} stages, more than {STAGES}")
     channels = tuple(shape_of(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in stages)
     layers = tuple(_count(tensors, f"down_blocks.{i}.resnets") for i in stages)
+    if sum(layers) > MOST_BLOCKS:
+        raise InputError(f"its U-Net has {sum(layers)} layers, more than {MOST_BLOCKS}")
     attention = next((name for name in tensors if name.endswith(".attn2.to_k.weight")), None)
     if attention is None:
         raise InputError("its U-Net reads no text: it has no cross-attention")

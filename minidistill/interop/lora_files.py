@@ -30,6 +30,7 @@ from minidistill.models.clip import SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import LoRAWeights, candidates, fit, lora_weights, merge_weights
 from minidistill.models.unet import SD15, SDXL, UNet
 from minidistill.weights.files import on_meta, read_json, read_metadata, read_tensors, some, write_safetensors
+from minidistill.weights.typed import MISSHAPEN
 
 Modules = dict[str, dict[str, Tensor]]  # the tensors of a file by module, as it spells them, and by role
 Loras = dict[str, dict[str, LoRAWeights]]  # by part of the pipeline ("unet", "text_encoder", ...), by layer
@@ -55,6 +56,8 @@ TENSOR = re.compile(  # the module and the role; PEFT's own state has the adapte
 OLD_ENDS = {".to_out.0": ".to_out", ".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out"}
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' since mid-2025: the LoraConfig, as json, in the header of the file
+# PEFT's patterns are regular expressions. Those with one * or +, and one group, cannot take for ever on any name.
+QUICK = re.compile(r"[\w.\\^$|-]*[*+]?[\w.\\^$|-]*(\([\w.\\^$|-]*\))?[\w.\\^$|-]*")
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # init_lora_weights that leave the base
 # By the width of a model's text states: its name, and what A1111 looks for in the header before it lists a file.
 FAMILIES = {768: ("SD 1.x", "sd_v1"), 1024: ("SD 2.x", "sd_v2"), 2048: ("SDXL", "sdxl_base_v1-0")}
@@ -184,8 +187,10 @@ def _by_module(tensors: Mapping[str, Tensor]) -> Modules:
 
 
 def _halves_fit(down: Tensor | None = None, up: Tensor | None = None, alpha: Tensor | None = None) -> bool:
-    """Whether down (r, in, ...) and up (out, r, ...) are there and agree on the rank."""
-    return down is not None and up is not None and min(down.dim(), up.dim()) > 1 and len(down) == up.shape[1] > 0
+    """Whether down (r, in, ...) and up (out, r, ...) are there, are matrices and agree on the rank."""
+    if down is None or up is None or not (down.is_floating_point() and up.is_floating_point()):
+        return False
+    return min(down.dim(), up.dim()) > 1 and len(down) == up.shape[1] > 0
 
 
 def _check_family(modules: Modules, networks: Mapping[str, nn.Module]) -> None:
@@ -225,13 +230,15 @@ def _alpha(roles: Mapping[str, Tensor], module: str, settings: Mapping[str, Any]
         raise InputError(f"it is a {kind} started by {init}, which is not supported; plain LoRA is")
     try:
         if "alpha" in roles:
-            alpha = roles["alpha"].item()
+            alpha = float(roles["alpha"].item())
         else:
             patterns = (settings.get("alpha_pattern") or {}).items()
+            if slow := next((pattern for pattern, _ in patterns if not QUICK.fullmatch(pattern)), None):
+                raise ValueError(f"alpha_pattern {slow!r} is no name of a layer, nor a plain pattern of one")
             own = [value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
             alpha = float([*own, settings.get("lora_alpha", rank)][0])
             alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1
-    except (RuntimeError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (RuntimeError, re.error, *MISSHAPEN) as error:
         raise InputError(f"the alpha of {module} cannot be read ({error})") from error
     if not math.isfinite(alpha):
         raise InputError(f"the alpha of {module} is {alpha}")

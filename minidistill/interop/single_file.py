@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import SD15, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
 from minidistill.weights.files import read_metadata, read_tensors, some, without_wrappers, write_safetensors
+from minidistill.weights.typed import read_as
 
 if TYPE_CHECKING:
     from minidistill.pipeline import Pipeline
@@ -131,12 +133,14 @@ def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFi
     weights = _averaged(parts) if ema else parts["unet"]
     if "input_blocks.0.0.weight" in weights:
         weights = ldm.from_ldm_unet(weights)
-    unet = configs.read_config(metadata, configs.UNET, UNetConfig.from_dict) or configs.infer_unet_config(weights)
+    unet = configs.read_config(metadata, configs.UNET, partial(read_as, UNetConfig)) or configs.infer_unet_config(
+        weights
+    )
     encoders = _read_text_encoders(parts, metadata)
     family = _family(unet, encoders[0][0] if encoders else None)
     if len(encoders) not in (0, len(TEXT_PREFIXES[family])):
         raise InputError(f"it holds {len(encoders)} text encoders, {family} has {len(TEXT_PREFIXES[family])}")
-    schedule = configs.read_config(metadata, configs.SCHEDULE, ScheduleConfig.from_dict)
+    schedule = configs.read_config(metadata, configs.SCHEDULE, partial(read_as, ScheduleConfig))
     if schedule is None and (encoders or family == "sd2" or configs.PREDICTION in metadata or "v_pred" in tensors):
         # All families share one schedule; they differ in what the network predicts.
         prediction = configs.infer_prediction(unet, weights, tensors, metadata)
@@ -183,7 +187,7 @@ def _averaged(parts: dict[str, Tensors]) -> Tensors:
 def _read_text_encoders(
     parts: dict[str, Tensors], metadata: dict[str, str]
 ) -> tuple[tuple[CLIPTextConfig, Tensors], ...]:
-    saved = configs.read_config(metadata, configs.TEXT, lambda saved: [CLIPTextConfig.from_dict(one) for one in saved])
+    saved = configs.read_config(metadata, configs.TEXT, lambda saved: [read_as(CLIPTextConfig, one) for one in saved])
     encoders = []
     for part in (part for part in ("clip 0", "open_clip 0", "open_clip 1") if part in parts):
         tensors = {name: tensor for name, tensor in parts[part].items() if name not in UNUSED_TEXT}
@@ -242,7 +246,7 @@ def read_vae(tensors: Tensors, metadata: Mapping[str, str], base: VAEConfig) -> 
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING)}
     if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
         tensors = ldm.from_ldm_vae(tensors)
-    return configs.read_config(metadata, configs.VAE, VAEConfig.from_dict) or base, tensors
+    return configs.read_config(metadata, configs.VAE, partial(read_as, VAEConfig)) or base, tensors
 
 
 def write_single_file(path: str | Path, pipe: Pipeline, for_cpp: bool = False) -> None:

@@ -61,7 +61,7 @@ class CLIPTokenizer:
         missing = [token for token in (BOS, EOS, pad_token) if token not in vocab]
         if missing:
             raise ValueError(f"not a CLIP vocabulary: it has no {missing[0]!r}")
-        if max_length < 3:
+        if not isinstance(max_length, int) or max_length < 3:
             raise ValueError(f"max_length {max_length} leaves no room for text between begin and end token")
         self.vocab = dict(vocab)
         self.merges = [tuple(pair) for pair in merges]
@@ -75,7 +75,7 @@ class CLIPTokenizer:
                 continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD,
             )  # fmt: skip
         except Exception as error:  # `tokenizers` raises the bare class, for a merge whose result has no id
-            raise ValueError(f"vocabulary and merges do not belong together: {error}") from error
+            raise ValueError(f"vocabulary and merges do not belong together: {str(error).splitlines()[0]}") from error
         self._bpe = Tokenizer(bpe)  # has no special tokens, so none can be typed
         self._bpe.normalizer, self._bpe.pre_tokenizer = _text_pipeline()
 

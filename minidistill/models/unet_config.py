@@ -13,6 +13,7 @@ KINDS = {  # supported values
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "addition_embed_type": ("text_time", None),
 }
+MOST_BLOCKS = 1000  # of transformers, and of layers; SDXL has 70. A config of strangers might ask for any number
 PER_STAGE = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block")
 
 # Other keys of a diffusers config, with their only supported values (the defaults of diffusers).
@@ -110,11 +111,16 @@ class UNetConfig:
             return depths
 
         layers = self.layers_per_block
-        return (
+        if sum(layers) > MOST_BLOCKS:
+            raise ValueError(f"U-Net config: {sum(layers)} layers, more than {MOST_BLOCKS}")
+        found = (
             [per_layer(depth, n) for depth, n in zip(down, layers, strict=True)],
             down[-1][0] if isinstance(down[-1], tuple) else down[-1],
             [per_layer(depth, n + 1) for depth, n in zip(up, layers[::-1], strict=True)],
         )
+        if (total := sum(map(sum, (*found[0], *found[2]))) + found[1]) > MOST_BLOCKS:
+            raise ValueError(f"U-Net config: {total} transformer blocks, more than {MOST_BLOCKS}")
+        return found
 
     @classmethod
     def from_dict(cls, d: dict) -> UNetConfig:

@@ -56,12 +56,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not Path(path).exists():
         return []
     entries = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
-            entries.append(json.loads(line))
-        except ValueError as error:
+            entries.append(_checked(json.loads(line)))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged in line {number}: delete that line") from error
     return entries
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl. ValueError: it is not one."""
+    values = [entry.get("loss_by_timestep") or {}, entry] if isinstance(entry, dict) else []
+    numbers = [v for part in values if isinstance(part, dict) for k, v in part.items() if k != "loss_by_timestep"]
+    is_number = [v is None or (type(v) in (int, float) and math.isfinite(v)) for v in numbers]
+    if not (values and isinstance(values[0], dict) and type(entry.get("step")) is int and all(is_number)):
+        raise ValueError("not an object of numbers with a step")
+    return entry
 
 
 class MetricsLog:

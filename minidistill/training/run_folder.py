@@ -101,8 +101,11 @@ class RunFolder:
             if done > config.get("steps", done):
                 raise InputError(f"--steps {config['steps']}: the run in {out} has done {done} steps already")
             logged = max((line["step"] for line in read_metrics(run.metrics)), default=0)
-            is_finished = run.image_grid(stored.get("steps", -1)).is_file()  # drawn after the last checkpoint
-            if not done and (logged > stored.get("checkpoint_every", logged) or is_finished):
+            steps, every = (stored.get(name, -1) for name in ("steps", "checkpoint_every"))
+            if not type(steps) is type(every) is int:
+                raise InputError(f"{run.config}: steps and checkpoint_every must be whole numbers")
+            is_finished = run.image_grid(steps).is_file()  # drawn after the last checkpoint
+            if not done and (logged > every >= 0 or is_finished):
                 lost = f"the run in {out} has logged {logged} steps, and its checkpoints are lost"
                 raise InputError(f"{lost}: put one back into {run.checkpoints}, or take another --out")
             if not done:
@@ -178,8 +181,10 @@ class RunFolder:
         for path in reversed(self._checkpoint_paths()):
             try:
                 state = read_json(path / "state.json")
+                if type(state.get("step")) is not int or not isinstance(state.get("meta"), dict):
+                    raise InputError("its state.json has no step, or no meta")
                 return Checkpoint(state["step"], read_safetensors(path / "state.safetensors"), state["meta"])
-            except (InputError, KeyError) as error:
+            except InputError as error:
                 print(f"{path} is damaged, trying the one before it ({error})", flush=True)
         if self._checkpoint_paths():
             raise InputError(f"all of {self.checkpoints} is damaged: copy a whole one there, or take another --out")

@@ -12,6 +12,7 @@ its DDP or compile wrapper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minidistill.errors import InputError
+from minidistill.errors import InputError, shown
 from minidistill.training.ema import EMA
 
 Part = nn.Module | Optimizer | EMA | torch.amp.GradScaler | Mapping[str, Tensor]
@@ -67,9 +68,27 @@ def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], parts: Mappin
         elif isinstance(thing, torch.amp.GradScaler):
             if bool(meta[part]) != thing.is_enabled():
                 raise InputError(f"{ANOTHER_KIND}: only one of the two scales its loss, as fp16 does")
+            _check_alike(part, meta[part], wanted_meta[part])
             thing.load_state_dict(dict(meta[part]))
         elif isinstance(thing, EMA):
-            thing.updates = meta[part]["updates"]
+            _check_alike(part, meta[part], wanted_meta[part])
+            thing.updates = max(0, meta[part]["updates"])
+
+
+def _check_alike(part: str, found: Any, like: Any) -> None:
+    """InputError: what the checkpoint says of a part has not the structure, or not the types, of `like`."""
+    if isinstance(like, dict):
+        alike = isinstance(found, dict) and found.keys() == like.keys()
+    elif isinstance(like, list | tuple):
+        alike = isinstance(found, list | tuple) and len(found) == len(like)
+    elif type(like) in (int, float):
+        alike = type(found) in (int, float) and math.isfinite(found)
+    else:
+        alike = type(found) is type(like) or None in (found, like)
+    if not alike:
+        raise InputError(f"{ANOTHER_KIND}: of its {part} it says {shown(found)}, where this run says {shown(like)}")
+    for key in like if isinstance(like, dict) else range(len(like)) if isinstance(like, list | tuple) else ():
+        _check_alike(part, found[key], like[key])
 
 
 def _tensors_of(thing: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,8 +135,11 @@ def _unpack_optimizer(
 ) -> None:
     """Back through load_state_dict, which numbers the parameters through all groups."""
     groups = _group_names(optimizer, names)
-    if groups != meta["groups"]:
+    if not isinstance(meta, dict) or groups != meta.get("groups"):
         raise InputError(f"{ANOTHER_KIND}: its {part} trains other parameters")
+    stored = meta.get("settings")
+    if not isinstance(stored, list) or len(stored) != len(groups):
+        raise InputError(f"{ANOTHER_KIND}: its {part} has other settings")
     number = {name: i for i, name in enumerate(name for group in groups for name in group)}
     parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
 
@@ -128,12 +150,15 @@ def _unpack_optimizer(
             raise InputError(f"{ANOTHER_KIND}: only the checkpoint has {part}/{key}")
         # In the parameter's memory layout (channels_last, say), which a file does not keep.
         like = tensor if field == "step" else parameters[name]
+        if not tensor.is_floating_point() or tensor.shape != like.shape or (field == "step" and tensor.ndim):
+            raise InputError(f"{ANOTHER_KIND}: its {part}/{key} is {tensor.dtype}, {tuple(tensor.shape)}")
         state.setdefault(number[name], {})[field] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
     param_groups = []
-    for group, group_names, settings in zip(optimizer.param_groups, groups, meta["settings"], strict=True):
-        if set(settings) != set(group) - {"params"}:
+    for group, group_names, settings in zip(optimizer.param_groups, groups, stored, strict=True):
+        if not isinstance(settings, dict) or set(settings) != set(group) - {"params"}:
             raise InputError(f"{ANOTHER_KIND}: its {part} is of another class, or of another PyTorch version")
+        _check_alike(part, settings, {key: group[key] for key in settings})
         # JSON made lists of tuples, such as betas.
         values = {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in settings.items()}
         param_groups.append({**values, "params": [number[name] for name in group_names]})

@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import re
+import struct
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +23,16 @@ from torch.overrides import TorchFunctionMode
 from minidistill.errors import InputError, Stopped
 
 Model = TypeVar("Model", bound=nn.Module)
-# What torch raises of a damaged file: its unpickler checks little of what the bytes make it do.
+# What torch raises of a damaged file, whose unpickler checks little of what the bytes make it do, and Pillow too.
 DAMAGED = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+DAMAGED += (ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile)
 # Of Python's own library, what training programs save beside weights.
 DATA_MODULES = {"argparse", "collections", "datetime", "pathlib", "typing"}
 DATA_TYPES = {f"builtins.{kind.__name__}" for kind in (bool, bytes, dict, float, int, list, object, set, str, tuple)}
 # What the system says where there is no room: on the disk, in the user's share of it, for a file of that size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What is looked up in names takes for ever with enough of them; SDXL beside its running average has 4,200 tensors.
+MOST_TENSORS, LONGEST_NAME = 20_000, 500
 # diffusers before 0.17 named the four linear layers of the VAE's one attention like this.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_ATTENTION = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
@@ -71,6 +76,8 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
         # Only the zip format that torch has written since 1.6 can be memory-mapped.
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
+        if is_zip:
+            _refuse_compressed(path)
         with torch.serialization.safe_globals(_stand_ins(path) if is_zip else []):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (pickle.UnpicklingError, *DAMAGED) as error:
@@ -82,9 +89,24 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     items = content.items() if isinstance(content, dict) else [(None, content)]
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
+    size = path.stat().st_size
+    if not all(isinstance(name, str) and _is_plain(value, size) for name, value in items):
         raise InputError(f"{path} is not a state dict: a file that maps names to tensors, nothing else, is needed")
     return dict(content)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """InputError: a zip file whose parts are compressed, so that a small one might fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise InputError(f"refused {path}: {some(packed, 3)} in it are compressed, which torch never does")
+
+
+def _is_plain(value: object, size: int) -> bool:
+    """Whether this is a dense tensor whose numbers are all there, in a file of `size` bytes; views may repeat one."""
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return is_dense and not value.is_quantized and value.nbytes <= size
 
 
 class _Inert:
@@ -120,8 +142,12 @@ def _stand_ins(path: Path) -> list[tuple[type, str]]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """`read_safetensors` or `read_pickle`, by the file's suffix."""
-    return read_safetensors(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
+    """`read_safetensors` or `read_pickle`, by the file's suffix. InputError: more or longer names than a model has."""
+    tensors = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_pickle(path)
+    if len(tensors) > MOST_TENSORS or any(len(name) > LONGEST_NAME for name in tensors):
+        most = f"{MOST_TENSORS:,} tensors, or one whose name has more than {LONGEST_NAME} letters"
+        raise InputError(f"refused {path}: it holds more than {most}, as no model does")
+    return tensors
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -326,10 +352,16 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
+    retyped = [
+        f"{name} is {found[name].dtype}"
+        for name in expected
+        if name in found and found[name].is_floating_point() != expected[name].is_floating_point()
+    ]
     kinds = (
         (missing, f"of {len(expected)} tensors are missing"),
         (unexpected, f"of {len(found)} tensors are not expected"),
         (reshaped, f"of {len(expected)} tensors have another shape"),
+        (retyped, f"of {len(expected)} tensors are of another type"),
     )
     return "; ".join(f"{len(names)} {problem} ({some(names, 3)})" for names, problem in kinds if names)
 

@@ -28,6 +28,7 @@ from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig
 from minidistill.weights import choice, files
 from minidistill.weights.hub import PLACE, WEIGHTS, find_source
+from minidistill.weights.typed import MISSHAPEN, read_as
 
 if TYPE_CHECKING:
     from minidistill.pipeline import Pipeline
@@ -161,15 +162,15 @@ def load_clip(folder: str | Path, dtype: DType = torch.float32, device: Device =
 def _load(path: Path, classes: tuple[str, ...], dtype: DType, device: Device) -> Any:
     """Build a model of one of the classes from `path`/config.json and fill it from the weights beside it."""
     config = files.read_json(_existing(path) / "config.json")
-    name = config.get("_class_name") or (config.get("architectures") or classes)[0]  # the oldest configs name none
     try:
+        name = config.get("_class_name") or (config.get("architectures") or classes)[0]  # the oldest configs name none
         if name not in classes:
             hint = f" (give it as {FLAGS[name]})" if name in FLAGS else ""
             raise ValueError(f"a {' or '.join(classes)} is needed, it is a {name}{hint}")
         kind, build = CLASSES[name]
         with files.on_meta():
-            model = build(kind.from_dict(config))
-    except (TypeError, ValueError, ArithmeticError) as error:  # the last: a number that is 0 or too large
+            model = build(read_as(kind, config))
+    except MISSHAPEN as error:
         raise InputError(f"{path / 'config.json'}: {error}") from error
     if torch.device(device).type == "meta":
         return model
@@ -202,7 +203,7 @@ def load_tokenizer(folder: str | Path, part: str = "tokenizer") -> CLIPTokenizer
     path = _existing(Path(folder) / part)
     try:
         return CLIPTokenizer.from_folder(path)
-    except (OSError, ValueError) as error:
+    except (OSError, *MISSHAPEN) as error:
         raise InputError(f"cannot read the tokenizer in {path}: {error}") from error
 
 
@@ -210,8 +211,8 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
     """The noise schedule. InputError: the file is missing, or of a kind that is not computed here."""
     path = _existing(Path(folder) / "scheduler") / "scheduler_config.json"
     try:
-        return ScheduleConfig.from_dict(files.read_json(path))
-    except (TypeError, ValueError) as error:
+        return read_as(ScheduleConfig, files.read_json(path))
+    except MISSHAPEN as error:
         raise InputError(f"{path}: {error}") from error
 
 
