@@ -21,7 +21,6 @@ from minidistill.weights import files
 from minidistill.weights.files import (
     atomic_path,
     cannot_write,
-    load_into,
     read_json,
     read_metadata,
     read_safetensors,
@@ -31,6 +30,7 @@ from minidistill.weights.files import (
     write_safetensors,
     writing,
 )
+from minidistill.weights.loading import load_into
 
 
 def refused(call, *args) -> str:

@@ -24,7 +24,8 @@ from minidistill.models.unet import SD15, SD21, SDXL, UNet, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
 from minidistill.pipeline import load_pipeline
 from minidistill.weights import folders
-from minidistill.weights.files import load_into, on_meta, read_metadata
+from minidistill.weights.files import read_metadata
+from minidistill.weights.loading import load_into, on_meta
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 STUDENTS = {f"{name}-{teacher}": (config, name) for name in ("bk-base", "bk-small", "bk-tiny") for teacher, config in

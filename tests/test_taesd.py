@@ -10,7 +10,7 @@ from minidistill.miniature.scenes import Scenes
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.pipeline import load_pipeline, to_pixels
 from minidistill.training.batches import Batches
-from minidistill.weights.files import load_into
+from minidistill.weights.loading import load_into
 
 SMALL = {
     "encoder_block_out_channels": (8,) * 4,

@@ -8,7 +8,7 @@ Students have fewer layers in a stage, and their files come in two numberings. T
 diffusers' `from_single_file` and ComfyUI make of a network with one layer in a stage. The other keeps the numbers of
 the teacher, with gaps: diffusers' conversion script writes it, and stable-diffusion.cpp knows BK-Tiny by it.
 
-A name that no rule explains stays as it is: the strict loader (`files.load_into`) reports it.
+A name that no rule explains stays as it is: the strict loader (`loading.load_into`) reports it.
 """
 
 import re

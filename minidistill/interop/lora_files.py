@@ -29,7 +29,8 @@ from minidistill.interop.ldm import Pairs, swap, unet_pairs
 from minidistill.models.clip import SDXL_TEXT_2, CLIPTextModel
 from minidistill.models.lora import LoRAWeights, candidates, fit, lora_weights, merge_weights
 from minidistill.models.unet import SD15, SDXL, UNet
-from minidistill.weights.files import on_meta, read_json, read_metadata, read_tensors, some, write_safetensors
+from minidistill.weights.files import read_json, read_metadata, read_tensors, some, write_safetensors
+from minidistill.weights.loading import on_meta
 from minidistill.weights.typed import MISSHAPEN
 
 Modules = dict[str, dict[str, Tensor]]  # the tensors of a file by module, as it spells them, and by role

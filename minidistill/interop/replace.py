@@ -28,8 +28,8 @@ from minidistill.models.tokenizer import EOS, CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
 from minidistill.weights import folders, hub
-from minidistill.weights.files import load_into, on_meta
 from minidistill.weights.folders import Device, DType
+from minidistill.weights.loading import load_into, on_meta
 
 if TYPE_CHECKING:
     from minidistill.pipeline import Pipeline

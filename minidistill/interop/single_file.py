@@ -31,7 +31,8 @@ from minidistill.models.taesd import TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import SD15, UNetConfig
 from minidistill.models.vae import SD_VAE, SDXL_VAE, AutoencoderKL, VAEConfig
-from minidistill.weights.files import read_metadata, read_tensors, some, without_wrappers, write_safetensors
+from minidistill.weights.files import read_metadata, read_tensors, some, write_safetensors
+from minidistill.weights.loading import without_wrappers
 from minidistill.weights.typed import read_as
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
 from minidistill.models.vae import AutoencoderKL, VAEConfig
-from minidistill.weights import choice, files
+from minidistill.weights import choice, files, loading
 from minidistill.weights.hub import PLACE, WEIGHTS, find_source
 from minidistill.weights.typed import MISSHAPEN, read_as
 
@@ -168,7 +168,7 @@ def _load(path: Path, classes: tuple[str, ...], dtype: DType, device: Device) ->
             hint = f" (give it as {FLAGS[name]})" if name in FLAGS else ""
             raise ValueError(f"a {' or '.join(classes)} is needed, it is a {name}{hint}")
         kind, build = CLASSES[name]
-        with files.on_meta():
+        with loading.on_meta():
             model = build(read_as(kind, config))
     except MISSHAPEN as error:
         raise InputError(f"{path / 'config.json'}: {error}") from error
@@ -178,7 +178,7 @@ def _load(path: Path, classes: tuple[str, ...], dtype: DType, device: Device) ->
     if choice.is_poorer(paths[0].name, dtype):
         warnings.warn(f"{paths[0]} is all there is; it is used as {dtype}", stacklevel=3)
     tensors = {name: tensor for one in paths for name, tensor in files.read_tensors(one).items()}
-    return files.load_into(model, tensors, str(paths[0] if len(paths) == 1 else path), dtype, device)
+    return loading.load_into(model, tensors, str(paths[0] if len(paths) == 1 else path), dtype, device)
 
 
 def _existing(path: Path) -> Path:
