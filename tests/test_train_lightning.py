@@ -428,6 +428,18 @@ def test_half_precision_loses_no_gradient(opened):
     assert all(weight.grad is not None for weight in made.student.parameters())
 
 
+def test_in_bf16_teachers_are_rounded_and_what_trains_is_copied_exactly(opened, sources):
+    exact = load_pipeline(sources["sd1"]).unet.state_dict()
+    for number in (3, 4):  # D trains whole; D is heads on the teacher, and a copy of the teacher follows the student
+        ladder, made = opened("bf16", number)
+        teacher = ladder.pipe.unet
+        assert made.teacher.unet is teacher and {weight.dtype for weight in teacher.parameters()} == {torch.bfloat16}
+        trained = [made.student, made.discriminator.backbone if number == 3 else made.fake]
+        for network in trained:
+            assert all(torch.equal(weight, exact[name]) for name, weight in network.named_parameters())
+    assert made.discriminator.backbone.conv_in.weight is teacher.conv_in.weight
+
+
 # a schedule that ends in pure noise
 
 
