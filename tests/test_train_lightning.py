@@ -440,11 +440,16 @@ def test_in_bf16_teachers_are_rounded_and_what_trains_is_copied_exactly(opened, 
     assert made.discriminator.backbone.conv_in.weight is teacher.conv_in.weight
 
 
+def test_in_bf16_a_lora_trains_in_float32_on_the_rounded_teacher(train, tmp_path):
+    assert train(tmp_path / "run", "sd1", "loras", "--precision", "bf16") == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run/2-step/lora.safetensors").values()} == {torch.float32}
+
+
 # a schedule that ends in pure noise
 
 
 def test_students_of_zero_snr_say_so_and_sample_the_same_images_in_diffusers(train, tmp_path):
-    assert train(tmp_path / "run", "sd1", "short", "--zero-snr") == 0
+    assert train(tmp_path / "run", "sd1", "short", "--zero-snr", "--precision", "bf16") == 0
     scheduler = read(tmp_path / "run/2-step/scheduler/scheduler_config.json")
     assert scheduler["rescale_betas_zero_snr"] and scheduler["prediction_type"] == "v_prediction"
     oracle = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run/2-step")
