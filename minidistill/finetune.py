@@ -31,7 +31,7 @@ from minidistill.report import Report
 from minidistill.settings import TrainingConfig
 from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batch, Batches
-from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision
+from minidistill.training.device import PRECISIONS, Precision, get_device, get_precision, to_precision
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog
 from minidistill.training.run_folder import RunFolder
@@ -137,11 +137,12 @@ def encode_again(pipe: Pipeline, batch: Batch) -> Batch:
 
 def save(config: Config, pipe: Pipeline, folder: Path) -> tuple[Path, str, list[str] | None]:
     """Write the model folder, or the LoRA in both formats: its folder, kind of model card, files (None: all in it)."""
+    dtype = PRECISIONS.get(config.dtype)
     if config.lora_rank is None:
-        pipe.save(folder / "model")
+        pipe.save(folder / "model", dtype)
         return folder / "model", "finetuned", None
     for form, name in LORA_FILES.items():
-        write_lora(folder / name, pipe.networks, form, metadata={"ss_sd_model_name": public_name(config.model)})
+        write_lora(folder / name, pipe.networks, form, dtype, {"ss_sd_model_name": public_name(config.model)})
     return folder, "lora", [*LORA_FILES.values(), CARD, GRID]
 
 
@@ -163,8 +164,12 @@ def set_up(config: Config) -> Run:
 
     choice = {"seed": config.seed, "caption_dropout": config.caption_dropout, "flip": config.flip}
     keep_text = not config.train_text_encoder  # which changes the text states
-    batches = Batches(data, pipe, batch_size=config.batch_size, keep_text=keep_text, **choice)
+    choice |= {"batch_size": config.batch_size, "autocast": precision.autocast}
+    batches = Batches(data, pipe, keep_text=keep_text, **choice)
     networks = choose_weights(config, pipe)  # after `batches`, which knows a cache's text encoders by their weights
+    if config.lora_rank is not None:  # which is saved alone: elsewhere the text encoders of the model folder stay exact
+        for network in pipe.networks.values():
+            to_precision(network, config.precision)
     pipe.unet.gradient_checkpointing = config.gradient_checkpointing
     trained = {name: weight for name, weight in networks.named_parameters() if weight.requires_grad}
     optimizer = optim.adamw(trained.values(), config.learning_rate, weight_decay=config.weight_decay)
@@ -173,8 +178,9 @@ def set_up(config: Config) -> Run:
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
 
     def numbers(model: Pipeline) -> dict[str, Any]:
-        batch = encode_again(model, held_out) if config.train_text_encoder else held_out
-        loss = denoising_loss(model, batch, alpha_bar).mean().item()
+        with precision.autocast:
+            batch = encode_again(model, held_out) if config.train_text_encoder else held_out
+            loss = denoising_loss(model, batch, alpha_bar).mean().item()
         return {"trained_parameters": sum(weight.numel() for weight in trained.values()), "loss": loss}
 
     report = Report(
@@ -185,6 +191,7 @@ def set_up(config: Config) -> Run:
         trained="model" if config.lora_rank is None else "LoRA",
         judged=config.judged if config.data == "scenes" else 0,
         idle=[] if config.train_text_encoder else batches.idle,
+        autocast=precision.autocast,
     )
     return Run(config, settings, folder, pipe, networks, trained, batches.share(), precision, optimizer, ema, report)
 

@@ -331,9 +331,12 @@ class Pipeline:
             images += map(_to_image, pixels)
         return images
 
-    def save(self, folder: str | Path) -> None:
-        """Write a pipeline folder, which `load_pipeline` and diffusers read. InputError: it cannot be written."""
-        folders.save_pipeline(folder, self)
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a pipeline folder, which `load_pipeline` and diffusers read, in a dtype, or that of each network.
+
+        InputError: it cannot be written, or a weight is too large for the dtype.
+        """
+        folders.save_pipeline(folder, self, dtype)
 
 
 def _shape_of(latents: object) -> tuple[int, ...] | str:

@@ -34,7 +34,7 @@ from minidistill.report import Report, unet_numbers
 from minidistill.settings import TrainingConfig
 from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batches, Latents, captions_of
-from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision
+from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision, to_precision
 from minidistill.training.ema import EMA
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.run_folder import RunFolder
@@ -160,7 +160,7 @@ def main(config: Config) -> None:
         return
     with ema.swap():
         run.report.measure("student after", run.student, config.steps)
-        run.student.save(run.folder.path / "student")
+        run.student.save(run.folder.path / "student", PRECISIONS.get(config.dtype))
     run.report.finish(run.folder.path / "student", "student", None, run.settings)
 
 
@@ -182,7 +182,7 @@ def set_up(config: Config) -> Run:
     student.unet.gradient_checkpointing = config.gradient_checkpointing
     optimizer = optim.adamw(student.unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     ema = EMA(student.unet, config.ema_decay)
-    batches = open_batches(config, data, pipe)
+    batches = open_batches(config, data, pipe, precision)
     probes = make_probes(batches, range(-math.ceil(PROBES / config.batch_size), 0))  # numbers that no step takes
     report = Report(
         folder,
@@ -195,6 +195,7 @@ def set_up(config: Config) -> Run:
         guidance=config.guidance,
         autocast=precision.autocast,
     )
+    to_precision(teacher, config.precision)  # once it is copied and measured
     return Run(config, settings, folder, pipe, student, pairs, batches.share(), precision, optimizer, ema, report)
 
 
@@ -241,14 +242,14 @@ def resolve(config: Config, pipe: Pipeline) -> Config:
     )
 
 
-def open_batches(config: Config, data: inputs.Data | Latents, pipe: Pipeline) -> Batches:
+def open_batches(config: Config, data: inputs.Data | Latents, pipe: Pipeline, precision: Precision) -> Batches:
     """Batches of the data; with --image-free, of latents that the teacher now samples from its captions."""
     if config.image_free:
         captions = [captions_of(data, i % len(data))[0] for i in range(config.image_free)]
         data = sample_latents(pipe, captions, config.resolution, config.seed, config.guidance, config.batch_size)
     kind = RandomCaptions if config.random_conditioning else Batches
     settings = {"seed": config.seed, "caption_dropout": config.caption_dropout, "flip": config.flip}
-    return kind(data, pipe, batch_size=config.batch_size, **settings)
+    return kind(data, pipe, batch_size=config.batch_size, autocast=precision.autocast, **settings)
 
 
 def dry_run(config: Config) -> None:
@@ -259,15 +260,17 @@ def dry_run(config: Config) -> None:
     config, pipe, removal, data = plan(config, torch.device("cpu"))
     describe(config, pipe, removal, data)
     side = config.resolution // pipe.vae.config.downscale
+    half = config.precision != "fp32"
     step = step_peak(
         removal,
         block_removal.feature_pairs(removal, config.pairing),
         (config.batch_size, side, side, pipe.tokenizers[0].max_length),
-        half=config.precision != "fp32",
+        half=half,
         checkpointing=config.gradient_checkpointing,
         accumulate=config.accumulate > 1,
     )
-    rows = memory_rows(removal, [pipe.vae, *pipe.text_encoders], step, image_peak(pipe.vae, side), config.ema_decay > 0)
+    image, others = image_peak(pipe.vae, side), [pipe.vae, *pipe.text_encoders]
+    rows = memory_rows(removal, others, step, image, config.ema_decay > 0, half)
     images, samples = config.image_free or len(data), config.steps * config.accumulate * config.batch_size
     shape = f"{config.steps} steps of {config.accumulate} x {config.batch_size} samples"
     print(f"{format_table(rows)}\n\n{shape}: each of {images} images is seen {samples / images:.1f} times")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ from minidistill.report import SEED, Report, draw, save_image_grid
 from minidistill.settings import RunConfig
 from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batches
-from minidistill.training.device import best_precision, get_device, get_precision
+from minidistill.training.device import best_precision, get_device, get_precision, to_precision
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.state import unpack
 
@@ -226,12 +227,31 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
 
     for network in (pipe.vae, *pipe.networks.values()):
         network.eval().requires_grad_(False)
-    batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed).share()
+    exact = keep_exact(stages, pipe, config.precision)
+    batches = Batches(data, pipe, batch_size=config.batch_size, seed=config.seed, autocast=precision.autocast).share()
     absent, own = pipe.encode_prompts([None]), make_alpha_bar(pipe.schedule).to(device)
+    round_text_encoders(stages, pipe, config.precision)
     zero = dataclasses.replace(pipe.schedule, rescale_betas_zero_snr=True)
     alpha_bar = make_alpha_bar(zero).to(device) if config.zero_snr else own
-    ladder = Ladder(config, settings, stages, folder, pipe, removal, batches, absent, alpha_bar, own, *precision)
+    ladder = Ladder(config, settings, stages, folder, pipe, exact, removal, batches, absent, alpha_bar, own, *precision)
     return ladder, open_report(ladder)
+
+
+def keep_exact(stages: Sequence[Stage], pipe: Pipeline, precision: str) -> UNet:
+    """The teacher's U-Net to `precision` -> as it was loaded, on the CPU, if a phase trains a copy of it."""
+    exact = pipe.unet
+    copied = any(leg.phase.backbone_rate > 0 or leg.phase.matching for leg in legs(stages))
+    if precision != "fp32" and (copied or not only_lora(stages)):
+        pipe.unet = copy.deepcopy(exact)
+        exact.cpu()
+    to_precision(pipe.unet, precision)
+    return exact
+
+
+def round_text_encoders(stages: Sequence[Stage], pipe: Pipeline, precision: str) -> None:
+    """To `precision`, in place, unless they are saved with the students, and so as they were loaded."""
+    for encoder in pipe.text_encoders if only_lora(stages) else ():
+        to_precision(encoder.requires_grad_(False), precision)
 
 
 def check(config: Config, device: torch.device) -> Setup:
@@ -331,6 +351,7 @@ def dry_run(config: Config) -> None:
     describe(setup)
     config, stages, pipe, removal, data = setup
     unet, side = pipe.unet.config, config.resolution // pipe.vae.config.downscale
+    round_text_encoders(stages, pipe, config.precision)
     rows = stage_memory_rows(
         stages,
         unet,

@@ -166,6 +166,16 @@ def test_text_states_are_in_memory_too_as_long_as_they_fit(pipe, monkeypatch):
     assert make(pipe, cache=False).idle == []
 
 
+def test_text_states_are_in_the_precision_of_the_run_unless_they_are_kept(pipe):
+    plain, kept, rounded = (
+        make(pipe, cache=cache, autocast=torch.autocast("cpu", torch.bfloat16, enabled=half))[0]
+        for cache, half in ((False, False), (True, True), (False, True))
+    )
+    torch.testing.assert_close(kept.context, plain.context)
+    torch.testing.assert_close(rounded.context, plain.context, rtol=0.05, atol=0.05)
+    assert (rounded.context - plain.context).abs().max() > 1e-3 and torch.equal(rounded.x0, plain.x0)
+
+
 def test_batches_after_a_restart_are_the_same_to_the_bit_in_any_order(pipe):
     options = {"caption_dropout": 0.3}
     straight = make(pipe, **options)

@@ -8,7 +8,8 @@ from tiny import SMALL, TINY, TINY_SDXL
 from torch import nn
 
 from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
-from minidistill.distill.memory import image_peak, memory_rows, step_peak
+from minidistill.distill.lightning import Phase
+from minidistill.distill.memory import image_peak, memory_rows, phase_memory, step_peak
 from minidistill.metrics.cost import MemoryCount, format_bytes, on_device, peak_bytes
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.unet import UNet, random_inputs
@@ -67,6 +68,18 @@ def test_checkpointing_half_precision_and_smaller_batches_save_memory():
     assert peak(checkpointing=True) < 0.8 * usual
     assert peak(half=True) < 0.9 * usual
     assert peak(batch=8) > 1.5 * usual
+
+
+def test_networks_that_do_not_train_take_half_the_memory_in_half_precision():
+    removal = plan_removal(TINY, RECIPES["bk-tiny"].remove)
+    with torch.device("meta"):
+        size, small = (4 * sum(p.numel() for p in UNet(config).parameters()) for config in (TINY, SMALL))
+    rows = [dict(memory_rows(removal, [], 0, 0, False, half))["teacher's weights"] for half in (False, True)]
+    assert rows == [format_bytes(size), format_bytes(size / 2)]
+    about = {"first": False, "guided": False, "rank": 2, "shared": False, "checkpointing": False}
+    phase = Phase(1, 1.0, mse=1)  # beside the student, the first teacher and that of the stage
+    for half in (False, True):
+        assert phase_memory(SMALL, SMALL, phase, (1, 8, 8, 4), half=half, **about)[0] == (2 if half else 3) * small
 
 
 def test_the_table_adds_up():

@@ -232,6 +232,17 @@ def test_only_the_lora_trains_and_is_kept_and_its_files_say_what_it_is_made_for(
     assert (described["unet.r"], described["unet.lora_alpha"]) == (3, 6)
 
 
+def test_in_bf16_a_lora_trains_in_float32_on_rounded_weights_and_is_written_as_asked(tiny_sd1, images, tmp_path):
+    words = ["--model", tiny_sd1, "--data", images, "--out", tmp_path / "run", *LORA.split(), "--precision", "bf16"]
+    run = finetune.set_up(parse(finetune.Config, None, [*map(str, words), "--dtype", "fp16"], "prog", None))
+    for network in run.pipe.networks.values():
+        kinds = {(weight.dtype, weight.requires_grad) for weight in network.parameters()}
+        assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
+    folder, _, files = finetune.save(run.config, run.pipe, tmp_path)
+    written = load_file(folder / files[0])
+    assert {tensor.dtype for name, tensor in written.items() if not name.endswith("alpha")} == {torch.float16}
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_diffusers_reads_both_files_of_a_lora_to_the_same_output(train, tiny_sd1, sources, with_lora, tmp_path, kind):
     model, run = (tiny_sd1, with_lora) if kind == "sd1" else (sources["sdxl"], tmp_path)

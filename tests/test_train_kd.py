@@ -21,6 +21,7 @@ import torch
 from conftest import CAPTIONS, TOKENS, counting_pipe
 from PIL import Image, ImageFont
 from runs import (
+    TEXT,
     UNET,
     assert_same_files,
     checkpoint,
@@ -38,7 +39,7 @@ from tiny import save_tiny_sd1
 from minidistill import pipeline, report, train_kd
 from minidistill.cli import parse
 from minidistill.diffusion.noise import generator_for
-from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
+from minidistill.distill.block_removal import RECIPES, build_student, feature_pairs, plan_removal
 from minidistill.distill.memory import step_peak
 from minidistill.errors import InputError
 from minidistill.metrics.cost import MemoryCount
@@ -151,6 +152,35 @@ def test_results_measure_the_teacher_and_the_student_before_and_after(finished):
     assert teacher["distance_to_teacher"] == 0 < after["distance_to_teacher"] < before["distance_to_teacher"]
     assert 0 < after["parameters"] < teacher["parameters"] and 0 < after["macs"] < teacher["macs"]
     assert before["parameters"] == sum(t.numel() for t in load_file(finished[0] / "student" / UNET).values())
+
+
+def test_in_bf16_the_teacher_is_rounded_once_and_nothing_that_is_saved(tiny_sd1, images, tmp_path):
+    words = ["--teacher", tiny_sd1, "--data", images, "--out", tmp_path / "run", *RUN.split(), "--precision", "bf16"]
+    run = train_kd.set_up(parse(train_kd.Config, None, [*map(str, words)], "prog", None))
+    exact, batch = load_pipeline(tiny_sd1), run.batches[0]
+    assert {weight.dtype for weight in run.teacher.unet.parameters()} == {torch.bfloat16}
+    student = build_student(plan_removal(exact.unet.config, RECIPES["bk-small"].remove), exact.unet)
+    for saved, loaded in ((run.student.unet, student), (run.student.text_encoders[0], exact.text_encoders[0])):
+        assert all(torch.equal(*pair) for pair in zip(saved.parameters(), loaded.parameters(), strict=True))
+    inputs, outs = (batch.x0, batch.t, batch.context), []
+    for unet, half in ((exact.unet, False), (exact.unet, True), (run.teacher.unet, True)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            outs.append(unet(*inputs).float())
+    usual, found = ((out - outs[0]).square().mean() for out in outs[1:])
+    assert 0 < found < 1.5 * usual
+
+
+def test_a_finished_student_is_written_again_in_half_precision(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "run")
+    assert exit_code(train_kd, "--out", tmp_path / "run", "--resume", "--dtype", "fp16", main="command") == 0
+    for name in (UNET, TEXT, "vae/diffusion_pytorch_model.safetensors"):
+        whole, half = (load_file(run / "student" / name) for run in (plain, tmp_path / "run"))
+        assert all(torch.equal(half[key], tensor.half()) for key, tensor in whole.items()), name
+    pipe = load_pipeline(plain / "student")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0] = 1e5
+    with pytest.raises(InputError, match=r"conv_in.weight is too large for torch.float16: use --dtype bf16 or fp32"):
+        pipe.save(tmp_path / "large", torch.float16)
 
 
 def test_image_grids_show_the_same_teacher_above_a_student_that_changes(finished):

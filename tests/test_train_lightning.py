@@ -428,11 +428,28 @@ def test_half_precision_loses_no_gradient(opened):
     assert all(weight.grad is not None for weight in made.student.parameters())
 
 
+def test_in_bf16_teachers_are_rounded_and_what_trains_is_copied_exactly(opened, sources):
+    exact = load_pipeline(sources["sd1"]).unet.state_dict()
+    for number in (3, 4):  # D trains whole; D is heads on the teacher, and a copy of the teacher follows the student
+        ladder, made = opened("bf16", number)
+        teacher = ladder.pipe.unet
+        assert made.teacher.unet is teacher and {weight.dtype for weight in teacher.parameters()} == {torch.bfloat16}
+        trained = [made.student, made.discriminator.backbone if number == 3 else made.fake]
+        for network in trained:
+            assert all(torch.equal(weight, exact[name]) for name, weight in network.named_parameters())
+    assert made.discriminator.backbone.conv_in.weight is teacher.conv_in.weight
+
+
+def test_in_bf16_a_lora_trains_in_float32_on_the_rounded_teacher(train, tmp_path):
+    assert train(tmp_path / "run", "sd1", "loras", "--precision", "bf16") == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run/2-step/lora.safetensors").values()} == {torch.float32}
+
+
 # a schedule that ends in pure noise
 
 
 def test_students_of_zero_snr_say_so_and_sample_the_same_images_in_diffusers(train, tmp_path):
-    assert train(tmp_path / "run", "sd1", "short", "--zero-snr") == 0
+    assert train(tmp_path / "run", "sd1", "short", "--zero-snr", "--precision", "bf16") == 0
     scheduler = read(tmp_path / "run/2-step/scheduler/scheduler_config.json")
     assert scheduler["rescale_betas_zero_snr"] and scheduler["prediction_type"] == "v_prediction"
     oracle = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run/2-step")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from minidistill.errors import InputError, NonFiniteLoss
-from minidistill.training.device import best_precision, get_device, get_precision
+from minidistill.models.lora import add_lora
+from minidistill.training.device import best_precision, get_device, get_precision, to_precision
 from minidistill.training.optim import Muon, adamw, check_finite, lr_at, optimizer_step
 
 CPU = torch.device("cpu")
@@ -91,6 +92,19 @@ def test_precision_is_that_of_the_forward_pass_and_can_be_entered_again(name, dt
         scaler.scale(out.float().square().mean()).backward()
         optimizer_step(net, optimizer, scaler, lr=0.1, max_grad_norm=None)
     assert not torch.equal(net.weight, before) and not scaler.is_enabled()
+
+
+def test_frozen_weights_are_rounded_once_but_for_those_that_a_copy_trains():
+    net = nn.ModuleDict({"frozen": nn.Linear(4, 4), "trained": nn.Linear(4, 4)})
+    add_lora(net, ["trained"], rank=2)  # which freezes all others
+    net["trained"].weight.requires_grad_(True)
+    net["trained"].lora_up.requires_grad_(False)
+    before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    to_precision(net, "bf16")
+    after = dict(net.named_parameters())
+    rounded = {name for name, weight in after.items() if weight.dtype == torch.bfloat16}
+    assert rounded == {"frozen.weight", "frozen.bias", "trained.bias"}
+    assert all(torch.equal(after[name], before[name].to(after[name].dtype)) for name in before)
 
 
 @pytest.mark.parametrize(("capability", "name"), [("AVX512", "bf16"), ("AVX2", "fp32"), ("DEFAULT", "fp32")])

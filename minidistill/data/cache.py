@@ -138,10 +138,10 @@ class LatentCache:
         return tuple(self._captions[i])
 
     def latents(self, numbers: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Posterior mean and deviation (B, C, h, w) of examples or their mirror images, unscaled float32 on the CPU."""
+        """Posterior mean and deviation (B, C, h, w) of examples or their mirror images, unscaled, as stored."""
         found = [(*self._place(i), int(flip)) for i, flip in zip(numbers, flipped, strict=True)]
         mean, std = (torch.stack([shard[name][row, flip] for shard, row, flip in found]) for name in ("mean", "std"))
-        return mean.float(), std.float()
+        return mean, std
 
     def origin(self, i: int) -> Origin:
         """What example i was cut from."""
@@ -234,10 +234,10 @@ class TextCache:
         return found == shapes
 
     def text_states(self, captions: Sequence[str | None]) -> TextStates:
-        """Text states of captions of this cache, "" and None; float32 on the CPU."""
+        """Text states of captions of this cache, "" and None; as they are stored, on the CPU."""
         found = [(self._shards[shard], row) for shard, row in (self._places[caption] for caption in captions)]
         parts = {
-            name: torch.stack([shard[name][row] for shard, row in found]).float()
+            name: torch.stack([shard[name][row] for shard, row in found])
             for name in TextStates._fields
             if name in self._shards[0]
         }

@@ -24,6 +24,7 @@ from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, TextStates
 from minidistill.training.batches import Batches
+from minidistill.training.device import PRECISIONS
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.folders import find_model, load_unet, read_sampling
 
@@ -38,6 +39,8 @@ class Settings(Protocol):
     guidance: float
     pure_noise: bool
     zero_snr: bool
+    precision: str
+    dtype: str | None
     accumulate: int
     lora_rank: int
     lora_alpha: float
@@ -52,7 +55,8 @@ class Ladder:
     settings: dict[str, Any]  # config.json: the config, the phases, and fingerprints of the model and of the data
     stages: tuple[Stage, ...]
     folder: RunFolder
-    pipe: Pipeline  # the first teacher; its U-Net is frozen
+    pipe: Pipeline  # the first teacher; its U-Net is frozen, in the run's precision
+    exact: UNet  # that U-Net as it was loaded, perhaps on the CPU: what trains whole is copied from it
     removal: Removal | None  # of blocks of the teacher, where the students have fewer
     batches: Batches
     absent: TextStates  # of no prompt, (1, L, D)
@@ -70,8 +74,10 @@ class Ladder:
 def first_student(ladder: Ladder) -> UNet:
     """The student before the first phase: a copy of the teacher, or of what is left of it when blocks are removed."""
     if ladder.removal:
-        return build_student(ladder.removal, ladder.pipe.unet, ladder.pipe.device)
-    return copy_unet(ladder.pipe.unet, shared=only_lora(ladder.stages))
+        return build_student(ladder.removal, ladder.exact, ladder.pipe.device)
+    if only_lora(ladder.stages):
+        return copy_unet(ladder.pipe.unet, shared=True)
+    return copy_unet(ladder.exact).to(ladder.pipe.device)
 
 
 def load_student(ladder: Ladder, index: int) -> UNet:
@@ -82,7 +88,7 @@ def load_student(ladder: Ladder, index: int) -> UNet:
         lora.remove_lora(unet)  # the teacher's
         lora.attach_lora(unet, read_lora(folder / LORA_FILE, ladder.pipe.networks)["unet"], dtype=torch.float32)
     else:
-        unet = load_unet(folder, device=ladder.pipe.device)
+        unet = load_unet(folder, PRECISIONS[ladder.config.precision], ladder.pipe.device)
     return unet.eval().requires_grad_(False)
 
 
@@ -99,14 +105,15 @@ def student_pipeline(ladder: Ladder, stage: Stage, unet: UNet) -> Pipeline:
 def save_student(ladder: Ladder, stage: Stage, unet: UNet) -> None:
     """Write OUT/N-step: a model folder, or a LoRA for the teacher if that is all that was trained."""
     student, folder = student_pipeline(ladder, stage, unet), ladder.folder.path / stage.name
+    dtype = PRECISIONS.get(ladder.config.dtype)
     if only_lora(ladder.stages):
         about = sampling_metadata(student.sampling) | {"ss_sd_model_name": public_name(ladder.config.teacher)}
-        write_lora(folder / LORA_FILE, {**student.networks, "unet": unet}, metadata=about)
+        write_lora(folder / LORA_FILE, {**student.networks, "unet": unet}, dtype=dtype, metadata=about)
         return
     if lora.lora_layers(unet):
         student.unet = copy_unet(unet)
         lora.merge_lora(student.unet)
-    student.save(folder)
+    student.save(folder, dtype)
 
 
 def copy_unet(unet: UNet, shared: bool = False) -> UNet:

@@ -19,6 +19,7 @@ from minidistill.models import lora
 from minidistill.models.discriminator import Discriminator
 from minidistill.models.unet import UNet, UNetConfig, random_inputs
 from minidistill.pipeline import VAE
+from minidistill.training.device import to_precision
 
 
 def step_peak(
@@ -32,11 +33,12 @@ def step_peak(
 ) -> int:
     """Peak memory of one optimizer step in bytes: activations, gradients and the temporaries of both networks.
 
-    inputs: batch size, height and width of the latents, text tokens. accumulate: over several micro-batches.
+    inputs: batch size, height and width of the latents, text tokens. half: autocast, and a teacher in that precision.
+    accumulate: over several micro-batches.
     """
 
     def build() -> tuple[list[nn.Module], Callable[[], None]]:
-        teacher, student = UNet(removal.teacher).requires_grad_(False), UNet(removal.student)
+        teacher, student = frozen_unet(removal.teacher, half), UNet(removal.student)
         student.gradient_checkpointing = checkpointing
         x, t, context, added_cond = random_inputs(removal.teacher, *inputs)
 
@@ -54,6 +56,13 @@ def step_peak(
     return peak_bytes(build)
 
 
+def frozen_unet(config: UNetConfig, half: bool) -> UNet:
+    """A U-Net that does not train, in the precision of the run."""
+    unet = UNet(config).requires_grad_(False)
+    to_precision(unet, "fp16" if half else "fp32")
+    return unet
+
+
 def image_peak(vae: VAE, side: int) -> int:
     """Peak memory of decoding one image, whose latents are (side, side), in bytes."""
 
@@ -66,15 +75,16 @@ def image_peak(vae: VAE, side: int) -> int:
 
 
 def memory_rows(
-    removal: Removal, others: Sequence[nn.Module], step: int, image: int, averaged: bool
+    removal: Removal, others: Sequence[nn.Module], step: int, image: int, averaged: bool, half: bool = False
 ) -> list[tuple[str, str]]:
     """Table of the memory needed on the device.
 
     others: the frozen networks besides the teacher; step, image: `step_peak`, `image_peak`; averaged: with an EMA.
+    half: as in `step_peak`.
     """
     teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
     parts = {
-        "teacher's weights": teacher,
+        "teacher's weights": teacher // (1 + half),
         "student's weights": student,
         "AdamW's two averages": 2 * student,
         "averaged weights": student * averaged,
@@ -102,10 +112,10 @@ class Cast(NamedTuple):
 
 
 def make_cast(
-    teacher: UNetConfig, student: UNetConfig, phase: Phase, side: int, further: int, rank: int, shared: bool
+    teacher: UNetConfig, student: UNetConfig, phase: Phase, side: int, further: int, rank: int, shared: bool, half: bool
 ) -> Cast:
-    """The networks of a phase; `further` of them are earlier students. side: of the latents. shared: as below."""
-    base = UNet(teacher).requires_grad_(False)
+    """The networks of a phase; `further` of them are earlier students. side: of the latents. shared, half: as below."""
+    base = frozen_unet(teacher, half)
 
     def new(with_lora: bool) -> UNet:
         unet = copy_unet(base, shared=True) if shared else UNet(student)
@@ -113,7 +123,7 @@ def make_cast(
             lora.add_lora(unet, lora.ALL, rank)
         return unet
 
-    others = [new(shared).requires_grad_(False) for _ in range(further)]
+    others = [new(shared).requires_grad_(False) if shared else frozen_unet(student, half) for _ in range(further)]
     judge = None
     if phase.adversarial:
         trains = phase.backbone_rate > 0
@@ -183,7 +193,8 @@ def phase_memory(
     sizes: list[int] = []
 
     def build() -> tuple[list[nn.Module], Callable[[], None]]:
-        cast = make_cast(teacher, student, phase, min(inputs[1:3]), (not first) + bool(phase.convert), rank, shared)
+        further = (not first) + bool(phase.convert)
+        cast = make_cast(teacher, student, phase, min(inputs[1:3]), further, rank, shared, half)
         trained = [weight for weight in cast.weights() if weight.requires_grad]
         sizes.extend((sum(w.nbytes for w in cast.weights()), sum(2 * w.nbytes for w in trained)))
         for network in (cast.student, cast.judge and cast.judge.backbone, cast.fake):

@@ -86,7 +86,7 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
         unet: the student as the phase before has left it; None at the start, and of a resumed run.
         fresh: False if a checkpoint will replace all that is trained.
     """
-    config, phase, base = ladder.config, leg.phase, ladder.pipe.unet
+    config, phase = ladder.config, leg.phase
     student = prepare_student(ladder, leg, unet or first_student(ladder))
     T, taught_by = len(ladder.alpha_bar), phase.teacher or leg.stage.teacher
     times = jump_table(leg.stage.student, taught_by, phase.timesteps, T)
@@ -99,14 +99,16 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
     if phase.adversarial:
         torch.manual_seed(generator_for(config.seed, "discriminator", leg.number).initial_seed())
         side = min(ladder.batches.size) // ladder.pipe.vae.config.downscale
-        discriminator = Discriminator(base, side, phase.conditional, phase.taps, phase.backbone_rate > 0)
+        trains = phase.backbone_rate > 0
+        base = ladder.exact if trains else ladder.pipe.unet
+        discriminator = Discriminator(base, side, phase.conditional, phase.taps, trains)
         discriminator = discriminator.to(ladder.pipe.device)
         discriminator.backbone.gradient_checkpointing = config.gradient_checkpointing
         networks["heads"] = discriminator.heads, phase.head_rate
         if phase.backbone_rate > 0:
             networks["backbone"] = discriminator.backbone, phase.backbone_rate
     if phase.matching:
-        fake = copy_unet(base).requires_grad_(True)
+        fake = copy_unet(ladder.exact).to(ladder.pipe.device).requires_grad_(True)
         fake.gradient_checkpointing = config.gradient_checkpointing
         networks["fake"] = fake, phase.fake_rate
     trained, parts = {}, {}

@@ -7,13 +7,14 @@ the same after a resume, for any batch size that covers the same numbers, and ho
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -104,15 +105,18 @@ class Batches:
         flip: bool = False,
         cache: bool | None = None,
         keep_text: bool = True,
+        autocast: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
         """pipe: encodes images and captions. caption_dropout: share of samples trained without a prompt.
 
         flip: random horizontal flip, p = 0.5; not where captions say left and right.
         cache: keep all latents in memory, encoded now; None does so if they take less than CACHE_LIMIT.
         keep_text: keep text states beside latents that are encoded already, if they take less than CACHE_LIMIT.
+        autocast: the precision of text states that are not kept.
         """
         self.data, self.pipe, self.batch_size, self.seed = data, pipe, batch_size, seed
         self.caption_dropout, self.flip, self.device = caption_dropout, flip, pipe.device
+        self.autocast = autocast or contextlib.nullcontext()
         self.whole, self._part = self, (0, 1)  # of a share: all of each batch; which share, of how many
         self._order: tuple[int | None, Tensor] = (None, torch.empty(0))
         self._cache: Latents | LatentCache | None = None
@@ -147,7 +151,8 @@ class Batches:
         x0 = (mean + std * draw) * self.pipe.vae.config.scaling_factor
         x0, eps, t = (tensor.to(self.device, non_blocking=True) for tensor in (x0, eps, t))
         captions = self._shown(kept, numbers, t)
-        text = (self._text or self.pipe.encode_prompts)(captions).map(lambda part: part.to(self.device).float())
+        with self.autocast:
+            text = (self._text or self.pipe.encode_prompts)(captions).map(lambda part: part.to(self.device).float())
         width, height = self.size
         return Batch(x0, text.context, eps, t, captions, self.pipe.added_cond(text.pooled, height, width, origins))
 

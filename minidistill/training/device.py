@@ -7,8 +7,10 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from minidistill.errors import InputError
+from minidistill.models.lora import LORA_PARAMETERS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,10 +58,22 @@ def get_precision(name: str, device: torch.device, smallest: int = 2) -> Precisi
     if name == "bf16" and not _has_bf16_gradients(device, smallest):
         what = "PyTorch's bf16 gradients on a CPU are wrong where feature maps of one pixel are downsampled, as here"
         raise InputError(f"--precision bf16: {what}; use fp32, or a larger --resolution")
+    torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32, as PyTorch does convolutions
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     if name == "fp32":
         return Precision(contextlib.nullcontext(), scaler)
     return Precision(torch.autocast(device.type, dtype=dtype), scaler)
+
+
+@torch.no_grad()
+def to_precision(network: nn.Module, name: str) -> None:
+    """Round the frozen weights of a network to "fp32", "bf16" or "fp16", in place: half the memory in the last two.
+
+    Autocast would round them anew in every pass. LoRA weights stay, as copies of them train.
+    """
+    for path, weight in network.named_parameters():
+        if not weight.requires_grad and not path.endswith(LORA_PARAMETERS):
+            weight.data = weight.data.to(PRECISIONS[name])
 
 
 def best_precision(device: torch.device, smallest: int = 2) -> str:

@@ -39,12 +39,12 @@ from minidistill.weights.folders import SHIPPED
 if sys.platform != "win32":  # where folders cannot be locked
     import fcntl
 
-# What may differ when a run is resumed: how long, how often it reports, where it runs, where its model and its images
-# are (`weights` and `examples` say which they are). Anything else changes the result. (With a cosine schedule, new
-# `steps` bend the learning rate from there on; every change is printed.)
+# What may differ when a run is resumed: how long, how often it reports, where it runs, in which precision its result is
+# written, where its model and its images are (`weights` and `examples` say which they are). Anything else changes the
+# result. (With a cosine schedule, new `steps` bend the learning rate from there on; every change is printed.)
 REPORTING = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
 PLACES = ("device", "teacher", "teacher_lora", "model", "data", "split", "caption_column", "push_to_hub", "private")
-MAY_CHANGE = ("steps", *REPORTING, *PLACES)
+MAY_CHANGE = ("steps", "dtype", *REPORTING, *PLACES)
 SOURCES = ("teacher", "teacher_lora", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")

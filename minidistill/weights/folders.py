@@ -235,11 +235,12 @@ def part_in(folder: Path, part: str) -> str:
     return "" if alone else part
 
 
-def save_pipeline(folder: str | Path, pipe: Pipeline) -> None:
+def save_pipeline(folder: str | Path, pipe: Pipeline, dtype: DType = None) -> None:
     """Write a pipeline folder that diffusers reads, and samples as the model was made to be sampled.
 
     The index is removed first and written last: a folder without it is one that was not finished.
-    InputError: it cannot be written, or holds other weights.
+    dtype: of all weights in the files; None: that of each network.
+    InputError: it cannot be written, holds other weights, or a weight is too large for the dtype.
     """
     folder = Path(folder).expanduser()
     with files.writing(folder):
@@ -247,10 +248,10 @@ def save_pipeline(folder: str | Path, pipe: Pipeline) -> None:
             (folder / choice.INDEX).unlink()
     sampler = pipe.sampling.sampler if pipe.sampling else "euler" if pipe.is_sdxl else default_solver(pipe.schedule)[0]
     scheduler = "EulerDiscreteScheduler" if sampler == "euler" else "DDIMScheduler"
-    save_unet(folder, pipe.unet, sampling_metadata(pipe.sampling))
-    save_vae(folder, pipe.vae)
+    save_unet(folder, pipe.unet, sampling_metadata(pipe.sampling), dtype=dtype)
+    save_vae(folder, pipe.vae, dtype)
     for i, (encoder, tokenizer) in enumerate(zip(pipe.text_encoders, pipe.tokenizers, strict=True)):
-        save_text_encoder(folder, encoder, f"text_encoder{'_2' * i}")
+        save_text_encoder(folder, encoder, f"text_encoder{'_2' * i}", dtype)
         save_tokenizer(folder, tokenizer, f"tokenizer{'_2' * i}")
     config = as_distilled(pipe.schedule, pipe.sampling).to_dict() | {"_class_name": scheduler}
     files.write_json(folder / choice.SCHEDULE, config)
@@ -274,31 +275,37 @@ def save_pipeline(folder: str | Path, pipe: Pipeline) -> None:
     files.write_json(folder / choice.INDEX, {**head, **dict(sorted(parts.items()))})
 
 
-def save_unet(folder: str | Path, unet: UNet, metadata: Mapping[str, str] | None = None, part: str = "unet") -> None:
-    """Write `unet/`: the config of this very network and its weights, in their dtype.
+def save_unet(
+    folder: str | Path, unet: UNet, metadata: Mapping[str, str] | None = None, part: str = "unet", dtype: DType = None
+) -> None:
+    """Write `unet/`: the config of this very network and its weights, in a dtype or their own.
 
     metadata: text for the header of the weights file, as what a student was distilled for. part: as in `load_unet`.
     """
-    _save(Path(folder) / part, unet, metadata=metadata)
+    _save(Path(folder) / part, unet, dtype, metadata=metadata)
 
 
-def save_vae(folder: str | Path, vae: AutoencoderKL | AutoencoderTiny) -> None:
+def save_vae(folder: str | Path, vae: AutoencoderKL | AutoencoderTiny, dtype: DType = None) -> None:
     """Write `vae/`."""
-    _save(Path(folder) / "vae", vae)
+    _save(Path(folder) / "vae", vae, dtype)
 
 
-def save_text_encoder(folder: str | Path, text_encoder: CLIPTextModel, part: str = "text_encoder") -> None:
+def save_text_encoder(
+    folder: str | Path, text_encoder: CLIPTextModel, part: str = "text_encoder", dtype: DType = None
+) -> None:
     """Write `text_encoder/`, in the names that every version of transformers reads."""
     kind = "CLIPTextModel" if text_encoder.text_projection is None else "CLIPTextModelWithProjection"
-    _save(Path(folder) / part, text_encoder, kind)
+    _save(Path(folder) / part, text_encoder, dtype, kind)
 
 
 def save_clip(folder: str | Path, clip: CLIPModel) -> None:
     """Write `clip/`."""
-    _save(Path(folder) / "clip", clip, "CLIPModel")
+    _save(Path(folder) / "clip", clip, None, "CLIPModel")
 
 
-def _save(path: Path, model: nn.Module, architecture: str = "", metadata: Mapping[str, str] | None = None) -> None:
+def _save(
+    path: Path, model: nn.Module, dtype: DType, architecture: str = "", metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a folder of one part; architecture: the class in transformers, if it is one of theirs."""
     if lora_layers(model):
         raise InputError(f"cannot write {path}: a model folder has no place for a live LoRA; merge or remove it first")
@@ -306,7 +313,10 @@ def _save(path: Path, model: nn.Module, architecture: str = "", metadata: Mappin
     if others := choice.pick_weights({old.name for old in path.glob("*")} - {name}):
         # A reader might take these, with their old content, for the weights that are being written.
         raise InputError(f"{path} already holds other weights ({others[0]}): save to another folder")
-    files.write_safetensors(path / name, model.state_dict(), metadata)
+    tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in model.state_dict().items()}
+    if bad := [key for key, tensor in tensors.items() if dtype and not tensor.isfinite().all()]:
+        raise InputError(f"cannot write {path / name}: {bad[0]} is too large for {dtype}: use --dtype bf16 or fp32")
+    files.write_safetensors(path / name, tensors, metadata)
     head = {"architectures": [architecture]} if architecture else {}
     files.write_json(path / "config.json", {**head, **model.config.to_dict()})
 
