@@ -70,6 +70,9 @@ class Config:
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    parallel: str = option(
+        "ddp", "processes of torchrun share out the batch; Muon needs whole weights", choices=("ddp",)
+    )
     precision: str | None = option(None, "forward pass (default: unet fp32, else bf16 where computed)", PRECISIONS)
     judged: int = option(1000, "held-out scenes for the evaluation of CLIP and VAE", minimum=1)
     log_every: int = option(100, "steps between log lines", minimum=1)

@@ -23,6 +23,7 @@ from minidistill.models import lora
 from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, TextStates
+from minidistill.training import parallel
 from minidistill.training.batches import Batches
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights.folders import find_model, load_unet, read_sampling
@@ -42,6 +43,7 @@ class Settings(Protocol):
     lora_rank: int
     lora_alpha: float
     gradient_checkpointing: bool
+    parallel: str
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class Ladder:
 
 def first_student(ladder: Ladder) -> UNet:
     """The student before the first phase: a copy of the teacher, or of what is left of it when blocks are removed."""
+    teacher = parallel.whole(ladder.pipe.unet)
     if ladder.removal:
-        return build_student(ladder.removal, ladder.pipe.unet, ladder.pipe.device)
-    return copy_unet(ladder.pipe.unet, shared=only_lora(ladder.stages))
+        return build_student(ladder.removal, teacher, ladder.pipe.device)
+    return copy_unet(teacher, shared=only_lora(ladder.stages))
 
 
 def load_student(ladder: Ladder, index: int) -> UNet:

@@ -43,7 +43,7 @@ if sys.platform != "win32":  # where folders cannot be locked
 # `steps` bend the learning rate from there on; every change is printed.)
 REPORTING = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
 PLACES = ("device", "teacher", "teacher_lora", "model", "data", "split", "caption_column", "push_to_hub", "private")
-MAY_CHANGE = ("steps", *REPORTING, *PLACES)
+MAY_CHANGE = ("steps", "parallel", *REPORTING, *PLACES)
 SOURCES = ("teacher", "teacher_lora", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
@@ -131,9 +131,14 @@ class RunFolder:
 
     def save(self, step: int, parts: Mapping[str, Part], keep: int = 2) -> None:
         """Write checkpoints/step-NNNNNN, the parts of a run (state.pack), then delete all but the last `keep`."""
+        found, meta = pack(parts)
+        tensors = {}
+        for name, tensor in found.items():
+            whole = parallel.full(tensor)  # one at a time, and all processes take part
+            if parallel.is_first():
+                tensors[name] = whole.cpu()
         if not parallel.is_first():
             return
-        tensors, meta = pack(parts)
         self._remove_leftovers()
         final = self.checkpoints / f"step-{step:06d}"
         temporary = self.checkpoints / f".writing-{final.name}"
