@@ -48,8 +48,10 @@ SMALL = UNetConfig(
 
 RUNNER = """
 import importlib, json, sys
+from minidistill import train_lightning
 from minidistill.cli import parse
 
+train_lightning.PAIRS = 8
 for name, *words in json.load(open(sys.argv[1])):
     module = importlib.import_module(name)
     config = parse(module.Config, getattr(module, "PRESETS", None), words, "prog", None)
@@ -126,22 +128,23 @@ def test_runs_of_two_processes_are_those_of_one_and_go_on_in_any_other_way(train
         assert close(checkpoint(out["ddp"], 4, "ema"), checkpoint(folder, 4, "ema"), tolerance=4e-5)
 
 
-def test_all_players_of_a_gan_and_text_encoders_are_shared_out_and_stages_wait_for_each_other(train, tmp_path):
-    runs = {(train_lightning, GAN): ("ddp", "zero1", "fsdp"), (finetune, FINETUNE): ("fsdp",)}
-    whole = {module: tmp_path / module.__name__ for module, _ in runs}
-    train(1, *((module, whole[module], flags) for module, flags in runs))
-    parts = [
-        (m, tmp_path / f"{m.__name__}-{mode}", f"{f} --parallel {mode}") for (m, f), ms in runs.items() for mode in ms
-    ]
-    train(2, *parts)
-    assert any("d" in line for line in metrics(whole[train_lightning]))
-    assert any("fake net" in line for line in metrics(whole[train_lightning]))
-    for module, out, _ in parts:
-        for a, b in zip(metrics(whole[module]), metrics(out), strict=True):
+def test_all_players_of_a_gan_and_text_encoders_are_shared_out_and_stages_wait_for_each_other(
+    train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_lightning, "PAIRS", 8)  # to rank
+    alone = {train_lightning: tmp_path / "gan", finetune: tmp_path / "lora"}
+    train(1, (train_lightning, alone[train_lightning], GAN), (finetune, alone[finetune], FINETUNE))
+    chosen = (train_lightning, GAN, "zero1"), (train_lightning, GAN, "fsdp"), (finetune, FINETUNE, "fsdp")
+    runs = [(module, tmp_path / f"{module.__name__}-{m}", f"{flags} --parallel {m}") for module, flags, m in chosen]
+    train(2, *runs)
+    assert any("d" in line for line in metrics(alone[train_lightning]))
+    assert any("fake net" in line for line in metrics(alone[train_lightning]))
+    for module, out, _ in runs:
+        for a, b in zip(metrics(alone[module]), metrics(out), strict=True):
             assert a.keys() == b.keys()
             for name in ("loss", "grad_norm"):
-                assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-6), (out.name, name)
-    assert (parts[-2][1] / "2-step/README.md").is_file()
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (out.name, name)
+    assert (runs[1][1] / "2-step/README.md").is_file()
 
 
 WORKER = """
