@@ -153,6 +153,7 @@ def shard(network: nn.Module, mode: str, method: str = "forward") -> None:
     is_cpu = weights[0].device.type == "cpu"
     if is_cpu and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise InputError(f"--parallel {mode} on CPUs needs PyTorch 2.8 or later: take ddp")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here computes in place
     on_meta = {id(w): nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad) for w in weights}
     _plain[network] = copy.deepcopy(network, on_meta)
     mesh = init_device_mesh(weights[0].device.type, (count(),))
