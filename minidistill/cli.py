@@ -50,7 +50,8 @@ GROUPS = {
     "ema_decay gradient_checkpointing",
     "images": "prompt negative_prompt guidance sampler spacing count latents image strength height width",
     "evaluation": "samples judged parts grid",
-    "run": "steps out seed device precision deterministic log_every sample_every checkpoint_every keep_checkpoints",
+    "run": "steps out seed device parallel precision deterministic log_every sample_every checkpoint_every "
+    "keep_checkpoints",
     "hub": "push_to_hub private",
 }
 # Field -> what diffusers' training scripts and pipelines call it.

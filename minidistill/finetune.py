@@ -88,7 +88,7 @@ def main(config: Config) -> None:
     parts = {"trained": run.trained, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.folder.restore(parts)
     if start == 0:
-        run.report.look(pipe, 0)
+        run.report.look(parallel.whole_pipeline(pipe), 0)
     with MetricsLog(run.folder.metrics, config.steps, config.log_every, start, len(alpha_bar)) as log:
         for step in range(start, config.steps):
             for k in range(config.accumulate):
@@ -111,16 +111,15 @@ def main(config: Config) -> None:
             with log.untimed():
                 if done % config.sample_every == 0 and done < config.steps:
                     with ema.swap():
-                        run.report.look(pipe, done)
+                        run.report.look(parallel.whole_pipeline(pipe), done)
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     run.folder.save(done, parts, config.keep_checkpoints)
 
-    if not parallel.is_first():
-        return
     with ema.swap():
-        run.report.measure("after", pipe, config.steps)
-        saved = save(config, pipe, run.folder.path)
-    run.report.finish(*saved, run.settings)
+        result = parallel.whole_pipeline(pipe)
+        run.report.measure("after", result, config.steps)
+        if parallel.is_first():
+            run.report.finish(*save(config, result, run.folder.path), run.settings)
 
 
 def denoising_loss(pipe: Pipeline, batch: Batch, alpha_bar: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ def save(config: Config, pipe: Pipeline, folder: Path) -> tuple[Path, str, list[
 
 def set_up(config: Config) -> Run:
     """Check all settings, build what trains, measure the model before training. No file is written."""
-    device = parallel.join(get_device(config.device, config.deterministic))
+    device = parallel.join(get_device(config.device, config.deterministic), config.parallel)
     check_lora(config)
     inputs.check_training(config)
     pipe = load_pipeline(config.model, device)
@@ -171,9 +170,7 @@ def set_up(config: Config) -> Run:
         for network in pipe.networks.values():
             to_precision(network, config.precision)
     pipe.unet.gradient_checkpointing = config.gradient_checkpointing
-    trained = {name: weight for name, weight in networks.named_parameters() if weight.requires_grad}
-    optimizer = optim.adamw(trained.values(), config.learning_rate, weight_decay=config.weight_decay)
-    ema = EMA(networks, config.ema_decay)
+    size = sum(weight.numel() for weight in networks.parameters() if weight.requires_grad)
     held_out = batches[-1]  # images of the data, with noise that no step sees
     alpha_bar = make_alpha_bar(pipe.schedule).to(device)
 
@@ -181,7 +178,7 @@ def set_up(config: Config) -> Run:
         with precision.autocast:
             batch = encode_again(model, held_out) if config.train_text_encoder else held_out
             loss = denoising_loss(model, batch, alpha_bar).mean().item()
-        return {"trained_parameters": sum(weight.numel() for weight in trained.values()), "loss": loss}
+        return {"trained_parameters": size, "loss": loss}
 
     report = Report(
         folder,
@@ -193,6 +190,10 @@ def set_up(config: Config) -> Run:
         idle=[] if config.train_text_encoder else batches.idle,
         autocast=precision.autocast,
     )
+    parallel.shard(networks, config.parallel)
+    trained = {name: weight for name, weight in networks.named_parameters() if weight.requires_grad}
+    optimizer = optim.adamw(trained.values(), config.learning_rate, weight_decay=config.weight_decay)
+    ema = EMA(networks, config.ema_decay)
     return Run(config, settings, folder, pipe, networks, trained, batches.share(), precision, optimizer, ema, report)
 
 

@@ -9,6 +9,7 @@ from minidistill.data.listing import CAPTION_COLUMN_HELP, SPLIT_CHOICES, SPLIT_H
 from minidistill.miniature.scenes import Scenes
 from minidistill.training.device import PRECISIONS
 from minidistill.training.optim import SCHEDULES
+from minidistill.training.parallel import MODES
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class RunConfig:
     seed: int = option(0, "random seed")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
     dtype: str | None = option(None, "precision of the saved weights (default: fp32)", choices=PRECISIONS)
+    parallel: str = option(
+        "ddp", "what processes of torchrun share out: the batch, optimizer states too, or all weights", choices=MODES
+    )
     deterministic: bool = option(False, "deterministic CUDA kernels: the same bits in every run, slower")
     judged: int = option(48, "held-out scenes to evaluate on; 0: none", minimum=0, maximum=len(Scenes("test")))
     keep_checkpoints: int = option(2, "number of checkpoints to keep", minimum=1)

@@ -118,7 +118,7 @@ def main(config: Config) -> None:
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.folder.restore(parts)
     if start == 0:
-        run.report.measure("student before", run.student, 0)
+        run.report.measure("student before", parallel.whole_pipeline(run.student), 0)
     with MetricsLog(run.folder.metrics, config.steps, config.log_every, start, len(alpha_bar)) as log:
         for step in range(start, config.steps):
             for k in range(config.accumulate):
@@ -152,21 +152,21 @@ def main(config: Config) -> None:
             with log.untimed():
                 if done % config.sample_every == 0 and done < config.steps:
                     with ema.swap():
-                        run.report.look(run.student, done)
+                        run.report.look(parallel.whole_pipeline(run.student), done)
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     run.folder.save(done, parts, config.keep_checkpoints)
 
-    if not parallel.is_first():
-        return
     with ema.swap():
-        run.report.measure("student after", run.student, config.steps)
-        run.student.save(run.folder.path / "student", PRECISIONS.get(config.dtype))
+        result = parallel.whole_pipeline(run.student)
+        run.report.measure("student after", result, config.steps)
+        if parallel.is_first():
+            result.save(run.folder.path / "student", PRECISIONS.get(config.dtype))
     run.report.finish(run.folder.path / "student", "student", None, run.settings)
 
 
 def set_up(config: Config) -> Run:
     """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
-    device = parallel.join(get_device(config.device, config.deterministic))
+    device = parallel.join(get_device(config.device, config.deterministic), config.parallel)
     config, pipe, removal, data = plan(config, device)
     smallest = inputs.smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
@@ -180,8 +180,6 @@ def set_up(config: Config) -> Run:
     student = copy.copy(pipe)
     student.unet = block_removal.build_student(removal, teacher if config.copy_weights else None, device)
     student.unet.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = optim.adamw(student.unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    ema = EMA(student.unet, config.ema_decay)
     batches = open_batches(config, data, pipe, precision)
     probes = make_probes(batches, range(-math.ceil(PROBES / config.batch_size), 0))  # numbers that no step takes
     report = Report(
@@ -196,6 +194,10 @@ def set_up(config: Config) -> Run:
         autocast=precision.autocast,
     )
     to_precision(teacher, config.precision)  # once it is copied and measured
+    for network in (teacher, student.unet):
+        parallel.shard(network, config.parallel)
+    optimizer = optim.adamw(student.unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    ema = EMA(student.unet, config.ema_decay)
     return Run(config, settings, folder, pipe, student, pairs, batches.share(), precision, optimizer, ema, report)
 
 

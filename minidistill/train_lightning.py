@@ -136,7 +136,7 @@ def main(config: Config) -> None:
                 folder.save(leg.first, players.parts, config.keep_checkpoints)
             print(f"{leg.stage.name}, {leg.phase.label}: steps {leg.first + 1} to {leg.last}", flush=True)
             train_phase(ladder, players, report, log, max(start, leg.first))
-            unet = players.student
+            unet = parallel.whole(players.student)
             del players  # the other networks make room for those of the next phase
             if leg.ends_stage:
                 with log.untimed():
@@ -194,7 +194,7 @@ def train_phase(ladder: Ladder, players: Players, report: Report, log: MetricsLo
 def look(ladder: Ladder, players: Players, report: Report, step: int) -> None:
     """An image grid, and how well the discriminator ranks held-out pairs; a warning if it teaches nothing."""
     if step < players.leg.last or not players.leg.ends_stage:  # there the student is measured, and drawn
-        report.look(student_pipeline(ladder, players.leg.stage, players.student), step)
+        report.look(student_pipeline(ladder, players.leg.stage, parallel.whole(players.student)), step)
     if players.discriminator is not None:
         accuracy, by_chance, count = ranking(ladder, players, PAIRS)
         chance = f"random heads {min(by_chance):.0%} to {max(by_chance):.0%}"
@@ -215,7 +215,7 @@ class Setup(NamedTuple):
 
 def set_up(config: Config) -> tuple[Ladder, Report]:
     """Check all settings, load the teacher and the data, measure the teacher. No file is written."""
-    device = parallel.join(get_device(config.device, config.deterministic))
+    device = parallel.join(get_device(config.device, config.deterministic), config.parallel)
     setup = check(config, device)
     config, stages, pipe, removal, data = setup
     smallest = inputs.smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
@@ -234,7 +234,9 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
     zero = dataclasses.replace(pipe.schedule, rescale_betas_zero_snr=True)
     alpha_bar = make_alpha_bar(zero).to(device) if config.zero_snr else own
     ladder = Ladder(config, settings, stages, folder, pipe, exact, removal, batches, absent, alpha_bar, own, *precision)
-    return ladder, open_report(ladder)
+    report = open_report(ladder)
+    parallel.shard(pipe.unet, config.parallel)
+    return ladder, report
 
 
 def keep_exact(stages: Sequence[Stage], pipe: Pipeline, precision: str) -> UNet:
@@ -276,6 +278,8 @@ def check(config: Config, device: torch.device) -> Setup:
         raise InputError(f"--teacher-lora: plan {config.plan} trains all weights; take keep-lora or one-gpu")
     if config.zero_snr and only_lora(stages):
         raise InputError(f"--zero-snr changes what students predict, which a LoRA, as of plan {config.plan}, cannot")
+    if config.parallel != "ddp" and only_lora(stages):
+        raise InputError(f"--parallel {config.parallel}: plan {config.plan} trains a LoRA beside one U-Net; take ddp")
     removal = None
     if config.recipe or config.remove is not None:
         if only_lora(stages):
@@ -317,10 +321,13 @@ def open_report(ladder: Ladder) -> Report:
         return {**size, "distance_to_teacher": mean_square(latents(model), reference()).mean().item()}
 
     name, judged = f"teacher, {teacher.sampling.steps} steps", config.judged if config.data == "scenes" else 0
-    return Report(
+    report = Report(
         ladder.folder, batches, numbers, (name, teacher), trained="student", judged=judged, idle=batches.idle,
         autocast=autocast,
     )  # fmt: skip
+    if parallel.is_first():
+        reference()  # now, while this process has all of the teacher
+    return report
 
 
 def finish(ladder: Ladder, report: Report) -> None:

@@ -1,25 +1,31 @@
-"""Two processes of torchrun do what one does: gradients, losses, batches, resuming with another number of them."""
+"""Two processes of torchrun do what one does, in every mode: gradients, losses, batches, resuming in another way."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from runs import checkpoint, exit_code, metrics
+from runs import checkpoint, exit_code, largest_difference, metrics, one_line
 from test_batches import Images
+from torch import Tensor
 
-from minidistill import train_kd, train_lightning
+from minidistill import finetune, train_kd, train_lightning, train_miniature
+from minidistill.distill.lightning import PLANS
+from minidistill.distill.memory import make_cast, memory_rows
 from minidistill.errors import InputError
+from minidistill.metrics.cost import format_bytes
+from minidistill.models.unet import SDXL, UNet, UNetConfig, random_inputs
 from minidistill.pipeline import load_pipeline
 from minidistill.training import parallel
 from minidistill.training.batches import Batches
-from minidistill.training.optim import adamw, optimizer_step
+from minidistill.training.optim import adamw, clip_grad_norm, optimizer_step
 from minidistill.training.run_folder import RunFolder
+from minidistill.training.state import pack
 
 ROOT = Path(__file__).parents[1]
 KD = (
@@ -30,80 +36,129 @@ GAN = (
     "--plan demo --stages 4,2 --length 0.01 --guidance 2 --batch-size 4 "
     "--precision fp32 --log-every 1 --sample-every 99 --checkpoint-every 99 --device cpu"
 )
+FINETUNE = (
+    "--lora-rank 2 --train-text-encoder --batch-size 2 --steps 2 --warmup 0 --learning-rate 1e-3 "
+    "--log-every 1 --device cpu --gradient-checkpointing"
+)
+SMALL = UNetConfig(
+    sample_size=8, cross_attention_dim=16, block_out_channels=(32, 64), attention_head_dim=(2, 2),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)  # fmt: skip
 
 
-def start(words: str, *more: object) -> subprocess.CompletedProcess:
-    """Run a module, or a file, in two processes."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words.split()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*call, *map(str, more)], capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+RUNNER = """
+import importlib, json, sys
+from minidistill import train_lightning
+from minidistill.cli import parse
+
+train_lightning.PAIRS = 8
+for name, *words in json.load(open(sys.argv[1])):
+    module = importlib.import_module(name)
+    config = parse(module.Config, getattr(module, "PRESETS", None), words, "prog", None)
+    getattr(module, "command", module.main)(config)
+"""
+
+
+def start(script: str, folder: Path, *words: object) -> subprocess.CompletedProcess:
+    """Run a script in two processes."""
+    file = folder / "worker.py"
+    file.write_text(script)
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", file, *words]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.run([*map(str, call)], capture_output=True, text=True, check=False, cwd=ROOT, env=env)
 
 
 @pytest.fixture
-def train(tiny_sd1, images, capsys):
-    """train(number of processes, module, run folder, flags, *words) -> what it printed. One process is this one."""
+def train(tiny_sd1, images, capsys, tmp_path):
+    """train(number of processes, runs) -> what they printed. A run: (module, run folder, flags). One is this process.
 
-    def run(count: int, module: ModuleType, out: Path, flags: str, *more: object) -> str:
-        words = ("--teacher", tiny_sd1, "--data", images, "--out", out, *flags.split(), *more)
-        if count == 1:
-            main = "command" if hasattr(module, "command") else "main"
-            assert exit_code(module, *words, main=main) == 0
+    Several runs one after the other: starting processes takes longer than these runs.
+    """
+
+    def train(count: int, *runs: tuple[ModuleType, Path, str]) -> str:
+        calls = []
+        for module, out, flags in runs:
+            source = "--model" if module is finetune else "--teacher"
+            words = (module.__name__, source, tiny_sd1, "--data", images, "--out", out, *flags.split())
+            calls.append([*map(str, words)])
+        if count == 2:
+            (tmp_path / "calls.json").write_text(json.dumps(calls))
+            done = start(RUNNER, tmp_path, tmp_path / "calls.json")
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+        for (module, *_), (_, *words) in zip(runs, calls, strict=True):
+            assert exit_code(module, *words, main="command" if hasattr(module, "command") else "main") == 0
             while RunFolder._locks:  # a process gives up the lock of a run when it ends, or finds another run
                 os.close(RunFolder._locks.popitem()[1])
-            return capsys.readouterr().out
-        done = start(f"-m {module.__name__}", *words)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return capsys.readouterr().out
 
-    return run
+    return train
 
 
 def close(one: dict, other: dict, tolerance: float) -> bool:
     return all(torch.allclose(one[name], other[name], rtol=1e-3, atol=tolerance) for name in one)
 
 
-def test_two_processes_train_as_one_does_and_runs_change_their_number(train, tmp_path):
-    runs = {count: tmp_path / str(count) for count in (1, 2)}
-    for count, out in runs.items():
-        printed = train(count, train_kd, out, KD, "--steps", 2)
-        assert printed.count("step 0002/0002") == 1, "only the first process prints"
-    one, two = (metrics(out) for out in runs.values())
-    for a, b in zip(one, two, strict=True):
-        assert a["loss_by_timestep"].keys() == b["loss_by_timestep"].keys()
-        for name in ("loss", "task", "output", "feature", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4), name
-    assert (runs[2] / "student/model_index.json").is_file() and (runs[2] / "samples/step-000002.png").is_file()
-    student = [checkpoint(out, 2, "student") for out in runs.values()]
-    assert close(*student, tolerance=2e-5)
-    for count, out in runs.items():  # the run of two goes on in one, and the other way round
-        assert "resuming at step 2" in train(3 - count, train_kd, out, KD, "--steps", 3, "--resume")
-    assert close(*(checkpoint(out, 3, "student") for out in runs.values()), tolerance=3e-5)
+def test_runs_of_two_processes_are_those_of_one_and_go_on_in_any_other_way(train, tmp_path):
+    one, out = tmp_path / "one", {mode: tmp_path / mode for mode in parallel.MODES}
+    train(1, (train_kd, one, f"{KD} --steps 2"))
+    printed = train(2, *((train_kd, out[mode], f"{KD} --steps 2 --parallel {mode}") for mode in out))
+    assert printed.count("step 0002/0002") == len(out), "only the first process prints"
+    for mode, folder in out.items():
+        for a, b in zip(metrics(one), metrics(folder), strict=True):
+            assert a["loss_by_timestep"].keys() == b["loss_by_timestep"].keys()
+            for name in ("loss", "task", "output", "feature", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4), (mode, name)
+        assert (folder / "samples/step-000002.png").is_file()
+        assert checkpoint(one, 2).keys() == checkpoint(folder, 2).keys()
+        assert close(*(checkpoint(run, 2, "student") for run in (one, folder)), tolerance=2e-5), mode
+        student = load_pipeline(folder / "student").unet.state_dict()  # has the averaged weights
+        assert close(load_pipeline(one / "student").unet.state_dict(), student, tolerance=2e-5), mode
+
+    assert "resuming at step 2" in train(1, (train_kd, out["fsdp"], f"{KD} --steps 3 --resume --parallel ddp"))
+    printed = train(
+        2,
+        (train_kd, out["fsdp"], f"{KD} --steps 4 --resume --parallel zero1"),
+        (train_kd, one, f"{KD} --steps 4 --resume --parallel fsdp"),
+    )
+    assert "resuming at step 3" in printed and "resuming at step 2" in printed
+    train(1, (train_kd, out["ddp"], f"{KD} --steps 4 --resume"))
+    for folder in (out["fsdp"], one):
+        assert close(checkpoint(out["ddp"], 4, "student"), checkpoint(folder, 4, "student"), tolerance=4e-5)
+        assert close(checkpoint(out["ddp"], 4, "ema"), checkpoint(folder, 4, "ema"), tolerance=4e-5)
 
 
-def test_both_players_of_a_gan_are_averaged_and_stages_wait_for_each_other(train, tmp_path):
-    runs = {count: tmp_path / str(count) for count in (1, 2)}
-    for count, out in runs.items():
-        train(count, train_lightning, out, GAN)
-    one, two = (metrics(out) for out in runs.values())
-    assert [line.keys() for line in one] == [line.keys() for line in two]
-    assert any("d" in line for line in one) and any("fake net" in line for line in one)
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=2e-2, abs=1e-6
-        )
-    assert (runs[2] / "2-step/README.md").is_file()
+def test_all_players_of_a_gan_and_text_encoders_are_shared_out_and_stages_wait_for_each_other(
+    train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_lightning, "PAIRS", 8)  # to rank
+    alone = {train_lightning: tmp_path / "gan", finetune: tmp_path / "lora"}
+    train(1, (train_lightning, alone[train_lightning], GAN), (finetune, alone[finetune], FINETUNE))
+    chosen = (train_lightning, GAN, "zero1"), (train_lightning, GAN, "fsdp"), (finetune, FINETUNE, "fsdp")
+    runs = [(module, tmp_path / f"{module.__name__}-{m}", f"{flags} --parallel {m}") for module, flags, m in chosen]
+    train(2, *runs)
+    assert any("d" in line for line in metrics(alone[train_lightning]))
+    assert any("fake net" in line for line in metrics(alone[train_lightning]))
+    for module, out, _ in runs:
+        for a, b in zip(metrics(alone[module]), metrics(out), strict=True):
+            assert a.keys() == b.keys()
+            for name in ("loss", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (out.name, name)
+    assert (runs[1][1] / "2-step/README.md").is_file()
 
 
 WORKER = """
-import json, sys, torch
+import sys, torch
 from minidistill.training import parallel
-sys.path.insert(0, "tests")
-from test_parallel import gradients_and_weights
+from test_parallel import gradients_and_weights, gradients_of_a_unet
 
 parallel.join(torch.device("cpu"))
 found = gradients_and_weights(parallel.count(), parallel.rank())
 assert parallel.gather(found) == [found, found]
-print(json.dumps(found))
+for mode in parallel.MODES:
+    found += [gradients_of_a_unet(parallel.count(), parallel.rank(), mode, checkpointing) for checkpointing in (0, 1)]
+if parallel.is_first():
+    torch.save(found, sys.argv[1])
 """
 
 
@@ -123,17 +178,42 @@ def gradients_and_weights(count: int, rank: int) -> list[dict[str, list | None]]
     return [gradients, {name: p.tolist() for name, p in net.named_parameters()}]
 
 
-def test_averaged_gradients_are_those_of_the_whole_batch_and_equal_everywhere(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    done = start(str(tmp_path / "worker.py"))
+def gradients_of_a_unet(count: int, rank: int, mode: str = "ddp", checkpointing: bool = False) -> dict[str, Tensor]:
+    """Of the loss of its prediction and of its features on this process's half, in float64, and their joint norm."""
+    torch.manual_seed(0)
+    unet = UNet(SMALL).double()
+    x, t, context, _ = (part if part is None else part.chunk(count)[rank] for part in random_inputs(SMALL, 4, 8, 8, 7))
+    unet.gradient_checkpointing = checkpointing
+    parallel.shard(unet, mode)
+    for _ in range(2):  # micro-batches
+        out, features = unet(x, t, context, return_features=True)
+        (out.square().mean() + sum(feature.square().mean() for feature in features.values())).backward()
+    parallel.average_gradients(unet.parameters())
+    norm = clip_grad_norm(unet.parameters(), None)
+    found = {name: parallel.full(weight.grad) for name, weight in unet.named_parameters()} | {"norm": norm}
+    optimizer = adamw(unet.parameters(), 0.1)
+    with torch.no_grad():
+        unet(x, t, context)  # zero1 keeps what that gathers
+    assert pack({"unet": unet, "optimizer": optimizer})[1]["optimizer"]["groups"][0][0] == "unet.conv_in.weight"
+    return found
+
+
+def test_gradients_of_two_processes_are_those_of_the_whole_batch_in_every_mode(tmp_path):
+    done = start(WORKER, tmp_path, tmp_path / "found.pt")
     assert done.returncode == 0, done.stderr
-    for one, two in zip(gradients_and_weights(1, 0), json.loads(done.stdout), strict=True):
+    gradients, weights = gradients_and_weights(1, 0)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for one, two in zip((gradients, weights), found[:2], strict=True):
         for name, whole in one.items():
             if whole is None:
                 assert two[name] is None, "a weight without a gradient does not decay either"
             else:
                 assert np.allclose(whole, two[name], rtol=0, atol=1e-12), name
-    assert any(whole is None for whole in gradients_and_weights(1, 0)[0].values())
+    assert any(whole is None for whole in gradients.values())
+    whole = gradients_of_a_unet(1, 0)
+    assert len(found[2:]) == 2 * len(parallel.MODES)
+    for two in found[2:]:
+        assert largest_difference(whole, two) < 1e-12
 
 
 def test_shares_are_the_samples_of_the_whole_batch_each_once(monkeypatch, tiny_sd1):
@@ -154,11 +234,44 @@ def test_shares_are_the_samples_of_the_whole_batch_each_once(monkeypatch, tiny_s
         whole.share()
 
 
-def test_what_one_process_refuses_ends_all(tiny_sd1, images, tmp_path):
-    teacher = ("--teacher", tiny_sd1, "--data", images, "--out", tmp_path / "run")
-    done = start("-m minidistill.train_kd", *teacher, "--batch-size", 3)
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert "error: --batch-size 3 cannot be split over 2 processes" in done.stderr
+FAILING = """
+import sys
+from minidistill import train_kd
+from minidistill.cli import run_command
+from minidistill.errors import NonFiniteLoss
+from minidistill.training import optim, parallel
+
+def check_finite(loss, step, *_):
+    if step == 2 and not parallel.is_first():
+        raise NonFiniteLoss("the second process fails")
+
+optim.check_finite = check_finite
+run_command(train_kd.main, train_kd.Config, train_kd.PRESETS, prog="prog")
+"""
+
+
+def test_a_process_that_fails_ends_the_run_with_its_message(tiny_sd1, images, tmp_path):
+    words = ("--teacher", tiny_sd1, "--data", images, "--out", tmp_path / "run", *KD.split(), "--parallel", "fsdp")
+    done = start(FAILING, tmp_path, *words)
+    assert done.returncode != 0 and "error: the second process fails\n" in done.stderr
+    assert "exitcode  : 3" in done.stderr, done.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
+
+
+def test_one_process_shares_out_nothing_and_says_so():
+    with pytest.warns(UserWarning, match="--parallel fsdp: one process has all the work"):
+        parallel.join(torch.device("cpu"), "fsdp")
+    network = torch.nn.Linear(2, 2)
+    parallel.shard(network, "fsdp")
+    assert parallel.whole(network) is network and not parallel.is_part(network.weight)
+
+
+def test_modes_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys):
+    assert exit_code(train_miniature, "--parallel", "fsdp", "--out", tmp_path) == 2
+    assert "--parallel takes ddp, not 'fsdp'" in one_line(capsys)
+    assert exit_code(train_lightning, "--plan", "one-gpu", "--parallel", "fsdp", "--out", tmp_path / "run") == 2
+    assert "--parallel fsdp: plan one-gpu trains a LoRA" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_alone_nothing_is_averaged_and_nothing_waits():
@@ -169,3 +282,21 @@ def test_alone_nothing_is_averaged_and_nothing_waits():
     parallel.wait()
     assert torch.equal(weight.weight.grad, before) and parallel.gather(3) == [3] and parallel.is_first()
     optimizer_step(weight, adamw(weight.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False), 0.1, None)
+
+
+def test_the_figures_of_the_readme_are_those_of_a_dry_run_shared_out():
+    readme, (gib, cards) = (ROOT / "README.md").read_text(encoding="utf-8"), (2**30, 64)
+    alone = dict(memory_rows(SimpleNamespace(teacher=SDXL, student=SDXL), [], 0, 0, averaged=True))
+    phase = PLANS["paper"][1].phases[-1]
+    with torch.device("meta"):
+        cast = make_cast(SDXL, SDXL, phase, side=128, further=1, rank=64, shared=False)
+    unet, everything = sum(p.nbytes for p in cast.base.parameters()), sum(p.nbytes for p in cast.weights())
+    assert alone["student's weights"] == format_bytes(unet) and alone["AdamW's two averages"] == format_bytes(2 * unet)
+    learned = sum(p.nbytes for p in cast.weights() if p.requires_grad)
+    for T, F, averages, calls in ((unet, unet, 1, 1), (learned, everything - learned, 0, 4)):
+        for mode in parallel.MODES:
+            part, frozen = T / (1 if mode == "ddp" else cards), F / (cards if mode == "fsdp" else 1)
+            parts = [part + T * (mode == "zero1"), part, 2 * part, averages * part, frozen]
+            sent = 3 * T + calls * unet if mode == "fsdp" else 2 * T
+            figures = [f"{size / gib:.1f}" if size else "-" for size in (*parts, sum(parts))] + [f"{sent / 1e9:.1f}"]
+            assert f" | {' | '.join(figures)} |" in readme, (mode, figures)

@@ -23,6 +23,7 @@ from minidistill.models import lora
 from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, TextStates
+from minidistill.training import parallel
 from minidistill.training.batches import Batches
 from minidistill.training.device import PRECISIONS
 from minidistill.training.run_folder import RunFolder
@@ -45,6 +46,7 @@ class Settings(Protocol):
     lora_rank: int
     lora_alpha: float
     gradient_checkpointing: bool
+    parallel: str
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ class Ladder:
 def first_student(ladder: Ladder) -> UNet:
     """The student before the first phase: a copy of the teacher, or of what is left of it when blocks are removed."""
     if ladder.removal:
-        return build_student(ladder.removal, ladder.exact, ladder.pipe.device)
+        return build_student(ladder.removal, parallel.whole(ladder.exact), ladder.pipe.device)
     if only_lora(ladder.stages):
         return copy_unet(ladder.pipe.unet, shared=True)
-    return copy_unet(ladder.exact).to(ladder.pipe.device)
+    return copy_unet(parallel.whole(ladder.exact)).to(ladder.pipe.device)
 
 
 def load_student(ladder: Ladder, index: int) -> UNet:

@@ -26,7 +26,7 @@ from minidistill.distill.progressive import jump_table, mixed_jumps, on_schedule
 from minidistill.models import lora
 from minidistill.models.discriminator import Discriminator, Features
 from minidistill.models.unet import UNet
-from minidistill.training import optim
+from minidistill.training import optim, parallel
 from minidistill.training.batches import Batch
 from minidistill.training.state import Part
 
@@ -100,35 +100,47 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
         torch.manual_seed(generator_for(config.seed, "discriminator", leg.number).initial_seed())
         side = min(ladder.batches.size) // ladder.pipe.vae.config.downscale
         trains = phase.backbone_rate > 0
-        base = ladder.exact if trains else ladder.pipe.unet
+        base = parallel.whole(ladder.exact if trains else ladder.pipe.unet)
         discriminator = Discriminator(base, side, phase.conditional, phase.taps, trains)
         discriminator = discriminator.to(ladder.pipe.device)
         discriminator.backbone.gradient_checkpointing = config.gradient_checkpointing
         networks["heads"] = discriminator.heads, phase.head_rate
-        if phase.backbone_rate > 0:
+        if trains:
             networks["backbone"] = discriminator.backbone, phase.backbone_rate
     if phase.matching:
-        fake = copy_unet(ladder.exact).to(ladder.pipe.device).requires_grad_(True)
+        fake = copy_unet(parallel.whole(ladder.exact)).to(ladder.pipe.device).requires_grad_(True)
         fake.gradient_checkpointing = config.gradient_checkpointing
         networks["fake"] = fake, phase.fake_rate
-    trained, parts = {}, {}
-    for name, (network, rate) in networks.items():
-        betas = (0.9, 0.999) if name == "fake" else phase.betas
-        optimizer = optim.adamw(network.parameters(), rate * phase.learning_rate, betas, weight_decay=0.0)
-        trained[name] = Player(network, optimizer, rate * phase.learning_rate)
-        parts |= {name: network, f"{name} optimizer": optimizer}
-    if only_lora(ladder.stages):  # the rest of the student is the teacher's
-        parts["student"] = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     teacher = find_teacher(ladder, leg) if (phase.mse or phase.adversarial) and not phase.from_data else None
     players = Players(
         leg, student, ladder.prediction(leg.stage), times.to(ladder.pipe.device), teacher, frozen,
-        discriminator, fake, trained, parts,
+        discriminator, fake, {}, {},
     )  # fmt: skip
     if fresh and phase.convert:
         solve_output(ladder, players, frozen)
     elif fresh and leg.number == 0 and players.prediction != ladder.pipe.schedule.prediction_type:
         solve_output(ladder, players, first_teacher(ladder))
+    add_optimizers(ladder, players, networks)
     return players
+
+
+def add_optimizers(ladder: Ladder, players: Players, networks: dict[str, tuple[nn.Module, float]]) -> None:
+    """Fill `trained` and `parts`, once processes have shared out the networks. networks: (network, rate) by name."""
+    mode, phase = ladder.config.parallel, players.leg.phase
+    for other in (players.teacher, players.frozen):
+        if other is not None:
+            parallel.shard(other.unet, mode)
+    if players.discriminator is not None:
+        parallel.shard(players.discriminator.backbone, mode, "encode")
+    for name, (network, rate) in networks.items():
+        parallel.shard(network, mode)
+        betas = (0.9, 0.999) if name == "fake" else phase.betas
+        optimizer = optim.adamw(network.parameters(), rate * phase.learning_rate, betas, weight_decay=0.0)
+        players.trained[name] = Player(network, optimizer, rate * phase.learning_rate)
+        players.parts.update({name: network, f"{name} optimizer": optimizer})
+    if only_lora(ladder.stages):  # the rest of the student is the teacher's
+        weights = players.student.named_parameters()
+        players.parts["student"] = {name: weight for name, weight in weights if weight.requires_grad}
 
 
 def prepare_student(ladder: Ladder, leg: Leg, unet: UNet) -> UNet:
@@ -172,8 +184,9 @@ def endpoints(ladder: Ladder, players: Players, batch: Batch, trains: bool) -> J
     frozen_out = None
     if phase.rollout:
         model, grid = model_of(ladder, players.student, batch), players.times[:, 0]
+        last = min(parallel.gather(int(t.min())))  # processes that share out the student call it equally often
         with ladder.autocast:  # its own: weights that it casts without gradients must not serve the pass with them
-            x_t = rollout(model, batch.eps, t, grid, alpha_bar, players.prediction)
+            x_t = rollout(model, batch.eps, t, grid[grid >= last], alpha_bar, players.prediction)
     else:
         x_t = add_noise(batch.x0, batch.eps, t, alpha_bar, ladder.config.pure_noise)  # (6), (24)
     with ladder.autocast:
@@ -242,9 +255,8 @@ def contest(
     loss_d = adversarial.discriminator_loss(real, fake, phase.relativistic)
     if phase.r1:
         loss_d = loss_d + phase.r1 * adversarial.approximate_r1(real, *nudged)
-    learned = [weight for weight in judge.parameters() if weight.requires_grad]
     share = 1 / (len(x_fake) * ladder.config.accumulate)
-    (share * loss_d.sum()).backward(inputs=[*learned, *[x_fake] * trains])
+    (share * loss_d.sum()).backward()
     pull = torch.zeros_like(x_fake)
     if trains:
         ratio = adversarial.turn(real, fake, phase.relativistic) / share
@@ -265,12 +277,14 @@ def match(ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int) ->
     Adds the gradient of the fake network's loss, the usual one on the student's samples, to its parameters.
     """
     clean, alpha_bar, prediction = jump.t_next < 0, ladder.own_alpha_bar, ladder.pipe.schedule.prediction_type
-    none = (0 * jump.x_fake).flatten(1).sum(1)
-    if not bool(clean.any()):
+    none, total = (0 * jump.x_fake).flatten(1).sum(1), sum(parallel.gather(int(clean.sum())))
+    if not total:
         return none, {}
-    added = batch.added_cond and {name: value[clean] for name, value in batch.added_cond.items()}
-    some = batch._replace(context=batch.context[clean], added_cond=added)
-    x0, (uniform, eps) = jump.x_fake[clean], (part[clean] for part in fresh(ladder, k, "matching", jump.x_fake))
+    asked = clean.clone()
+    asked[0] |= ~clean.any()  # with a weight of 0: processes that share out networks call them equally often
+    added = batch.added_cond and {name: value[asked] for name, value in batch.added_cond.items()}
+    some = batch._replace(context=batch.context[asked], added_cond=added)
+    x0, (uniform, eps) = jump.x_fake[asked], (part[asked] for part in fresh(ladder, k, "matching", jump.x_fake))
     t = (len(alpha_bar) * (0.02 + 0.96 * uniform)).long()
     x_t = add_noise(x0.detach(), eps, t, alpha_bar)
     with ladder.autocast:
@@ -278,10 +292,11 @@ def match(ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int) ->
             real = model_of(ladder, ladder.pipe.unet, some, ladder.config.guidance)(x_t, t).float()
         fake = players.fake(x_t, t, some.context, some.added_cond).float()
     target = training_target(x0.detach(), eps, t, alpha_bar, prediction)
-    loss_fake = mean_square(fake, target).mean()
+    weight = clean[asked].float()
+    loss_fake = (weight * mean_square(fake, target)).sum() * parallel.count() / total  # over all processes a mean
     (loss_fake / ladder.config.accumulate).backward()
     found = (to_x0(out.detach(), x_t, t, alpha_bar, prediction) for out in (real, fake))
-    return none.masked_scatter(clean, adversarial.matching_loss(x0, *found)), {"fake net": loss_fake}
+    return none.masked_scatter(asked, weight * adversarial.matching_loss(x0, *found)), {"fake net": loss_fake}
 
 
 @torch.no_grad()

@@ -97,12 +97,11 @@ def on_schedule(model: Model, own: Tensor, prediction: str, alpha_bar: Tensor) -
 def rollout(model: Model, noise: Tensor, t: Tensor, grid: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
     """x_t (B, C, h, w) float32 as the student itself reaches it from pure noise, in place of noised data.
 
-    Backward simulation of DMD2 (arXiv 2405.14867, section 4.5). grid: the student's steps; t (B,): one of them each.
+    Backward simulation of DMD2 (arXiv 2405.14867, section 4.5). grid: the student's steps, the last one that is needed
+    at its end; t (B,): one of them each.
     """
     x = found = noise.float()
     for now, after in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
-        if bool((t > after).all()):
-            break
         at = torch.full_like(t, now)
         x = move(x, model(x, at).float(), at, after, alpha_bar, prediction)
         found = torch.where((t == after).view(-1, *[1] * (x.ndim - 1)), x, found)

@@ -32,7 +32,7 @@ MEASURES = {
 }
 
 # Settings that say nothing about the model, or are told elsewhere.
-NOT_TOLD = ("out", "resume", "device", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+NOT_TOLD = ("out", "resume", "device", "parallel", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
 NOT_TOLD += ("mixed", "judged", "push_to_hub", "private", "examples", "weights", "dry_run")
 PATHS = ("teacher", "model", "data")
 KEEP = ("keep", "keep-lora")  # plans that train a model of few steps further

@@ -87,11 +87,12 @@ class Discriminator(nn.Module):
         known = ["mid", *(f"down.{i}" for i in range(len(widths)))]
         if not taps or not set(taps) <= set(known):
             raise ValueError(f"a discriminator reads {', '.join(known)}, not {', '.join(taps)}")
-        self.heads = nn.ModuleDict()
+        self.shapes: dict[str, tuple[int, int, int]] = {}  # of the heads
         for tap in taps:
             stage = len(widths) - 1 if tap == "mid" else int(tap.removeprefix("down."))
             across = math.ceil(side / 2**stage)
-            self.heads[tap.replace(".", "_")] = Head((1 + conditional) * widths[stage], widths[stage], across)
+            self.shapes[tap.replace(".", "_")] = (1 + conditional) * widths[stage], widths[stage], across
+        self.heads = nn.ModuleDict({tap: Head(*shape) for tap, shape in self.shapes.items()})
 
     def features(self, x: Tensor, t: Tensor, context: Tensor, added_cond: dict[str, Tensor] | None = None) -> Features:
         """d(x, t, c): the tapped features of latents x (B, C, h, w) at timesteps t (B,). Arguments as of the U-Net."""
@@ -146,8 +147,8 @@ class Discriminator(nn.Module):
 
     def random_heads(self, seed: int) -> nn.ModuleDict:
         """Heads like its own that have learned nothing, but are not zero: what a ranking may reach by chance."""
-        heads = copy.deepcopy(self.heads).cpu()
         with torch.random.fork_rng(devices=[]):
+            heads = nn.ModuleDict({tap: Head(*shape) for tap, shape in self.shapes.items()})
             torch.manual_seed(seed)
             for head in heads.values():
                 for block in head.blocks:

@@ -119,7 +119,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     Returns the norm before clipping, a 0-d tensor so that a GPU need not wait. With fp16, unscale first.
     """
-    return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm).detach()
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    return parallel.full(norm.detach())
 
 
 def optimizer_step(

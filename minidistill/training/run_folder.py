@@ -44,7 +44,7 @@ if sys.platform != "win32":  # where folders cannot be locked
 # result. (With a cosine schedule, new `steps` bend the learning rate from there on; every change is printed.)
 REPORTING = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
 PLACES = ("device", "teacher", "teacher_lora", "model", "data", "split", "caption_column", "push_to_hub", "private")
-MAY_CHANGE = ("steps", "dtype", *REPORTING, *PLACES)
+MAY_CHANGE = ("steps", "dtype", "parallel", *REPORTING, *PLACES)
 SOURCES = ("teacher", "teacher_lora", "model", "start", "data")
 NOT_COMPARED = ("out", "resume", "dry_run")
 SIGNS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints", "samples", "curves.png", "model_index.json")
@@ -140,9 +140,14 @@ class RunFolder:
 
     def save(self, step: int, parts: Mapping[str, Part], keep: int = 2) -> None:
         """Write checkpoints/step-NNNNNN, the parts of a run (state.pack), then delete all but the last `keep`."""
+        found, meta = pack(parts)
+        tensors = {}
+        for name, tensor in found.items():
+            whole = parallel.full(tensor)  # one at a time, and all processes take part
+            if parallel.is_first():
+                tensors[name] = whole.cpu()
         if not parallel.is_first():
             return
-        tensors, meta = pack(parts)
         final = self.checkpoints / f"step-{step:06d}"
         with files.writing(final):
             self._replace(final, {"step": step, "meta": meta}, tensors, keep)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minidistill.errors import InputError, shown
+from minidistill.training import parallel
 from minidistill.training.ema import EMA
 
 Part = nn.Module | Optimizer | EMA | torch.amp.GradScaler | Mapping[str, Tensor]
@@ -100,8 +101,9 @@ def _parameter_names(parts: Mapping[str, Part]) -> dict[Tensor, str]:
     names: dict[Tensor, str] = {}
     for part, thing in parts.items():
         if isinstance(thing, nn.Module | Mapping):
-            named = thing.named_parameters() if isinstance(thing, nn.Module) else thing.items()
-            names |= {p: f"{part}.{name}" for name, p in named}
+            # state_dict first gives back what a network that is shared out has gathered; named_parameters does not.
+            named = thing.state_dict(keep_vars=True) if isinstance(thing, nn.Module) else thing
+            names |= {p: f"{part}.{name}" for name, p in named.items()}
     return names
 
 
@@ -112,7 +114,7 @@ def _copy_all(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None
         if has != wants:
             raise InputError(f"{ANOTHER_KIND}: its {name} is {has}, not {wants}")
     for name, tensor in wanted.items():
-        tensor.copy_(found[name])
+        parallel.fill(tensor, found[name])
 
 
 def _group_names(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
@@ -152,7 +154,8 @@ def _unpack_optimizer(
         like = tensor if field == "step" else parameters[name]
         if not tensor.is_floating_point() or tensor.shape != like.shape or (field == "step" and tensor.ndim):
             raise InputError(f"{ANOTHER_KIND}: its {part}/{key} is {tensor.dtype}, {tuple(tensor.shape)}")
-        state.setdefault(number[name], {})[field] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        value = state.setdefault(number[name], {})[field] = torch.empty_like(like, dtype=tensor.dtype)
+        parallel.fill(value, tensor)
 
     param_groups = []
     for group, group_names, settings in zip(optimizer.param_groups, groups, stored, strict=True):
