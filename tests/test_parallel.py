@@ -10,11 +10,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import checkpoint, exit_code, largest_difference, metrics, one_line
+from runs import checkpoint, exit_code, largest_difference, metrics
 from test_batches import Images
 from torch import Tensor
 
-from minidistill import finetune, train_kd, train_lightning, train_miniature
+from minidistill import finetune, train_kd, train_lightning
 from minidistill.distill.lightning import PLANS
 from minidistill.distill.memory import make_cast, memory_rows
 from minidistill.errors import InputError
@@ -22,7 +22,7 @@ from minidistill.metrics.cost import format_bytes
 from minidistill.models.unet import SDXL, UNet, UNetConfig, random_inputs
 from minidistill.pipeline import load_pipeline
 from minidistill.training import parallel
-from minidistill.training.batches import Batches
+from minidistill.training.batches import Batches, Latents, encode_all
 from minidistill.training.optim import adamw, clip_grad_norm, optimizer_step
 from minidistill.training.run_folder import RunFolder
 from minidistill.training.state import pack
@@ -267,11 +267,23 @@ def test_one_process_shares_out_nothing_and_says_so():
 
 
 def test_modes_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys):
-    assert exit_code(train_miniature, "--parallel", "fsdp", "--out", tmp_path) == 2
-    assert "--parallel takes ddp, not 'fsdp'" in one_line(capsys)
     assert exit_code(train_lightning, "--plan", "one-gpu", "--parallel", "fsdp", "--out", tmp_path / "run") == 2
     assert "--parallel fsdp: plan one-gpu trains a LoRA" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_each_process_encodes_its_part_of_the_data(monkeypatch, tiny_sd1):
+    data, vae = Images(), load_pipeline(tiny_sd1).vae
+    whole, parts = encode_all(data, vae), []
+    monkeypatch.setattr(parallel, "count", lambda: 3)
+    monkeypatch.setattr(parallel, "gather", lambda found: [found])
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        parts.append(encode_all(data, vae))
+    assert [len(part) for part in parts] != [len(data)] * 3
+    joined = Latents.join(parts)
+    assert torch.allclose(joined.mean, whole.mean, atol=1e-5) and joined.all_captions == whole.all_captions
+    assert joined.origins == whole.origins and joined.size == whole.size
 
 
 def test_alone_nothing_is_averaged_and_nothing_waits():
