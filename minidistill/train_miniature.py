@@ -62,7 +62,7 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 10000 with a teacher", minimum=1)
+    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 12000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
@@ -81,7 +81,7 @@ DEFAULTS = {
     "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
     "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3},
 }
-TAUGHT = {"steps": 10_000, "learning_rate": 4e-4}  # with a teacher: what is copied would be lost at the usual rate
+TAUGHT = {"steps": 12_000, "learning_rate": 4e-4}  # with a teacher: what is copied would be lost at the usual rate
 
 
 def main(config: Config) -> None:
@@ -192,9 +192,9 @@ def train_vae(config: Config, run: RunFolder) -> None:
 def train_unet(config: Config, run: RunFolder) -> None:
     """eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 3) -> unet/, text_encoder/.
 
-    The text encoder trains too, as in its section 3.3. The loss is weighted by about SNR^(-1/2) (P2, arXiv 2204.00227).
-    With a teacher, its predictions are the targets, not eps, under two captions each (`contrast.py`); its outer
-    convolutions are the start; its text encoder stays. The shipped U-Net had one.
+    The text encoder trains too, as in its section 3.3. The loss is weighted by about SNR^-gamma (P2, arXiv 2204.00227).
+    With a teacher, its predictions are the targets, under two captions each (`contrast.py`), not eps. They have no random
+    part, so small t are worth more. Its outer convolutions are the start, its text encoder stays.
     """
     device = parallel.join(get_device(config.device))
     precision = get_precision(config.precision, device)
@@ -227,8 +227,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
             with precision.autocast, dropout.at(progress, draws):
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - target).square().mean((1, 2, 3))
-            depth = heads(features, batch.x0)
-            losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar)).mean(), **depth}
+            weight = inside_out.p2_weight(t, alpha_bar, gamma=0.25 if teacher else 0.5)
+            losses = {"eps": (per_sample * weight).mean(), **(depth := heads(features, batch.x0))}
             loss = losses["eps"] + 0.2 * sum(depth.values()) + 0.001 * inside_out.excess(features)
             if teacher:
                 losses["contrast"] = contrast_loss(out, target).mean()

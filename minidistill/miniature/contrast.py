@@ -1,9 +1,10 @@
 """What a caption changes: the miniature's U-Net learns it from a teacher, beside the teacher's predictions.
 
-A word is worth little to an eps loss: changing a shape changes the teacher's prediction by a mean square of 0.004 at
-t = 800, where the loss of a U-Net in training is ten times that. Shapes came late then, after 8,000 steps and more. So
-each noisy latent is predicted under two captions, often one word apart, and the difference of the two predictions is
-learned too, relative to its size in the teacher.
+A word is worth little to an eps loss: another shape changes the teacher's prediction by a mean square of 0.004 at
+t = 800, a fraction of the error of a U-Net in training. Learned from the predictions alone, shapes came after 8,000
+steps and more. So each noisy latent is predicted under two captions, often one word apart, and the difference of the
+two predictions is learned too, relative to its size in the teacher: shapes are there after 2,000 steps. What words are
+seldom exchanged in comes late: textures in 5 % of the pairs were not begun after 4,000 steps, and in 30 % came at once.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor
 from minidistill.miniature.scenes import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scenes, describe, parse
 
 # How often each is what the second caption differs in; "all": it is that of another scene, "text": there is none.
-DIFFERENCES = {"shape": 40, "colour": 10, "size": 5, "texture": 5, "ground": 5, "text": 10, "all": 25}
+DIFFERENCES = {"shape": 25, "colour": 8, "size": 12, "texture": 25, "ground": 5, "text": 10, "all": 15}
 VALUES = {
     "shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "texture": TEXTURES, "ground": tuple(GROUNDS),
 }  # fmt: skip
-FLOOR = 0.01  # about the mean square by which one word changes a prediction: smaller differences count less
+FLOOR = 0.004  # about the mean square by which one word changes a prediction: smaller differences count less
 
 
 def second_captions(

@@ -157,7 +157,7 @@ def squeeze(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return low + t * (high - low) // 1000
 
 
-def p2_weight(t: Tensor, alpha_bar: Tensor, gamma: float = 0.5, k: float = 0.015) -> Tensor:
+def p2_weight(t: Tensor, alpha_bar: Tensor, gamma: float, k: float = 0.015) -> Tensor:
     """Weight 1 / (k + SNR)^gamma of an eps loss at timesteps t (B,): (B,). Source: P2, arXiv 2204.00227."""
     a = alpha_bar.to(t.device)[t]
     return (k + a / (1 - a)) ** -gamma
