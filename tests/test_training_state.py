@@ -84,19 +84,6 @@ def test_three_steps_a_resume_and_three_steps_equal_six_steps_bit_by_bit(tmp_pat
     assert resumed_metrics == straight_metrics
 
 
-def test_meta_survives_json_and_betas_are_a_tuple_again():
-    parts, other = make_parts(betas=(0.5, 0.75)), make_parts(seed=1)
-    train(parts, 0, 1)
-    tensors, meta = pack(parts)
-    unpack(tensors, json.loads(json.dumps(meta)), other)
-    group = other["optimizer"].param_groups[0]
-    assert group["betas"] == (0.5, 0.75) and group["lr"] == parts["optimizer"].param_groups[0]["lr"]
-    weight = other["student"][0].weight
-    state = other["optimizer"].state[weight]
-    assert state["exp_avg"].is_contiguous(memory_format=torch.channels_last)
-    assert state["exp_avg"].data_ptr() != tensors["optimizer/student.0.weight/exp_avg"].data_ptr()
-
-
 def test_a_plain_set_of_tensors_is_a_part_and_can_be_trained():
     lora = {"down": nn.Parameter(torch.ones(2, 3)), "up": nn.Parameter(torch.zeros(3, 2))}
     parts = {"lora": lora, "optimizer": adamw(lora.values(), lr=0.1)}
@@ -163,15 +150,14 @@ def test_meta_of_another_structure_is_refused(part, key, value):
             unpack(tensors, {**meta, part: changed}, make_parts())
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("lr", "0.1"), ("betas", [0.9]), ("betas", [0.9, "x"]), ("eps", float("nan"))]
-)
-def test_a_setting_of_another_type_is_refused(name, value):
+@pytest.mark.parametrize(("name", "value"), [("betas", [-0.9, 2]), ("eps", "x"), ("amsgrad", True)])
+def test_an_optimizer_keeps_its_own_settings(name, value):
     tensors, meta = pack(make_parts())
     meta = json.loads(json.dumps(meta))
     meta["optimizer"]["settings"][0][name] = value
-    with pytest.raises(InputError, match="of its optimizer it says"):
-        unpack(tensors, meta, make_parts())
+    unpack(tensors, meta, parts := make_parts())
+    assert parts["optimizer"].param_groups[0][name] == make_parts()["optimizer"].param_groups[0][name]
+    train(parts, 0, 1)
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t.int(), lambda t: t[None]])

@@ -159,10 +159,8 @@ def _unpack_optimizer(
 
     param_groups = []
     for group, group_names, settings in zip(optimizer.param_groups, groups, stored, strict=True):
-        if not isinstance(settings, dict) or set(settings) != set(group) - {"params"}:
+        own = {key: value for key, value in group.items() if key != "params"}  # the rate is set anew in every step
+        if not isinstance(settings, dict) or set(settings) != set(own):
             raise InputError(f"{ANOTHER_KIND}: its {part} is of another class, or of another PyTorch version")
-        _check_alike(part, settings, {key: group[key] for key in settings})
-        # JSON made lists of tuples, such as betas.
-        values = {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in settings.items()}
-        param_groups.append({**values, "params": [number[name] for name in group_names]})
+        param_groups.append({**own, "params": [number[name] for name in group_names]})
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})
