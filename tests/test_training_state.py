@@ -84,6 +84,17 @@ def test_three_steps_a_resume_and_three_steps_equal_six_steps_bit_by_bit(tmp_pat
     assert resumed_metrics == straight_metrics
 
 
+def test_optimizer_states_survive_json_in_the_memory_layout_of_their_weights():
+    parts, other = make_parts(), make_parts(seed=1)
+    train(parts, 0, 1)
+    tensors, meta = pack(parts)
+    unpack(tensors, json.loads(json.dumps(meta)), other)
+    weight = other["student"][0].weight
+    state = other["optimizer"].state[weight]
+    assert state["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+    assert state["exp_avg"].data_ptr() != tensors["optimizer/student.0.weight/exp_avg"].data_ptr()
+
+
 def test_a_plain_set_of_tensors_is_a_part_and_can_be_trained():
     lora = {"down": nn.Parameter(torch.ones(2, 3)), "up": nn.Parameter(torch.zeros(3, 2))}
     parts = {"lora": lora, "optimizer": adamw(lora.values(), lr=0.1)}
