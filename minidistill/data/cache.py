@@ -184,10 +184,8 @@ class LatentCache:
         shown = int(shard["shown"][row])
         if 0 <= shown < len(folder) and folder.captions(shown) != self.captions(i):
             return f"another caption for {name}"
-        if (
-            list(folder.stat(i)) != shard["stat"][row].tolist()
-            and [*_digest(folder, i)] != shard["digest"][row].tolist()
-        ):
+        stat, digest = (shard[name][row].tolist() for name in ("stat", "digest"))
+        if list(folder.stat(i)) != stat and list(_digest(folder, i)) != digest:
             return f"{name} has changed"
         return ""
 
@@ -224,14 +222,11 @@ class TextCache:
 
     def fits(self, pipe: Pipeline) -> bool:
         """Whether the states have the shapes that this model reads."""
-        found, unet = (
-            [self._shards[0][name].shape[1:] for name in TextStates._fields if name in self._shards[0]],
-            pipe.unet.config,
-        )
+        unet, first = pipe.unet.config, self._shards[0]
         shapes = [(pipe.tokenizers[0].max_length, unet.cross_attention_dim)]
         if pipe.is_sdxl:
             shapes.append((unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim,))
-        return found == shapes
+        return shapes == [first[name].shape[1:] for name in TextStates._fields if name in first]
 
     def text_states(self, captions: Sequence[str | None]) -> TextStates:
         """Text states of captions of this cache, "" and None; as they are stored, on the CPU."""
@@ -260,9 +255,8 @@ def _read_shard(file: Path, names: Sequence[str], shards: list[dict[str, Tensor]
             texts = [*text["names"], *chain(*text["captions"])]
             if len(text["names"]) != count or not all(text["captions"]) or not all(isinstance(t, str) for t in texts):
                 raise ValueError("names or captions that are no text")
-            if tensors["mean"].shape != tensors["std"].shape or {tensors[n].shape[1] for n in ("original", "crop")} != {
-                2
-            }:
+            pairs = tensors["original"].shape[1], tensors["crop"].shape[1]
+            if tensors["mean"].shape != tensors["std"].shape or pairs != (2, 2):
                 raise ValueError("tensors that do not fit")
     except MISSHAPEN as error:
         raise InputError(f"{file} is damaged ({error}): {AGAIN}") from error

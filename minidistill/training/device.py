@@ -58,7 +58,6 @@ def get_precision(name: str, device: torch.device, smallest: int = 2) -> Precisi
     if name == "bf16" and not _has_bf16_gradients(device, smallest):
         what = "PyTorch's bf16 gradients on a CPU are wrong where feature maps of one pixel are downsampled, as here"
         raise InputError(f"--precision bf16: {what}; use fp32, or a larger --resolution")
-    torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32, as PyTorch does convolutions
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     if name == "fp32":
         return Precision(contextlib.nullcontext(), scaler)

@@ -38,9 +38,8 @@ class EMA:
         if self._swapped:
             raise RuntimeError("EMA.update inside EMA.swap would average the average")
         weight = 1 - self.decay_now()
-        now = [self._weights[name].detach().to(shadow) for name, shadow in self.shadow.items()]
-        if now:
-            torch._foreach_lerp_([*self.shadow.values()], now, weight)  # a few kernels instead of one for each weight
+        for name, shadow in self.shadow.items():
+            shadow.lerp_(self._weights[name].detach().to(shadow), weight)
         self.updates += 1
 
     @contextmanager

@@ -69,27 +69,18 @@ def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], parts: Mappin
         elif isinstance(thing, torch.amp.GradScaler):
             if bool(meta[part]) != thing.is_enabled():
                 raise InputError(f"{ANOTHER_KIND}: only one of the two scales its loss, as fp16 does")
-            _check_alike(part, meta[part], wanted_meta[part])
+            _check_numbers(part, meta[part], wanted_meta[part])
             thing.load_state_dict(dict(meta[part]))
         elif isinstance(thing, EMA):
-            _check_alike(part, meta[part], wanted_meta[part])
+            _check_numbers(part, meta[part], wanted_meta[part])
             thing.updates = max(0, meta[part]["updates"])
 
 
-def _check_alike(part: str, found: Any, like: Any) -> None:
-    """InputError: what the checkpoint says of a part has not the structure, or not the types, of `like`."""
-    if isinstance(like, dict):
-        alike = isinstance(found, dict) and found.keys() == like.keys()
-    elif isinstance(like, list | tuple):
-        alike = isinstance(found, list | tuple) and len(found) == len(like)
-    elif type(like) in (int, float):
-        alike = type(found) in (int, float) and math.isfinite(found)
-    else:
-        alike = type(found) is type(like) or None in (found, like)
-    if not alike:
+def _check_numbers(part: str, found: Any, like: Mapping[str, Any]) -> None:
+    """InputError: what the checkpoint says of a part are not the finite numbers that `like` has."""
+    is_alike = isinstance(found, dict) and found.keys() == like.keys()
+    if not is_alike or not all(type(number) in (int, float) and math.isfinite(number) for number in found.values()):
         raise InputError(f"{ANOTHER_KIND}: of its {part} it says {shown(found)}, where this run says {shown(like)}")
-    for key in like if isinstance(like, dict) else range(len(like)) if isinstance(like, list | tuple) else ():
-        _check_alike(part, found[key], like[key])
 
 
 def _tensors_of(thing: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
