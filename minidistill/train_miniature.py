@@ -234,8 +234,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
                 losses["contrast"] = contrast_loss(out, target).mean()
                 loss = loss + 0.5 * fade * losses["contrast"]
             precision.scaler.scale(loss).backward()
-            optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, done)
-            norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, done)
+            optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, done, t)
+            norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, done, t)
             ema.update()
             log.add(losses, per_sample, t)
             if parallel.is_first() and (done % config.sample_every == 0 or done == config.steps):

@@ -134,7 +134,7 @@ def test_all_players_of_a_gan_and_text_encoders_are_shared_out_and_stages_wait_f
     monkeypatch.setattr(train_lightning, "PAIRS", 8)  # to rank
     alone = {train_lightning: tmp_path / "gan", finetune: tmp_path / "lora"}
     train(1, (train_lightning, alone[train_lightning], GAN), (finetune, alone[finetune], FINETUNE))
-    chosen = (train_lightning, GAN, "fsdp"), (finetune, FINETUNE, "fsdp")
+    chosen = (train_lightning, GAN, "fsdp"), (train_lightning, GAN, "ddp"), (finetune, FINETUNE, "fsdp")
     runs = [(module, tmp_path / f"{module.__name__}-{m}", f"{flags} --parallel {m}") for module, flags, m in chosen]
     train(2, *runs)
     assert any("d" in line for line in metrics(alone[train_lightning]))

@@ -38,6 +38,11 @@ def change_json(path, **changes) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
+def bad_value(file, *said, **change) -> tuple:
+    """A case of BREAKS: a config with another value, which the message names beside the file."""
+    return lambda f: change_json(f / file, **change), [file, *said]
+
+
 def refused(call, *args, **kwargs) -> str:
     """The message of the InputError that a call ends in; it must be one line."""
     with pytest.raises(InputError) as info:
@@ -345,66 +350,34 @@ BREAKS = {
         lambda f: change_json(f / "unet/config.json", layers_per_block=2),
         [UNET, "are missing", "down_blocks.0.resnets.1."],
     ),
-    "unknown setting": (
-        lambda f: change_json(f / "unet/config.json", resnet_time_scale_shift="scale_shift"),
-        ["unet/config.json", "resnet_time_scale_shift"],
+    "unknown setting": bad_value(
+        "unet/config.json", "resnet_time_scale_shift", resnet_time_scale_shift="scale_shift"
     ),
     "missing tensor": (lambda f: with_tensor(f / UNET, "conv_in.bias", None), [UNET, "1 of", "conv_in.bias"]),
     "extra tensor": (lambda f: with_tensor(f / VAE, "extra", torch.ones(1)), [VAE, "not expected (extra)"]),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), ["no folder tokenizer/"]),
     "cut vocabulary": (lambda f: cut(f / "tokenizer/vocab.json"), ["tokenizer"]),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), ["no folder scheduler/"]),
-    "flow scheduler": (
-        lambda f: change_json(f / SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
-        [SCHEDULER, "FlowMatch"],
+    "flow scheduler": bad_value(SCHEDULER, "FlowMatch", _class_name="FlowMatchEulerDiscreteScheduler"),
+    "no groups": bad_value("unet/config.json", norm_num_groups=0),
+    "endless layers": bad_value("unet/config.json", "layers, more than 1000", layers_per_block=10**12),
+    "endless transformers": bad_value(
+        "unet/config.json", "transformer blocks, more than 1000", transformer_layers_per_block=10**6
     ),
-    "no groups": (lambda f: change_json(f / "unet/config.json", norm_num_groups=0), ["unet/config.json"]),
-    "endless layers": (
-        lambda f: change_json(f / "unet/config.json", layers_per_block=10**12),
-        ["unet/config.json", "layers, more than 1000"],
-    ),
-    "endless transformers": (
-        lambda f: change_json(f / "unet/config.json", transformer_layers_per_block=10**6),
-        ["unet/config.json", "transformer blocks, more than 1000"],
-    ),
-    "endless encoder": (
-        lambda f: change_json(f / "text_encoder/config.json", num_hidden_layers=10**9),
-        ["text_encoder/config.json", "num_hidden_layers = 1000000000"],
-    ),
-    "endless VAE": (
-        lambda f: change_json(f / "vae/config.json", layers_per_block=10**6),
-        ["vae/config.json", "layers_per_block = 1000000"],
-    ),
-    "width of no model": (
-        lambda f: change_json(f / "text_encoder/config.json", intermediate_size=10**18),
-        ["text_encoder/config.json", "intermediate_size"],
-    ),
-    "a list for a number": (
-        lambda f: change_json(f / "text_encoder/config.json", layer_norm_eps=[1e-5]),
-        ["text_encoder/config.json", "layer_norm_eps = [1e-05]"],
-    ),
-    "not a number": (
-        lambda f: change_json(f / "vae/config.json", scaling_factor=float("nan")),
-        ["vae/config.json", "scaling_factor = nan"],
-    ),
-    "a number for a class": (
-        lambda f: change_json(f / "text_encoder/config.json", architectures=5),
-        ["text_encoder/config.json"],
-    ),
-    "a list of schedulers": (
-        lambda f: change_json(f / SCHEDULER, _class_name=["DDIMScheduler"]),
-        [SCHEDULER, "is no name"],
-    ),
-    "endless schedule": (
-        lambda f: change_json(f / SCHEDULER, num_train_timesteps=10**12),
-        [SCHEDULER, "num_train_timesteps = 1000000000000"],
-    ),
+    "endless encoder": bad_value("text_encoder/config.json", "num_hidden_layers = 1000000000", num_hidden_layers=10**9),
+    "endless VAE": bad_value("vae/config.json", "layers_per_block = 1000000", layers_per_block=10**6),
+    "width of no model": bad_value("text_encoder/config.json", "intermediate_size", intermediate_size=10**18),
+    "a list for a number": bad_value("text_encoder/config.json", "layer_norm_eps = [1e-05]", layer_norm_eps=[1e-5]),
+    "not a number": bad_value("vae/config.json", "scaling_factor = nan", scaling_factor=float("nan")),
+    "a number for a class": bad_value("text_encoder/config.json", architectures=5),
+    "a list of schedulers": bad_value(SCHEDULER, "is no name", _class_name=["DDIMScheduler"]),
+    "endless schedule": bad_value(SCHEDULER, "num_train_timesteps = 1000000000000", num_train_timesteps=10**12),
     "an id that is none": (lambda f: change_json(f / "tokenizer/vocab.json", a="x"), ["cannot read the tokenizer"]),
     "no length": (
         lambda f: change_json(f / "tokenizer/tokenizer_config.json", model_max_length="long"),
         ["cannot read the tokenizer"],
     ),
-    "no groups in the VAE": (lambda f: change_json(f / "vae/config.json", norm_num_groups=0), ["vae/config.json"]),
+    "no groups in the VAE": bad_value("vae/config.json", norm_num_groups=0),
 }  # fmt: skip
 
 

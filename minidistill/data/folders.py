@@ -150,7 +150,7 @@ class ImageFolder:
         is_gone, changed = not os.path.lexists(path), self.stat(i)[1] / 1e9  # seconds
         if is_gone or changed > self._opened:
             what = "was deleted" if is_gone else f"was changed, and cannot be read now ({_reason(error)})"
-            raise Stopped(f"{printable(path)} {what} since the command began: {BACK}") from error
+            raise Stopped(f"{path} {what} since the command began: {BACK}") from error
 
     def _note_broken(self, i: int, reason: str) -> None:
         """Remember and name an unreadable file. InputError if there are too many for it to be chance."""

@@ -134,9 +134,8 @@ def _sort_out(tensors: Tensors, metadata: dict[str, str], ema: bool) -> SingleFi
     weights = _averaged(parts) if ema else parts["unet"]
     if "input_blocks.0.0.weight" in weights:
         weights = ldm.from_ldm_unet(weights)
-    unet = configs.read_config(metadata, configs.UNET, partial(read_as, UNetConfig)) or configs.infer_unet_config(
-        weights
-    )
+    stored = configs.read_config(metadata, configs.UNET, partial(read_as, UNetConfig))
+    unet = stored or configs.infer_unet_config(weights)
     encoders = _read_text_encoders(parts, metadata)
     family = _family(unet, encoders[0][0] if encoders else None)
     if len(encoders) not in (0, len(TEXT_PREFIXES[family])):

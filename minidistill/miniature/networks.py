@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.miniature.scenes import OPPOSITES
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
@@ -32,6 +31,7 @@ UNET = UNetConfig(
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
 )  # fmt: skip
 ENDS = ("conv_in", "conv_out", "time_embedding")
+PLACES = ("left", "right", "above", "below")  # words that CLIP hardly tells apart
 
 
 def hidden_weights(unet: UNet) -> list[nn.Parameter]:
@@ -64,7 +64,7 @@ def words_first(clip: CLIPModel, share: float = 0.25) -> CLIPTextModel:
 def redraw_places(encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
     """Reinitialise the embeddings of left, right, above and below if CLIP's training left two of them nearly equal."""
     weight = encoder.text_model.embeddings.token_embedding.weight
-    rows = [int(tokenizer([word])[0, 1]) for word, _ in OPPOSITES]
+    rows = [int(tokenizer([word])[0, 1]) for word in PLACES]
     usual = weight.std() * weight.shape[1] ** 0.5  # norm of an embedding; independent ones are sqrt(2) of it apart
     if F.pdist(weight[rows]).min() < usual:
         weight[rows] = torch.randn(len(rows), weight.shape[1]).to(weight) * weight.std()

@@ -38,7 +38,6 @@ SIZE_BORDER = 12.25  # half width between small and large
 GROUNDS = {"white": (234, 230, 222), "grey": (132, 134, 140), "black": (40, 40, 46)}
 TEXTURES = ("plain", "striped", "checked", "dotted", "gradient", "grainy")
 RELATIONS = ("left of", "right of", "above", "below", "inside")
-OPPOSITES = (("left", "right"), ("right", "left"), ("above", "below"), ("below", "above"))  # the first four relations
 NUMBERS = ("a", "two", "three")
 HOLDERS = ("circle", "square", "heart")  # shapes that can contain another one
 

@@ -11,7 +11,7 @@ one process but for its last bits, and a run may be resumed with another number 
     fsdp    that, and weights are gathered layer by layer, when they are needed; those of a frozen U-Net too
 
 The last two are PyTorch's `fully_shard`, in place (`shard`). The first process alone draws, measures, prints and
-writes, with a copy of what is shared out (`whole`); the others wait for it at the next optimizer step.
+writes, with a copy of what is shared out (`whole`, which all gather); the others wait at the next optimizer step.
 """
 
 from __future__ import annotations
