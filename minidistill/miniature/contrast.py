@@ -15,10 +15,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from minidistill.miniature.scenes import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scenes, describe, parse
+from minidistill.miniature.scenes import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scenes, Statement, describe, parse
 
 # How often each is what the second caption differs in; "all": it is that of another scene, "text": there is none.
-DIFFERENCES = {"shape": 25, "colour": 8, "size": 12, "texture": 25, "ground": 5, "text": 10, "all": 15}
+DIFFERENCES = {
+    "shape": 20, "colour": 8, "size": 10, "texture": 27, "ground": 5, "count": 10, "text": 8, "all": 12,
+}  # fmt: skip
 VALUES = {
     "shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "texture": TEXTURES, "ground": tuple(GROUNDS),
 }  # fmt: skip
@@ -42,8 +44,10 @@ def second_captions(
 
 
 def change(caption: str, what: str, rng: random.Random) -> str | None:
-    """The caption with another shape, colour, size, texture or ground; None if it states none."""
+    """The caption with another shape, colour, size, texture, ground or number of things; None if there is no other."""
     statement = parse(caption)
+    if what == "count":
+        return _recount(statement, rng)
     if what in ("texture", "ground"):
         old = getattr(statement, what)
         return old and describe(replace(statement, **{what: _another(old, VALUES[what], rng)}))
@@ -53,6 +57,14 @@ def change(caption: str, what: str, rng: random.Random) -> str | None:
     chosen = rng.choice(stating)
     new = replace(chosen, **{what: _another(getattr(chosen, what), VALUES[what], rng)})
     return describe(replace(statement, things=tuple(new if t == chosen else t for t in statement.things)))
+
+
+def _recount(statement: Statement, rng: random.Random) -> str | None:
+    """The caption without its last thing, or with two or three of its only one; None if both are in a relation."""
+    things = statement.things
+    if len(things) > (2 if statement.relation else 1):
+        return describe(replace(statement, things=things[:-1]))
+    return None if statement.relation else describe(replace(statement, things=things * rng.choice((2, 3))))
 
 
 def _another(old: str, values: Sequence[str], rng: random.Random) -> str:
