@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,7 +29,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -38,7 +36,7 @@ from minidistill.cli import option, run_command
 from minidistill.diffusion.sampling import Sampling, choose_settings
 from minidistill.distill.block_removal import RECIPES
 from minidistill.errors import InputError
-from minidistill.metrics.cost import MemoryCount, count_macs, format_bytes, format_count
+from minidistill.metrics.cost import count_macs, format_bytes, format_count, in_turns, peak_memory
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.pipeline import GUIDANCE, STEPS, load_pipeline
 from minidistill.training.curves import COLORS, INK, PAPER
@@ -213,32 +211,6 @@ def measure(rows: list[Row], openers: Sequence[Callable[[], tuple[list[Tensor], 
         row |= {kind: found[i] for kind, found in times.items()}
         row["images_per_second"] = [1000 * config.batch_size / ms for ms in times[kind][i]]
         row["speed"] = ratios(row["images_per_second"], rows[0]["images_per_second"])
-
-
-def in_turns(works: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Milliseconds of each work in each round; a first round more warms up and does not count."""
-    times: list[list[float]] = [[] for _ in works]
-    for _ in tqdm(range(rounds + 1), desc="timing", unit="round", disable=None, leave=False):
-        for work, found in zip(works, times, strict=True):
-            begin = time.perf_counter()
-            work()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            found.append(1000 * (time.perf_counter() - begin))
-    return [found[1:] for found in times]
-
-
-def peak_memory(tensors: Sequence[Tensor], work: Callable[[], object], device: torch.device) -> int:
-    """Bytes on the device at most during a work: its tensors, and those it makes (CUDA: as its allocator counts)."""
-    resting = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return resting + torch.cuda.max_memory_allocated(device) - before
-    with MemoryCount(tensors) as count:
-        work()
-    return resting + count.peak
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

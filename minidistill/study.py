@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from minidistill import train_kd
-from minidistill.benchmark import in_turns
 from minidistill.cli import option, run_command
 from minidistill.distill.probes import Probe, distance_to_teacher, make_probes
 from minidistill.errors import NonFiniteLoss
+from minidistill.metrics.cost import in_turns
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import STEPS, load_pipeline

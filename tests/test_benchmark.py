@@ -9,10 +9,10 @@ from runs import checkpoint, exit_code, one_line, read
 from tiny import apart, assert_close
 
 from minidistill import benchmark, pipeline, train_kd
-from minidistill.benchmark import Config, in_turns, load_other, open_model, peak_memory, prepare_sampling
+from minidistill.benchmark import Config, load_other, open_model, prepare_sampling
 from minidistill.diffusion.sampling import Sampling
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar
-from minidistill.metrics.cost import count_macs
+from minidistill.metrics.cost import count_macs, in_turns, peak_memory
 from minidistill.pipeline import load_pipeline
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,6 +85,19 @@ def milliseconds(network: nn.Module, inputs: Sequence[Any], rounds: int = 7) -> 
     return statistics.median(times[2:])
 
 
+def in_turns(works: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each work in each round; a first round more warms up and does not count."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in tqdm(range(rounds + 1), desc="timing", unit="round", disable=None, leave=False):
+        for work, found in zip(works, times, strict=True):
+            begin = time.perf_counter()
+            work()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            found.append(1000 * (time.perf_counter() - begin))
+    return [found[1:] for found in times]
+
+
 class MemoryCount(TorchDispatchMode):
     """Counts the bytes of tensors created while it is active: `now` allocated, `peak` at most.
 
@@ -115,6 +129,19 @@ class MemoryCount(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.now -= size
+
+
+def peak_memory(tensors: Sequence[Tensor], work: Callable[[], object], device: torch.device) -> int:
+    """Bytes on the device at most during a work: its tensors, and those it makes (CUDA: as its allocator counts)."""
+    resting = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return resting + torch.cuda.max_memory_allocated(device) - before
+    with MemoryCount(tensors) as count:
+        work()
+    return resting + count.peak
 
 
 def peak_bytes(build: Callable[[], tuple[list[nn.Module], Callable[[], None]]]) -> int:
