@@ -193,11 +193,9 @@ class Report:
     def finish(self, folder: Path, kind: str, files: Sequence[str] | None, settings: Mapping[str, Any]) -> None:
         """Draw the curves, write the model card, print the table and where everything is; upload, if asked to.
 
-        folder: of the trained model. kind: of model card. files: those of the folder to upload, None: all. settings: of
-        the run.
+        Called by the first process alone. folder: of the trained model. kind: of model card. files: those of the folder
+        to upload, None: all. settings: of the run.
         """
-        if not parallel.is_first():
-            return
         draw_curves(self.run.metrics, self.run.curves)
         grid, repo = self.run.image_grid(settings["steps"]), settings["push_to_hub"]  # which `measure` has written
         write_card(folder, kind, settings, self.results, grid, repo)

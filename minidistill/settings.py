@@ -11,6 +11,8 @@ from minidistill.training.device import PRECISIONS
 from minidistill.training.optim import SCHEDULES
 from minidistill.training.parallel import MODES
 
+SMALL = 50_000_000  # U-Net parameters: the defaults for smaller teachers, such as the miniature, take minutes
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -31,7 +31,7 @@ from minidistill.errors import InputError
 from minidistill.miniature.scenes import Scenes
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import Report, unet_numbers
-from minidistill.settings import TrainingConfig
+from minidistill.settings import SMALL, TrainingConfig
 from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batches, Latents, captions_of
 from minidistill.training.device import PRECISIONS, Precision, best_precision, get_device, get_precision, to_precision
@@ -41,7 +41,6 @@ from minidistill.training.run_folder import RunFolder
 
 LOSSES = ("task", "output", "feature")
 PROBES = 64  # noisy latents, at least, on which the predictions of student and teacher are compared
-SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature, are distilled within minutes
 FEW = 100_000  # samples: too few for a larger teacher; published runs took 6 to 16 million
 
 
@@ -161,7 +160,7 @@ def main(config: Config) -> None:
         run.report.measure("student after", result, config.steps)
         if parallel.is_first():
             result.save(run.folder.path / "student", PRECISIONS.get(config.dtype))
-    run.report.finish(run.folder.path / "student", "student", None, run.settings)
+            run.report.finish(run.folder.path / "student", "student", None, run.settings)
 
 
 def set_up(config: Config) -> Run:

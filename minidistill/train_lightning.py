@@ -40,7 +40,7 @@ from minidistill.miniature.scenes import Scenes
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import SEED, Report, draw, save_image_grid
-from minidistill.settings import RunConfig
+from minidistill.settings import SMALL, RunConfig
 from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batches
 from minidistill.training.device import best_precision, get_device, get_precision, to_precision
@@ -51,7 +51,6 @@ REFERENCE = 32  # sampling steps of the teacher in image grids and in the table
 GUIDANCE = 4.0
 PAIRS = 128  # at least, on which the discriminator's ranking is measured
 COMPARED = 16  # samples whose latents are compared with the teacher's
-SMALL = 50_000_000  # U-Net parameters: smaller teachers, such as the miniature, take the plan for minutes
 
 
 @dataclass(frozen=True)
