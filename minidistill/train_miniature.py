@@ -49,19 +49,19 @@ from minidistill.training.optim import MUON_RATE, adamw, lr_at, muon_and_adamw, 
 from minidistill.training.run_folder import RunFolder
 from minidistill.weights import folders
 
-# Hard scenes are more frequent in the U-Net's training set than in the test set. Every other sample is drawn between
-# t = 500 and 950, where most attributes of a scene are decided (how much a wrong word there raises the loss).
+# Hard scenes are more frequent in the U-Net's training set than in the test set.
 CROWDED = {"one": 14, "related": 24, "two": 8, "inside": 18, "counted": 12, "three": 24}
-TIMESTEPS = ((500, 950), (0, 1000))
+# Ranges of t that the samples take in turn, and gamma of the loss weights. First more between 500 and 950, where most
+# attributes of a scene are decided; then more below 300 too: noise that is left there makes the image grainy.
+EARLY, LATER = (((500, 950), (0, 1000)), 0.25), (((0, 300), (500, 950), (0, 1000)), 0.0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the command."""
-
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
+    start: str | None = option(None, "an earlier result, a miniature, whose U-Net to go on from")
     steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 12000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
@@ -200,8 +200,10 @@ def train_unet(config: Config, run: RunFolder) -> None:
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
     teacher = load_pipeline(config.teacher, device) if config.teacher else None
-    pipe = new_pipeline(Path(config.out) / "pipeline", device, teacher)
+    result = Path(config.out) / "pipeline"
+    pipe = load_pipeline(config.start, device) if config.start else new_pipeline(result, device, teacher)
     trained = nn.ModuleDict({"unet": pipe.unet} if teacher else pipe.networks)
+    pipe.text_encoders[0].requires_grad_(not teacher)
     heads = inside_out.X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
     muon, adam = muon_and_adamw(learned, networks.hidden_weights(pipe.unet), config.learning_rate)
@@ -213,9 +215,9 @@ def train_unet(config: Config, run: RunFolder) -> None:
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
             batch, done, progress = batches[step], step + 1, step / config.steps
-            fade = min(1, (1 - progress) / 0.4)  # linear over the last 40 %
-            lr = config.learning_rate * min(fade, done / 200)
-            t, captions = inside_out.squeeze(batch.t, TIMESTEPS), batch.captions
+            lr = config.learning_rate * min(1, done / 200, (1 - progress) / 0.4)  # falls over the last 40 %
+            ranges, gamma = EARLY if progress < 1 / 3 and not config.start else LATER
+            t, captions = inside_out.squeeze(batch.t, batches.numbers(step), ranges), batch.captions
             x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
             draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))[:, batches.part]
             if teacher:  # a second time with other captions
@@ -227,12 +229,12 @@ def train_unet(config: Config, run: RunFolder) -> None:
             with precision.autocast, dropout.at(progress, draws):
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - target).square().mean((1, 2, 3))
-            weight = inside_out.p2_weight(t, alpha_bar, gamma=0.25 if teacher else 0.5)
+            weight = inside_out.p2_weight(t, alpha_bar, gamma)
             losses = {"eps": (per_sample * weight).mean(), **(depth := heads(features, batch.x0))}
             loss = losses["eps"] + 0.2 * sum(depth.values()) + 0.001 * inside_out.excess(features)
             if teacher:
                 losses["contrast"] = contrast_loss(out, target).mean()
-                loss = loss + 0.5 * fade * losses["contrast"]
+                loss = loss + 0.5 * min(1, (1 - progress) * 1.5) * losses["contrast"]
             precision.scaler.scale(loss).backward()
             optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, done, t)
             norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, done, t)
@@ -248,7 +250,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     if parallel.is_first():
         draw_curves(run.metrics, run.curves)
         with ema.swap():
-            save_result(pipe, Path(config.out) / "pipeline")
+            save_result(pipe, result)
 
 
 def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range]:
@@ -260,7 +262,7 @@ def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range
 
 
 def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = None) -> Pipeline:
-    """A new U-Net, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder, frozen."""
+    """A new U-Net, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder."""
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
     unet, tokenizer = UNet(networks.UNET).to(device), folders.load_tokenizer(clip)
     inside_out.keep_variance(unet)
@@ -269,7 +271,7 @@ def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = 
         networks.redraw_places(text_encoder, tokenizer)
     else:
         inside_out.copy_outer(teacher.unet, unet)
-        text_encoder = teacher.text_encoders[0].requires_grad_(False)
+        text_encoder = teacher.text_encoders[0]
     vae = folders.load_vae(vae, device=device)
     return Pipeline(unet, vae, [text_encoder.to(device)], [tokenizer], ScheduleConfig())
 

@@ -125,6 +125,17 @@ def test_a_caption_is_changed_in_one_attribute_that_it_states(what):
     assert found[False] > 50
 
 
+def test_a_caption_is_changed_in_the_number_of_its_things():
+    for before, *after in (
+        ("a red star on a white background", *(f"{n} red stars on a white background" for n in ("two", "three"))),
+        ("three red circles", "two red circles"),
+        ("a red circle and a small star", "a red circle"),
+        ("a red circle above a star and a blue ring", "a red circle above a star"),
+        ("a red circle above a star", None),
+    ):
+        assert {change(before, "count", random.Random(i)) for i in range(20)} == set(after)
+
+
 def said(caption: str, what: str) -> list[str]:
     """The values of an attribute in a caption."""
     statement = parse(caption)
@@ -150,6 +161,15 @@ def test_the_contrast_loss_is_the_relative_error_of_differences():
     assert torch.allclose(contrast_loss(same, target), difference / (difference + FLOOR))
     shifted = target + torch.cat([target[3:], target[3:]])
     assert contrast_loss(shifted, target).abs().max() < 1e-6, "an error that both predictions share does not count"
+
+
+def test_a_run_can_start_from_an_earlier_result(made, tmp_path):
+    config = few(out=str(tmp_path), part="unet", steps=1, start=str(made / "pipeline"), learning_rate=1e-12)
+    main(config)
+    earlier, trained = (load_pipeline(out / "pipeline").networks for out in (made, tmp_path))
+    for name, network in earlier.items():
+        pairs = zip(network.parameters(), trained[name].parameters(), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in pairs), name
 
 
 def test_a_missing_run_is_not_resumed(tmp_path):
@@ -227,9 +247,11 @@ def test_redraw_places_reinitialises_nearly_equal_words_and_no_others():
 
 def test_squeeze_rescales_timesteps_into_the_ranges_in_turn():
     t = torch.tensor([0, 0, 0, 500, 999, 999])
-    assert squeeze(t, [(850, 1000)]).tolist() == [850, 850, 850, 925, 999, 999]
-    assert squeeze(t, [(850, 1000), (600, 900), (0, 1000)]).tolist() == [850, 600, 0, 925, 899, 999]
-    assert squeeze(torch.arange(1000), [(0, 1000)]).tolist() == list(range(1000))
+    assert squeeze(t, range(6), [(850, 1000)]).tolist() == [850, 850, 850, 925, 999, 999]
+    ranges = [(850, 1000), (600, 900), (0, 1000)]
+    assert squeeze(t, range(6), ranges).tolist() == [850, 600, 0, 925, 899, 999]
+    assert squeeze(t, range(16, 22), ranges).tolist() == [600, 0, 850, 800, 999, 999], "by number, not by place"
+    assert squeeze(torch.arange(1000), range(1000), [(0, 1000)]).tolist() == list(range(1000))
 
 
 def test_nothing_is_dropped_any_more_at_the_end():

@@ -151,9 +151,9 @@ def keep_variance(unet: UNet) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
 
-def squeeze(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Timesteps (B,) of 0 .. 999 rescaled into ranges [low, high), which the samples take in turn."""
-    low, high = torch.tensor(ranges, device=t.device)[torch.arange(len(t)) % len(ranges)].T
+def squeeze(t: Tensor, numbers: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Timesteps (B,) of 0 .. 999 rescaled into ranges [low, high), which the samples take in turn, by their numbers."""
+    low, high = torch.tensor(ranges, device=t.device)[torch.tensor(numbers) % len(ranges)].T
     return low + t * (high - low) // 1000
 
 
