@@ -35,7 +35,6 @@ from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.models.clip import CLIPModel, CLIPTextModel
 from minidistill.models.tokenizer import train_bpe
-from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, posterior_std
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import save_image_grid
@@ -61,7 +60,7 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    start: str | None = option(None, "an earlier result, a miniature, whose U-Net to go on from")
+    start: str | None = option(None, "the folder of an earlier result, whose U-Net to go on from")
     steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 12000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
@@ -201,9 +200,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
     torch.manual_seed(config.seed)
     teacher = load_pipeline(config.teacher, device) if config.teacher else None
     result = Path(config.out) / "pipeline"
-    pipe = load_pipeline(config.start, device) if config.start else new_pipeline(result, device, teacher)
+    pipe = new_pipeline(result, device, teacher, config.start)
     trained = nn.ModuleDict({"unet": pipe.unet} if teacher else pipe.networks)
-    pipe.text_encoders[0].requires_grad_(not teacher)
     heads = inside_out.X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
     muon, adam = muon_and_adamw(learned, networks.hidden_weights(pipe.unet), config.learning_rate)
@@ -248,9 +246,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
                 with log.untimed():
                     run.save(done, parts)
     if parallel.is_first():
-        draw_curves(run.metrics, run.curves)
         with ema.swap():
-            save_result(pipe, result)
+            save_result(run, pipe, result)
 
 
 def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range]:
@@ -261,23 +258,24 @@ def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range
     return batches, Batches(Scenes("test", rounds * config.batch_size), pipe, **settings), range(rounds)
 
 
-def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None = None) -> Pipeline:
-    """A new U-Net, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder."""
+def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None, start: str | None) -> Pipeline:
+    """What is trained, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder."""
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
-    unet, tokenizer = UNet(networks.UNET).to(device), folders.load_tokenizer(clip)
-    inside_out.keep_variance(unet)
-    if not teacher:
+    unet = folders.load_unet(start) if start else networks.new_unet(teacher and teacher.unet)
+    tokenizer, vae = folders.load_tokenizer(clip), folders.load_vae(vae, device=device)
+    if teacher:
+        text_encoder = teacher.text_encoders[0].requires_grad_(False)
+    elif start:
+        text_encoder = folders.load_text_encoder(start)
+    else:
         text_encoder = networks.words_first(folders.load_clip(clip))
         networks.redraw_places(text_encoder, tokenizer)
-    else:
-        inside_out.copy_outer(teacher.unet, unet)
-        text_encoder = teacher.text_encoders[0]
-    vae = folders.load_vae(vae, device=device)
-    return Pipeline(unet, vae, [text_encoder.to(device)], [tokenizer], ScheduleConfig())
+    return Pipeline(unet.to(device), vae, [text_encoder.to(device)], [tokenizer], ScheduleConfig())
 
 
-def save_result(pipe: Pipeline, folder: Path) -> None:
-    """Write the pipeline in float16 to `folder`, with the CLIP its text encoder started from."""
+def save_result(run: RunFolder, pipe: Pipeline, folder: Path) -> None:
+    """Write the curves, and the pipeline in float16 to `folder`, with the CLIP its text encoder started from."""
+    draw_curves(run.metrics, run.curves)
     clip = folders.load_clip(folder if (folder / "clip").is_dir() else folders.MINIATURE)
     for network in (pipe.unet, pipe.vae, *pipe.text_encoders, clip):
         network.half()

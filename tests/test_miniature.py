@@ -1,5 +1,6 @@
 """The embedded miniature: a small pipeline folder that gives the same images in diffusers, and correct ones."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,16 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import minidistill
 from minidistill import evaluate
 from minidistill.diffusion.noise import initial_noise
+from minidistill.distill.block_removal import RECIPES, plan_removal
+from minidistill.distill.probes import distance_to_teacher, make_probes
+from minidistill.distill.sensitivity import measure_levels, share_weights
 from minidistill.errors import InputError
 from minidistill.metrics.clip_score import retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
+from minidistill.miniature import networks
 from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
+from minidistill.training.batches import Batches
 from minidistill.weights import folders
 from minidistill.weights.files import read_json
 
@@ -26,10 +32,10 @@ def pipe():
     return minidistill.load_pipeline("miniature")
 
 
-def test_it_is_at_most_20_megabytes_of_package_data():
+def test_it_and_the_u_net_that_is_in_training_are_at_most_40_megabytes_of_package_data():
     assert Path(minidistill.__file__).parent == folders.MINIATURE.parent
     files = [path for path in folders.MINIATURE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert sum(path.stat().st_size for path in files) <= 40e6
     assert {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "clip"} <= {
         path.relative_to(folders.MINIATURE).parts[0] for path in files
     }
@@ -40,6 +46,21 @@ def test_its_unet_has_the_shape_of_stable_diffusion_1():
     assert len(config.block_out_channels) == 4
     assert config.down_block_types == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     assert config.mid_block_type == "UNetMidBlock2DCrossAttn" and set(config.layers_per_block) == {2}
+
+
+def test_in_the_u_net_that_is_in_training_no_block_that_a_recipe_removes_is_idle(pipe):
+    pipe = copy.copy(pipe)
+    pipe.unet = folders.load_unet(folders.MINIATURE / "next")
+    assert pipe.unet.config == networks.UNET
+    probes = make_probes(Batches(Scenes("test", length=64), pipe, batch_size=32, seed=0), range(2))
+    layers = [(f"down.{i}.1", f"up.{3 - i}.1") for i in range(4)]
+    assert {entry for pair in layers for entry in pair} | {"mid", "stage.3"} == set(RECIPES["bk-tiny"].remove)
+    changes = [
+        distance_to_teacher(share_weights(plan_removal(networks.UNET, entries), pipe.unet), probes)
+        for entries in [("mid",), ("stage.3",), *layers]
+    ]
+    assert min(changes) >= 5e-5 and max(changes) <= 1e4 * min(changes), changes
+    assert measure_levels(pipe.unet, probes)["mid zeroed"] >= 5e-4
 
 
 def test_diffusers_loads_it_and_gives_the_same_images(pipe):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidistill.miniature.inside_out import copy_outer, keep_variance
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
@@ -103,3 +104,12 @@ def whiten(vae: AutoencoderKL, x: Tensor) -> None:
     encode.bias[:channels] = (whitening @ (encode.bias[:channels].double() - mean)).float()
     encode.weight[channels:] = 0
     encode.bias[channels:] = (whitening.square() @ noise).log().float()
+
+
+def new_unet(teacher: UNet | None) -> UNet:
+    """An untrained U-Net, its outer convolutions as those of a teacher."""
+    unet = UNet(UNET)
+    keep_variance(unet)
+    if teacher:
+        copy_outer(teacher, unet)
+    return unet
