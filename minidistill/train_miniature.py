@@ -92,6 +92,8 @@ def main(config: Config) -> None:
     device = parallel.join(get_device(config.device, report=False))
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
+    if config.start and not Path(config.start, "unet").is_dir():
+        raise InputError(f"--start {config.start}: no folder with unet/ in it; that of a result is OUT/pipeline")
     for part in chosen:
         taught = TAUGHT if config.teacher and part == "unet" else {}
         usual = {"precision": best_precision(device), **DEFAULTS[part], **taught}

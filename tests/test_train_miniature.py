@@ -172,6 +172,12 @@ def test_a_run_can_start_from_an_earlier_result(made, tmp_path):
         assert all(torch.allclose(a, b, atol=1e-3) for a, b in pairs), name
 
 
+def test_a_start_that_is_not_there_is_refused_before_a_run_begins(tmp_path):
+    with pytest.raises(InputError, match="no folder with unet/"):
+        main(few(out=str(tmp_path / "run"), part="unet", start=str(tmp_path)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_run_is_not_resumed(tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         main(few(out=str(tmp_path), resume=True))
