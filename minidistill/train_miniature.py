@@ -194,8 +194,8 @@ def train_unet(config: Config, run: RunFolder) -> None:
     """eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 3) -> unet/, text_encoder/.
 
     The text encoder trains too, as in its section 3.3. The loss is weighted by about SNR^-gamma (P2, arXiv 2204.00227).
-    With a teacher, its predictions are the targets, under two captions each (`contrast.py`), not eps. They are without
-    noise, so small t are worth more. Its outer convolutions are the start, its text encoder stays.
+    With a teacher, its predictions are the targets, under two captions each (`contrast.py`), not eps. Its outer
+    convolutions are the start, its text encoder stays.
     """
     device = parallel.join(get_device(config.device))
     precision = get_precision(config.precision, device)
