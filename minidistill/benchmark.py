@@ -2,6 +2,7 @@
 
     python -m minidistill.benchmark --model miniature,runs/kd/student
     python -m minidistill.benchmark --against diffusers --recipe bk-tiny --batch-size 16
+    python -m minidistill.benchmark --resolution 64,128,256 --batch-size 1,4,16 --out growth.json
 
 Times are taken in turns: a round does the work of every row once, one row after the other, so that whatever else the
 machine does meets all of them alike. The table has the median over the rounds and the range; a first round warms up
@@ -12,6 +13,9 @@ and does not count. Ratios are of two times of the same round.
     memory   peak: all weights (in training also what AdamW and EMA keep), and what is computed with them
     speed    images/s, relative to the first row
 
+Of --resolution, --batch-size and --steps several may be given. Then the plot shows how time and memory grow with each,
+where the others are the first that was given; else it is bars of images/s.
+
 --against diffusers does the same there, with the same files, noise and settings. With --recipe the work is a training
 step: train_kd's, from latents and text states in memory, and that of BK-SDM's code, rebuilt from diffusers' parts.
 """
@@ -21,9 +25,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -39,7 +45,7 @@ from minidistill.errors import InputError
 from minidistill.metrics.cost import count_macs, format_bytes, format_count, in_turns, peak_memory
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.pipeline import GUIDANCE, STEPS, load_pipeline
-from minidistill.training.curves import COLORS, INK, PAPER
+from minidistill.training.curves import COLORS, INK, PAPER, draw_plots
 from minidistill.training.device import PRECISIONS, get_device, get_dtype
 from minidistill.training.log import format_table
 from minidistill.weights.files import atomic_path, write_json
@@ -48,7 +54,14 @@ PROMPT = "a large red circle left of a small blue square"
 OTHER = "diffusers"
 # What is done there: nothing in minidistill/ imports diffusers, and tests are what it is installed for.
 OTHER_FILE = Path(__file__).parents[1] / "tests" / "against_diffusers.py"
+GROWING = {  # settings that may have several values: the name of an axis, of one value
+    "resolution": ("pixels a side", "{} px"),
+    "batch_size": ("images in a batch", "batch of {}"),
+    "steps": ("steps", "{} steps"),
+}
 COLUMNS = {  # measures of a row in the printed table: heading, format
+    "resolution": ("pixels", str),
+    "batch_size": ("batch", str),
     "steps": ("steps", str),
     "parameters": ("parameters", format_count),
     "macs": ("MACs", format_count),
@@ -69,14 +82,29 @@ class Config:
     against: str | None = option(None, "also measure the same work in this library, in turns", choices=(OTHER,))
     recipe: str | None = option(None, "with --against: time a training step of this student instead", choices=RECIPES)
     data: str = option("scenes", "what --recipe trains on: scenes, a folder of images with captions, or its cache")
-    resolution: int | None = option(None, "width and height in pixels (default: the model's)", minimum=8)
-    batch_size: int = option(1, "images at a time", minimum=1)
-    steps: int | None = option(None, f"sampling steps (default: the model's own, else {STEPS})", minimum=1)
+    resolution: tuple[int, ...] | None = option(
+        None, "width and height in pixels (default: the model's); or several", minimum=8
+    )
+    batch_size: tuple[int, ...] = option((1,), "images at a time; or several numbers", minimum=1)
+    steps: tuple[int, ...] | None = option(
+        None, f"sampling steps (default: the model's own, else {STEPS}); or several numbers", minimum=1
+    )
     guidance: float | None = option(None, f"guidance; 1 or less: off (default: the model's own, else {GUIDANCE:g})")
     rounds: int = option(5, "rounds that count", minimum=1)
     device: tuple[str, ...] = option(("auto",), "cpu, cuda, cuda:N, mps or auto; several with commas between them")
     precision: tuple[str, ...] = option(("fp32",), "precision of U-Net and text encoders; or several", PRECISIONS)
     out: str | None = option(None, "write all numbers to this .json file, and a plot to the .png beside it")
+
+
+class Case(NamedTuple):
+    """The settings of a row."""
+
+    model: str
+    device: torch.device
+    precision: str
+    resolution: int | None
+    batch_size: int
+    steps: int | None
 
 
 class Job(NamedTuple):
@@ -96,16 +124,18 @@ def main(config: Config) -> None:
     other = load_other() if config.against else None
     devices = [get_device(name, report=False) for name in config.device]
     machine = describe_machine(devices)
-    print(f"{machine}; batches of {config.batch_size}, {config.rounds} rounds: median (range)\n", flush=True)
+    print(f"{machine}; {config.rounds} rounds: median (range)\n", flush=True)
 
     prepare, libraries = prepare_sampling, {"minidistill": open_model} | (other.MODELS if other else {})
     if config.recipe:
         prepare, libraries = other.prepare_training, other.TRAININGS
     rows, openers = [], []
-    for source, device, precision in dict.fromkeys(itertools.product(config.model, devices, config.precision)):
-        job, facts = prepare(config, source, device, precision)
+    settings = config.resolution or (None,), config.batch_size, config.steps or (None,)
+    for values in dict.fromkeys(itertools.product(config.model, devices, config.precision, *settings)):
+        case = Case(*values)
+        job, facts = prepare(config, case)
         for library, open_it in libraries.items():
-            rows.append({"model": source, "library": library, "device": str(device), "precision": precision, **facts})
+            rows.append({**case._asdict(), "library": library, "device": str(case.device), **facts})
             openers.append(partial(open_it, job))
     measure(rows, openers, config)
 
@@ -115,7 +145,8 @@ def main(config: Config) -> None:
     if config.out:
         plot = Path(config.out).with_suffix(".png")
         write_json(config.out, {"settings": asdict(config), "machine": machine, "rows": rows})
-        draw_bars(plot, rows, machine)
+        growing = [name for name in GROWING if len(set(getattr(config, name) or ())) > 1]
+        draw_growth(plot, rows, growing) if growing else draw_bars(plot, rows, machine)
         print(f"\nnumbers  {config.out}\nplot     {plot}")
 
 
@@ -123,8 +154,9 @@ def check_flags(config: Config) -> None:
     """InputError: flags that lack another, or the name of a file."""
     if config.out and (not config.out.endswith(".json") or Path(config.out).is_dir()):
         raise InputError(f"--out {config.out}: the name of a .json file is needed")
-    if not (config.model and config.device and config.precision):
-        raise InputError("--model, --device and --precision need one value each at least")
+    several = ("model", "device", "precision", *GROWING)
+    if empty := [f"--{name.replace('_', '-')}" for name in several if getattr(config, name) == ()]:
+        raise InputError(f"{empty[0]} needs one value at least")
     if config.recipe and (config.steps or config.guidance is not None):
         raise InputError("--steps and --guidance are of sampling: leave them out, or leave out --recipe")
     if config.recipe and not config.against:
@@ -155,21 +187,22 @@ def describe_machine(devices: Sequence[torch.device]) -> str:
 # the work
 
 
-def prepare_sampling(config: Config, source: str, device: torch.device, precision: str) -> tuple[Job, Row]:
+def prepare_sampling(config: Config, case: Case) -> tuple[Job, Row]:
     """What is done with a model, and the measures that need no clock."""
-    dtype = get_dtype(precision, device)
+    source, device, dtype = case.model, case.device, get_dtype(case.precision, case.device)
     pipe = load_pipeline(source, device, dtype)
-    size = (config.resolution, config.resolution) if config.resolution else pipe.trained_size()
+    size = (case.resolution, case.resolution) if case.resolution else pipe.trained_size()
     if any(side % pipe.vae.config.downscale for side in size):
         raise InputError(f"--resolution must be a multiple of {pipe.vae.config.downscale} for {source}, not {size[0]}")
-    asked = {"steps": config.steps, "guidance": config.guidance, "sampler": None, "spacing": None}
+    asked = {"steps": case.steps, "guidance": config.guidance, "sampler": None, "spacing": None}
     settings = choose_settings(pipe.schedule, pipe.sampling, asked, STEPS, GUIDANCE)
     settings = replace(settings, prediction=pipe.schedule.prediction_type)
     h, w, tokens = *(side // pipe.vae.config.downscale for side in size), pipe.tokenizers[0].max_length
-    x, t, context, added = random_inputs(pipe.unet.config, config.batch_size, h, w, tokens)
+    x, t, context, added = random_inputs(pipe.unet.config, case.batch_size, h, w, tokens)
     added = added and {name: value.to(device, dtype) for name, value in added.items()}
     inputs = x.to(device, dtype), t.to(device), context.to(device, dtype), added
-    facts = {"steps": settings.steps, "sampling": str(settings), **unet_facts(pipe.unet, h, w, tokens)}
+    facts = {"resolution": size[0], "steps": settings.steps, "sampling": str(settings)}
+    facts |= unet_facts(pipe.unet, h, w, tokens)
     return Job(source, device, dtype, inputs, size, settings), facts
 
 
@@ -209,7 +242,7 @@ def measure(rows: list[Row], openers: Sequence[Callable[[], tuple[list[Tensor], 
         times[kind] = in_turns([works[kind] for _, works in loaded], config.rounds)
     for i, row in enumerate(rows):
         row |= {kind: found[i] for kind, found in times.items()}
-        row["images_per_second"] = [1000 * config.batch_size / ms for ms in times[kind][i]]
+        row["images_per_second"] = [1000 * row["batch_size"] / ms for ms in times[kind][i]]
         row["speed"] = ratios(row["images_per_second"], rows[0]["images_per_second"])
 
 
@@ -242,11 +275,30 @@ def format_rows(rows: Sequence[Row]) -> str:
 def format_ratios(rows: Sequence[Row]) -> str:
     """How many times as fast as the other library ours is, and the share of its memory; their rows alternate."""
     kinds = [kind for kind in TIMES if rows[0].get(kind)]
-    table = [(f"times as fast as {OTHER}", "with", *(TIMES[kind] for kind in kinds), "share of its memory")]
+    growing = [name for name in GROWING if len({row[name] for row in rows}) > 1]
+    headings = [*(COLUMNS[name][0] for name in growing), *(TIMES[kind] for kind in kinds)]
+    table = [(f"times as fast as {OTHER}", "with", *headings, "share of its memory")]
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        cells = [spread(ratios(theirs[kind], ours[kind]), ".2f") for kind in kinds]
+        cells = [str(ours[name]) for name in growing]
+        cells += [spread(ratios(theirs[kind], ours[kind]), ".2f") for kind in kinds]
         table.append((*names_of(ours), *cells, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}"))
     return format_table(table)
+
+
+def draw_growth(path: Path, rows: Sequence[Row], growing: Sequence[str]) -> None:
+    """Write a PNG: for each of the `growing` settings, the time of a batch and the peak memory over its values."""
+    plots = []
+    for name in growing:
+        others = [other for other in growing if other != name]
+        times, memory = defaultdict(list), defaultdict(list)
+        for row in sorted(rows, key=itemgetter(name)):
+            if all(row[other] == rows[0][other] for other in others):
+                line = ", ".join(names_of(row))
+                times[line].append((row[name], statistics.median(row["batch_ms"])))
+                memory[line].append((row[name], row["peak_bytes"] / 2**20))
+        over = ", ".join([f"over {GROWING[name][0]}", *(GROWING[other][1].format(rows[0][other]) for other in others)])
+        plots.append(((f"ms per batch {over}", times), (f"peak memory in MiB {over}", memory)))
+    draw_plots(path, plots, log_x=True)
 
 
 def draw_bars(path: Path, rows: Sequence[Row], title: str) -> None:

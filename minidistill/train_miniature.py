@@ -60,7 +60,7 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    start: str | None = option(None, "the folder of an earlier result, whose U-Net to go on from")
+    start_from: str | None = option(None, "the folder of an earlier result, whose U-Net to go on from")
     steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 12000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
@@ -92,8 +92,8 @@ def main(config: Config) -> None:
     device = parallel.join(get_device(config.device, report=False))
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
-    if config.start and not Path(config.start, "unet").is_dir():
-        raise InputError(f"--start {config.start}: no folder with unet/ in it; that of a result is OUT/pipeline")
+    if config.start_from and not Path(config.start_from, "unet").is_dir():
+        raise InputError(f"--start-from {config.start_from}: no unet/ in this folder; a result is in OUT/pipeline")
     for part in chosen:
         taught = TAUGHT if config.teacher and part == "unet" else {}
         usual = {"precision": best_precision(device), **DEFAULTS[part], **taught}
@@ -202,7 +202,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     torch.manual_seed(config.seed)
     teacher = load_pipeline(config.teacher, device) if config.teacher else None
     result = Path(config.out) / "pipeline"
-    pipe = new_pipeline(result, device, teacher, config.start)
+    pipe = new_pipeline(result, device, teacher, config.start_from)
     trained = nn.ModuleDict({"unet": pipe.unet} if teacher else pipe.networks)
     heads = inside_out.X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
@@ -216,7 +216,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
         for step in range(start, config.steps):
             batch, done, progress = batches[step], step + 1, step / config.steps
             lr = config.learning_rate * min(1, done / 200, (1 - progress) / 0.4)  # falls over the last 40 %
-            ranges, gamma = EARLY if progress < 1 / 3 and not config.start else LATER
+            ranges, gamma = EARLY if progress < 1 / 3 and not config.start_from else LATER
             t, captions = inside_out.squeeze(batch.t, batches.numbers(step), ranges), batch.captions
             x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
             draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))[:, batches.part]

@@ -16,7 +16,7 @@ import transformers
 from diffusers.training_utils import EMAModel
 
 from minidistill import train_kd
-from minidistill.benchmark import PROMPT, Config, Job, Row, unet_facts
+from minidistill.benchmark import PROMPT, Case, Config, Job, Row, unet_facts
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar, training_target
 from minidistill.distill import kd
 from minidistill.errors import InputError
@@ -80,17 +80,18 @@ def open_model(job: Job):
     return parameters(pipe.unet, pipe.vae, *encoders), {"call_ms": call, "batch_ms": images}
 
 
-def prepare_training(config: Config, source: str, device: torch.device, precision: str) -> tuple[train_kd.Run, Row]:
+def prepare_training(config: Config, case: Case) -> tuple[train_kd.Run, Row]:
     """A run of train_kd that is set up, and size and MACs of its student."""
-    few = config.batch_size * (config.rounds + 3)  # scenes: all are rendered and encoded now
-    own = {"resolution": config.resolution, "batch_size": config.batch_size, "data": config.data, "images": few}
-    own |= {"device": str(device), "precision": precision, "steps": ENDLESS, "judged": 0}
+    few = case.batch_size * (config.rounds + 3)  # scenes: all are rendered and encoded now
+    own = {"resolution": case.resolution, "batch_size": case.batch_size, "data": config.data, "images": few}
+    own |= {"device": str(case.device), "precision": case.precision, "steps": ENDLESS, "judged": 0}
     with tempfile.TemporaryDirectory() as folder:  # which stays empty
-        run = train_kd.set_up(train_kd.Config(teacher=source, recipe=config.recipe, out=folder, **own))
+        run = train_kd.set_up(train_kd.Config(teacher=case.model, recipe=config.recipe, out=folder, **own))
     if run.teacher.is_sdxl:
-        raise InputError(f"--recipe: BK-SDM's code trains SD 1.x and 2.x, {source} is an SDXL")
+        raise InputError(f"--recipe: BK-SDM's code trains SD 1.x and 2.x, {case.model} is an SDXL")
     batch = run.batches[0]
-    return run, {"student": config.recipe, **unet_facts(run.student.unet, *batch.x0.shape[2:], batch.context.shape[1])}
+    facts = unet_facts(run.student.unet, *batch.x0.shape[2:], batch.context.shape[1])
+    return run, {"student": config.recipe, "resolution": run.batches.size[0], "steps": None, **facts}
 
 
 def open_ours(run: train_kd.Run):

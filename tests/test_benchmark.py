@@ -9,7 +9,7 @@ from runs import checkpoint, exit_code, one_line, read
 from tiny import apart, assert_close
 
 from minidistill import benchmark, pipeline, train_kd
-from minidistill.benchmark import Config, load_other, open_model, prepare_sampling
+from minidistill.benchmark import Case, Config, load_other, open_model, prepare_sampling
 from minidistill.diffusion.sampling import Sampling
 from minidistill.diffusion.schedule import add_noise, make_alpha_bar
 from minidistill.metrics.cost import count_macs, in_turns, peak_memory
@@ -31,6 +31,10 @@ def few_steps(tiny_sd1, tmp_path_factory):
     pipe.set_sampling(Sampling(3))
     pipe.save(folder := tmp_path_factory.mktemp("few") / "model")
     return folder
+
+
+def case(source, resolution=None, batch_size=1, steps=None):
+    return Case(str(source), CPU, "fp32", resolution, batch_size, steps)
 
 
 def test_every_round_does_every_work_and_the_first_does_not_count(monkeypatch):
@@ -71,16 +75,32 @@ def test_the_table_the_numbers_and_the_plot(tiny_sd1, few_steps, tmp_path, capsy
         assert plot.size == (1000, 60 + 50 * 4)
 
 
+def test_time_and_memory_are_plotted_over_settings_of_several_values(tiny_sd1, tmp_path, capsys):
+    words = ("--model", tiny_sd1, "--guidance", 1, "--rounds", 1, "--device", "cpu", "--against", "diffusers")
+    several = ("--batch-size", "3,1", "--steps", "1,2", "--resolution", 16, "--out", tmp_path / "b.json")
+    assert exit_code(benchmark, *words, *several) == 0
+    rows = read(tmp_path / "b.json")["rows"]
+    assert [(row["batch_size"], row["steps"]) for row in rows[::2]] == [(3, 1), (3, 2), (1, 1), (1, 2)]
+    assert all(row["resolution"] == 16 and row["latents"] == [4, 4] for row in rows)
+    assert rows[0]["peak_bytes"] > rows[4]["peak_bytes"] and rows[2]["images_per_second"] == [
+        3000 / rows[2]["batch_ms"][0]
+    ]
+    table = capsys.readouterr().out.split("times as fast as diffusers")[1]
+    assert "batch" in table and "steps" in table and "pixels" not in table
+    with Image.open(tmp_path / "b.png") as plot:
+        assert plot.size == (1200, 2 * 500)
+
+
 def test_a_model_is_sampled_as_it_was_distilled(tiny_sd1, few_steps):
-    job, facts = prepare_sampling(Config(), str(few_steps), CPU, "fp32")
+    job, facts = prepare_sampling(Config(), case(few_steps))
     assert (facts["steps"], job.settings) == (3, Sampling(3))
-    assert prepare_sampling(Config(), str(tiny_sd1), CPU, "fp32")[1]["steps"] == 25
+    assert prepare_sampling(Config(), case(tiny_sd1))[1]["steps"] == 25
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl", "few"])
 def test_diffusers_does_the_same_work(kind, sources, few_steps):
-    config = Config(batch_size=2, steps=None if kind == "few" else 2)
-    job, _ = prepare_sampling(config, str({**sources, "few": few_steps}[kind]), CPU, "fp32")
+    source = {**sources, "few": few_steps}[kind]
+    job, _ = prepare_sampling(Config(), case(source, batch_size=2, steps=None if kind == "few" else 2))
     (ours, work), (theirs, other) = open_model(job), load_other().open_model(job)
     assert sum(p.numel() for p in ours) == sum(p.numel() for p in theirs)
     assert_close(work["call_ms"](), other["call_ms"](), 1e-4)
@@ -139,7 +159,8 @@ def test_training_steps_are_compared(tiny_sd1, images, tmp_path, capsys):
     ("words", "expected"),
     [
         (["--out", "."], "--out .: the name of a .json file is needed"),
-        (["--model", ","], "--model, --device and --precision need one value each"),
+        (["--model", ","], "--model needs one value at least"),
+        (["--batch-size", ","], "--batch-size needs one value at least"),
         (["--recipe", "bk-tiny"], "give --against diffusers"),
         (["--recipe", "bk-tiny", "--steps", "4"], "--steps and --guidance are of sampling"),
         (["--data", "photos"], "give --recipe too"),

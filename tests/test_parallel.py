@@ -1,5 +1,6 @@
 """Two processes of torchrun do what one does, in every mode: gradients, losses, batches, resuming in another way."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ import torch
 from runs import checkpoint, exit_code, largest_difference, metrics
 from test_batches import Images
 from torch import Tensor
+from torch.distributed.run import get_args_parser
 
-from minidistill import finetune, train_kd, train_lightning
+from minidistill import finetune, train_kd, train_lightning, train_miniature
 from minidistill.distill.lightning import PLANS
 from minidistill.distill.memory import make_cast, memory_rows
 from minidistill.errors import InputError
@@ -256,6 +258,13 @@ def test_a_process_that_fails_ends_the_run_with_its_message(tiny_sd1, images, tm
     assert done.returncode != 0 and "error: the second process fails\n" in done.stderr
     assert "exitcode  : 3" in done.stderr, done.stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("module", [finetune, train_kd, train_lightning, train_miniature])
+def test_torchrun_passes_on_every_flag(module):
+    """It refuses one with which several of its own begin, as --start."""
+    flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Config)]
+    assert get_args_parser().parse_args(["-m", module.__name__, *flags]).training_script_args == flags
 
 
 def test_one_process_shares_out_nothing_and_says_so():

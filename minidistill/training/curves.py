@@ -1,4 +1,4 @@
-"""metrics.jsonl -> curves.png: the loss parts over the steps, and the loss by timestep at the start and at the end."""
+"""Plots: the curves of metrics.jsonl, loss parts over the steps and the loss by timestep; and two plots in a row."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from minidistill.training.log import NOT_LOSSES, read_metrics
 from minidistill.weights.files import atomic_path
 
-WIDTH, HEIGHT = 1200, 500
+WIDTH, HEIGHT, MIDDLE = 1200, 500, 700  # of an image; where the second of two plots begins
 SCALE = 2  # drawn larger, then reduced: Pillow's lines are not anti-aliased
 INK, GRID, PAPER = "#333333", "#e6e6e6", "#ffffff"
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7b4ea3", "#e7298a", "#8c6d31", "#666666", "#17a2b8")
 
 Points = list[tuple[float, float]]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Plot = tuple[str, Mapping[str, Points]]  # title, lines by their names
 
 
 def draw_curves(metrics: str | Path, image: str | Path) -> None:
@@ -31,12 +32,24 @@ def draw_curves(metrics: str | Path, image: str | Path) -> None:
     fifth = max(1, len(binned) // 5)
     by_timestep = {"first fifth of the run": _mean_by_bin(binned[:fifth]), "last fifth": _mean_by_bin(binned[-fifth:])}
 
-    canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
+    left = "loss over steps", {f"{n} {p[-1][1]:.3g}": p for n, p in losses.items() if p}
+    draw_plots(image, [(left, ("loss by timestep (high: nearly pure noise)", by_timestep))])
+
+
+def draw_plots(image: str | Path, rows: Sequence[tuple[Plot, Plot]], *, log_x: bool = False) -> None:
+    """Draw rows of two plots into a PNG, 1200 pixels wide, each row 500 high.
+
+    log_x: the x axis is logarithmic too, of positive values, and has a grid line at each of them.
+    """
+    height = HEIGHT * len(rows)
+    canvas = Image.new("RGB", (WIDTH * SCALE, height * SCALE), PAPER)
     draw = ImageDraw.Draw(canvas)
-    _plot(draw, (0, 0, 700, HEIGHT), "loss over steps", {f"{n} {p[-1][1]:.3g}": p for n, p in losses.items() if p})
-    _plot(draw, (700, 0, WIDTH, HEIGHT), "loss by timestep (high: nearly pure noise)", by_timestep)
+    for i, (left, right) in enumerate(rows):
+        top, bottom = HEIGHT * i, HEIGHT * (i + 1)
+        _plot(draw, (0, top, MIDDLE, bottom), *left, log_x)
+        _plot(draw, (MIDDLE, top, WIDTH, bottom), *right, log_x)
     with atomic_path(image) as temporary:
-        canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(temporary, format="png")
+        canvas.resize((WIDTH, height), Image.Resampling.LANCZOS).save(temporary, format="png")
 
 
 def _mean_by_bin(entries: Sequence[Mapping[str, float | None]]) -> Points:
@@ -49,33 +62,51 @@ def _mean_by_bin(entries: Sequence[Mapping[str, float | None]]) -> Points:
     return sorted((middle, sum(found) / len(found)) for middle, found in values.items())
 
 
-def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, Points]) -> None:
-    """Title, legend, and the series as lines over five labelled grid lines each way."""
-    left, top, right, bottom = box[0] + 66, box[1] + 66, box[2] - 22, box[3] - 44
+def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, Points], log_x: bool) -> None:
+    """Title, legend, and the series as lines over labelled grid lines, five each way but for a logarithmic x axis."""
+    legend = _legend(draw, list(series), box[0] + 66, box[2] - 22)
+    left, top, right, bottom = box[0] + 66, box[1] + 48 + 18 * max(1, len(legend)), box[2] - 22, box[3] - 44
     _text(draw, (left, box[1] + 14), f"{title}: nothing yet" if not any(series.values()) else title, "la", 16)
-    points = [point for some in series.values() for point in some] or [(0.0, 0.0)]
-    (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    points = [point for some in series.values() for point in some] or [(1.0, 0.0)]
+    xs, ys = (sorted(set(values)) for values in zip(*points, strict=True))
+    x0, x1, y0, y1 = xs[0], xs[-1], ys[0], ys[-1]
     is_log = y0 > 0
-    x1 = max(x1, x0 + 4)  # the labels are whole numbers
+    x1 = x1 if log_x and x1 > x0 else max(x1, x0 + 4)  # the labels are whole numbers
     y1 = max(y1, 1.1 * y0) if is_log else max(y1, y0 + 1e-12)
 
     def pixel(x: float, y: float) -> tuple[float, float]:
+        along = math.log(x / x0) / math.log(x1 / x0) if log_x else (x - x0) / (x1 - x0)
         up = math.log(y / y0) / math.log(y1 / y0) if is_log else (y - y0) / (y1 - y0)
-        return left + (x - x0) / (x1 - x0) * (right - left), bottom - up * (bottom - top)
+        return left + along * (right - left), bottom - up * (bottom - top)
 
-    for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, y0 * (y1 / y0) ** (i / 4) if is_log else y0 + (y1 - y0) * i / 4
-        column, row = pixel(x, y)
-        _line(draw, [(left, row), (right, row)], GRID, 1)
+    for x in xs if log_x else [x0 + (x1 - x0) * i / 4 for i in range(5)]:
+        column, _ = pixel(x, y0)
         _line(draw, [(column, top), (column, bottom)], GRID, 1)
-        _text(draw, (left - 8, row), f"{y:.2g}", "rm")
         _text(draw, (column, bottom + 9), f"{x:.0f}", "ma")
-    column = left
-    for i, (name, some) in enumerate(series.items()):
-        color = COLORS[i % len(COLORS)]
-        _line(draw, [pixel(x, y) for x, y in some], color, 2)
-        _text(draw, (column, box[1] + 42), name, "la", color=color)
-        column += draw.textlength(name, font=ImageFont.load_default(13 * SCALE)) / SCALE + 18
+    for y in (y0 * (y1 / y0) ** (i / 4) if is_log else y0 + (y1 - y0) * i / 4 for i in range(5)):
+        _, row = pixel(x0, y)
+        _line(draw, [(left, row), (right, row)], GRID, 1)
+        _text(draw, (left - 8, row), f"{y:.2g}", "rm")
+    for i, some in enumerate(series.values()):
+        _line(draw, [pixel(x, y) for x, y in some], COLORS[i % len(COLORS)], 2)
+    names = iter(enumerate(series))
+    for row, columns in enumerate(legend):
+        for column in columns:
+            i, name = next(names)
+            _text(draw, (column, box[1] + 42 + 18 * row), name, "la", color=COLORS[i % len(COLORS)])
+
+
+def _legend(draw: ImageDraw.ImageDraw, names: Sequence[str], left: float, right: float) -> list[list[float]]:
+    """Where each name begins, in lines that end before `right`."""
+    lines, column = [], right
+    for name in names:
+        width = draw.textlength(name, font=ImageFont.load_default(13 * SCALE)) / SCALE
+        if not lines or column + width > right:
+            lines.append([])
+            column = left
+        lines[-1].append(column)
+        column += width + 18
+    return lines
 
 
 def _line(draw: ImageDraw.ImageDraw, points: Points, color: str, width: int) -> None:
