@@ -102,7 +102,7 @@ class Run(NamedTuple):
     precision: Precision
     optimizer: torch.optim.Optimizer
     ema: EMA
-    report: Report
+    report: Report | None  # None: nothing is measured
 
 
 def main(config: Config) -> None:
@@ -163,8 +163,11 @@ def main(config: Config) -> None:
             run.report.finish(run.folder.path / "student", "student", None, run.settings)
 
 
-def set_up(config: Config) -> Run:
-    """Check all settings, build the student and what trains it, measure the teacher. No file is written."""
+def set_up(config: Config, *, measured: bool = True) -> Run:
+    """Check all settings, build the student and what trains it, measure the teacher. No file is written.
+
+    measured: False for a run without a report, the steps of which are only timed.
+    """
     device = parallel.join(get_device(config.device, config.deterministic), config.parallel)
     config, pipe, removal, data = plan(config, device)
     smallest = inputs.smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
@@ -180,8 +183,19 @@ def set_up(config: Config) -> Run:
     student.unet = block_removal.build_student(removal, teacher if config.copy_weights else None, device)
     student.unet.gradient_checkpointing = config.gradient_checkpointing
     batches = open_batches(config, data, pipe, precision)
-    probes = make_probes(batches, range(-math.ceil(PROBES / config.batch_size), 0))  # numbers that no step takes
-    report = Report(
+    report = make_report(config, folder, batches, pipe, precision) if measured else None
+    to_precision(teacher, config.precision)  # once it is copied and measured
+    for network in (teacher, student.unet):
+        parallel.shard(network, config.parallel)
+    optimizer = optim.adamw(student.unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    ema = EMA(student.unet, config.ema_decay)
+    return Run(config, settings, folder, pipe, student, pairs, batches.share(), precision, optimizer, ema, report)
+
+
+def make_report(config: Config, folder: RunFolder, batches: Batches, pipe: Pipeline, precision: Precision) -> Report:
+    """Measures the teacher; probes are batches of numbers that no step takes."""
+    probes = make_probes(batches, range(-math.ceil(PROBES / config.batch_size), 0))
+    return Report(
         folder,
         batches,
         lambda model: unet_numbers(model.unet, probes),
@@ -192,12 +206,6 @@ def set_up(config: Config) -> Run:
         guidance=config.guidance,
         autocast=precision.autocast,
     )
-    to_precision(teacher, config.precision)  # once it is copied and measured
-    for network in (teacher, student.unet):
-        parallel.shard(network, config.parallel)
-    optimizer = optim.adamw(student.unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    ema = EMA(student.unet, config.ema_decay)
-    return Run(config, settings, folder, pipe, student, pairs, batches.share(), precision, optimizer, ema, report)
 
 
 def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Removal, inputs.Data]:

@@ -84,9 +84,10 @@ def prepare_training(config: Config, case: Case) -> tuple[train_kd.Run, Row]:
     """A run of train_kd that is set up, and size and MACs of its student."""
     few = case.batch_size * (config.rounds + 3)  # scenes: all are rendered and encoded now
     own = {"resolution": case.resolution, "batch_size": case.batch_size, "data": config.data, "images": few}
-    own |= {"device": str(case.device), "precision": case.precision, "steps": ENDLESS, "judged": 0}
+    own |= {"device": str(case.device), "precision": case.precision, "steps": ENDLESS}
     with tempfile.TemporaryDirectory() as folder:  # which stays empty
-        run = train_kd.set_up(train_kd.Config(teacher=case.model, recipe=config.recipe, out=folder, **own))
+        own |= {"teacher": case.model, "recipe": config.recipe, "out": folder}
+        run = train_kd.set_up(train_kd.Config(**own), measured=False)
     if run.teacher.is_sdxl:
         raise InputError(f"--recipe: BK-SDM's code trains SD 1.x and 2.x, {case.model} is an SDXL")
     batch = run.batches[0]
