@@ -146,7 +146,8 @@ def test_the_originals_have_the_same_losses_from_hooks(tiny_sd1, images, tmp_pat
     assert all(not torch.equal(p, q) for p, q in zip(theirs.student.parameters(), before, strict=True) if p.dim() > 1)
 
 
-def test_training_steps_are_compared(tiny_sd1, images, tmp_path, capsys):
+def test_training_steps_are_compared_and_no_images_are_made(tiny_sd1, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_kd, "Report", None)
     words = ("--model", tiny_sd1, "--recipe", "bk-tiny", "--against", "diffusers", "--data", images, "--rounds", 1)
     assert exit_code(benchmark, *words, "--batch-size", 2, "--device", "cpu", "--out", tmp_path / "b.json") == 0
     ours, theirs = read(tmp_path / "b.json")["rows"]

@@ -55,6 +55,11 @@ def test_every_log_a_run_can_leave_is_drawn(tmp_path, entries):
     assert draw(tmp_path, entries).getextrema() != ((255, 255),) * 3
 
 
+def test_a_long_legend_goes_on_in_another_line_and_not_into_the_other_plot(tmp_path):
+    image = draw(tmp_path, [entry(s, **{f"loss of part number {i}": 1.0 + i for i in range(7)}) for s in (1, 2)])
+    assert image.crop((682, 0, 734, 100)).getextrema() == ((255, 255),) * 3
+
+
 def test_a_single_point_is_a_dot_that_can_be_seen_and_a_missing_log_is_drawn_as_nothing_yet(tmp_path):
     rgb = np.asarray(draw(tmp_path, [entry(6, loss=1.0)]).crop((0, 66, 700, 500)), dtype=int)
     color = [int(curves.COLORS[0][i : i + 2], 16) for i in (1, 3, 5)]

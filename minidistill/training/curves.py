@@ -86,7 +86,7 @@ def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, 
     for y in (y0 * (y1 / y0) ** (i / 4) if is_log else y0 + (y1 - y0) * i / 4 for i in range(5)):
         _, row = pixel(x0, y)
         _line(draw, [(left, row), (right, row)], GRID, 1)
-        _text(draw, (left - 8, row), f"{y:.2g}", "rm")
+        _text(draw, (left - 8, row), f"{y:.0f}" if 100 <= y < 1e6 else f"{y:.2g}", "rm")
     for i, some in enumerate(series.values()):
         _line(draw, [pixel(x, y) for x, y in some], COLORS[i % len(COLORS)], 2)
     names = iter(enumerate(series))
