@@ -98,7 +98,8 @@ def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, 
 
 def _legend(draw: ImageDraw.ImageDraw, names: Sequence[str], left: float, right: float) -> list[list[float]]:
     """Where each name begins, in lines that end before `right`."""
-    lines, column = [], right
+    lines: list[list[float]] = []
+    column = right
     for name in names:
         width = draw.textlength(name, font=ImageFont.load_default(13 * SCALE)) / SCALE
         if not lines or column + width > right:
