@@ -139,13 +139,13 @@ def main(config: Config) -> None:
             openers.append(partial(open_it, job))
     measure(rows, openers, config)
 
+    growing = [name for name in GROWING if len(set(getattr(config, name) or ())) > 1]
     print(format_rows(rows))
     if other:
-        print(f"\n{format_ratios(rows)}")
+        print(f"\n{format_ratios(rows, growing)}")
     if config.out:
         plot = Path(config.out).with_suffix(".png")
         write_json(config.out, {"settings": asdict(config), "machine": machine, "rows": rows})
-        growing = [name for name in GROWING if len(set(getattr(config, name) or ())) > 1]
         draw_growth(plot, rows, growing) if growing else draw_bars(plot, rows, machine)
         print(f"\nnumbers  {config.out}\nplot     {plot}")
 
@@ -272,10 +272,12 @@ def format_rows(rows: Sequence[Row]) -> str:
     return format_table([heading, *((*names_of(row), *(COLUMNS[c][1](row[c]) for c in shown)) for row in rows)])
 
 
-def format_ratios(rows: Sequence[Row]) -> str:
-    """How many times as fast as the other library ours is, and the share of its memory; their rows alternate."""
+def format_ratios(rows: Sequence[Row], growing: Sequence[str]) -> str:
+    """How many times as fast as the other library ours is, and the share of its memory; their rows alternate.
+
+    growing: settings that tell the rows of a model apart.
+    """
     kinds = [kind for kind in TIMES if rows[0].get(kind)]
-    growing = [name for name in GROWING if len({row[name] for row in rows}) > 1]
     headings = [*(COLUMNS[name][0] for name in growing), *(TIMES[kind] for kind in kinds)]
     table = [(f"times as fast as {OTHER}", "with", *headings, "share of its memory")]
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):

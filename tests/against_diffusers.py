@@ -92,7 +92,7 @@ def prepare_training(config: Config, case: Case) -> tuple[train_kd.Run, Row]:
         raise InputError(f"--recipe: BK-SDM's code trains SD 1.x and 2.x, {case.model} is an SDXL")
     batch = run.batches[0]
     facts = unet_facts(run.student.unet, *batch.x0.shape[2:], batch.context.shape[1])
-    return run, {"student": config.recipe, "resolution": run.batches.size[0], "steps": None, **facts}
+    return run, {"student": config.recipe, "resolution": run.batches.size[0], **facts}
 
 
 def open_ours(run: train_kd.Run):

@@ -1,7 +1,7 @@
 """Plots: the curves of metrics.jsonl, loss parts over the steps and the loss by timestep; and two plots in a row."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -64,10 +64,11 @@ def _mean_by_bin(entries: Sequence[Mapping[str, float | None]]) -> Points:
 
 def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, Points], log_x: bool) -> None:
     """Title, legend, and the series as lines over labelled grid lines, five each way but for a logarithmic x axis."""
-    legend = _legend(draw, list(series), box[0] + 66, box[2] - 22)
-    left, top, right, bottom = box[0] + 66, box[1] + 48 + 18 * max(1, len(legend)), box[2] - 22, box[3] - 44
+    left, right, bottom = box[0] + 66, box[2] - 22, box[3] - 44
+    legend = _legend(draw, series, left, right, box[1] + 42)
+    top = max([row for _, row in legend], default=box[1] + 42) + 24
     _text(draw, (left, box[1] + 14), f"{title}: nothing yet" if not any(series.values()) else title, "la", 16)
-    points = [point for some in series.values() for point in some] or [(1.0, 0.0)]
+    points = [point for some in series.values() for point in some] or [(0.0, 0.0)]
     xs, ys = (sorted(set(values)) for values in zip(*points, strict=True))
     x0, x1, y0, y1 = xs[0], xs[-1], ys[0], ys[-1]
     is_log = y0 > 0
@@ -87,27 +88,22 @@ def _plot(draw: ImageDraw.ImageDraw, box: Box, title: str, series: Mapping[str, 
         _, row = pixel(x0, y)
         _line(draw, [(left, row), (right, row)], GRID, 1)
         _text(draw, (left - 8, row), f"{y:.0f}" if 100 <= y < 1e6 else f"{y:.2g}", "rm")
-    for i, some in enumerate(series.values()):
-        _line(draw, [pixel(x, y) for x, y in some], COLORS[i % len(COLORS)], 2)
-    names = iter(enumerate(series))
-    for row, columns in enumerate(legend):
-        for column in columns:
-            i, name = next(names)
-            _text(draw, (column, box[1] + 42 + 18 * row), name, "la", color=COLORS[i % len(COLORS)])
+    for i, ((name, some), place) in enumerate(zip(series.items(), legend, strict=True)):
+        color = COLORS[i % len(COLORS)]
+        _line(draw, [pixel(x, y) for x, y in some], color, 2)
+        _text(draw, place, name, "la", color=color)
 
 
-def _legend(draw: ImageDraw.ImageDraw, names: Sequence[str], left: float, right: float) -> list[list[float]]:
-    """Where each name begins, in lines that end before `right`."""
-    lines: list[list[float]] = []
-    column = right
+def _legend(draw: ImageDraw.ImageDraw, names: Iterable[str], left: float, right: float, top: float) -> Points:
+    """Where each name begins: side by side, in lines that end before `right`."""
+    places, column, row = [], left, top
     for name in names:
         width = draw.textlength(name, font=ImageFont.load_default(13 * SCALE)) / SCALE
-        if not lines or column + width > right:
-            lines.append([])
-            column = left
-        lines[-1].append(column)
+        if column > left and column + width > right:
+            column, row = left, row + 18
+        places.append((column, row))
         column += width + 18
-    return lines
+    return places
 
 
 def _line(draw: ImageDraw.ImageDraw, points: Points, color: str, width: int) -> None:
