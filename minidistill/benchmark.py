@@ -93,6 +93,7 @@ class Config:
     rounds: int = option(5, "rounds that count", minimum=1)
     device: tuple[str, ...] = option(("auto",), "cpu, cuda, cuda:N, mps or auto; several with commas between them")
     precision: tuple[str, ...] = option(("fp32",), "precision of U-Net and text encoders; or several", PRECISIONS)
+    vae_precision: str = option("fp32", "precision of the VAE; same: as --precision", (*PRECISIONS, "same"))
     out: str | None = option(None, "write all numbers to this .json file, and a plot to the .png beside it")
 
 
@@ -112,7 +113,8 @@ class Job(NamedTuple):
 
     source: str
     device: torch.device
-    dtype: torch.dtype  # of U-Net and text encoders; the VAE is float32
+    dtype: torch.dtype  # of U-Net and text encoders
+    vae_dtype: torch.dtype
     inputs: tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]  # of a U-Net call; x is the initial noise too
     size: tuple[int, int]  # height and width in pixels
     settings: Sampling
@@ -154,11 +156,8 @@ def check_flags(config: Config) -> None:
     """InputError: flags that lack another, or the name of a file."""
     if config.out and (not config.out.endswith(".json") or Path(config.out).is_dir()):
         raise InputError(f"--out {config.out}: the name of a .json file is needed")
-    several = ("model", "device", "precision", *GROWING)
-    if empty := [f"--{name.replace('_', '-')}" for name in several if getattr(config, name) == ()]:
-        raise InputError(f"{empty[0]} needs one value at least")
-    if config.recipe and (config.steps or config.guidance is not None):
-        raise InputError("--steps and --guidance are of sampling: leave them out, or leave out --recipe")
+    if config.recipe and (config.steps or config.guidance is not None or config.vae_precision != "fp32"):
+        raise InputError("--steps, --guidance and --vae-precision are of sampling: leave them out, or --recipe")
     if config.recipe and not config.against:
         raise InputError(f"--recipe compares with {OTHER}: give --against {OTHER}; train_kd alone prints its ms/step")
     if config.data != "scenes" and not config.recipe:
@@ -190,6 +189,8 @@ def describe_machine(devices: Sequence[torch.device]) -> str:
 def prepare_sampling(config: Config, case: Case) -> tuple[Job, Row]:
     """What is done with a model, and the measures that need no clock."""
     source, device, dtype = case.model, case.device, get_dtype(case.precision, case.device)
+    of_vae = case.precision if config.vae_precision == "same" else config.vae_precision
+    vae_dtype = get_dtype(of_vae, device, "--vae-precision")
     pipe = load_pipeline(source, device, dtype)
     size = (case.resolution, case.resolution) if case.resolution else pipe.trained_size()
     if any(side % pipe.vae.config.downscale for side in size):
@@ -201,9 +202,9 @@ def prepare_sampling(config: Config, case: Case) -> tuple[Job, Row]:
     x, t, context, added = random_inputs(pipe.unet.config, case.batch_size, h, w, tokens)
     added = added and {name: value.to(device, dtype) for name, value in added.items()}
     inputs = x.to(device, dtype), t.to(device), context.to(device, dtype), added
-    facts = {"resolution": size[0], "steps": settings.steps, "sampling": str(settings)}
+    facts = {"vae_precision": of_vae, "resolution": size[0], "steps": settings.steps, "sampling": str(settings)}
     facts |= unet_facts(pipe.unet, h, w, tokens)
-    return Job(source, device, dtype, inputs, size, settings), facts
+    return Job(source, device, dtype, vae_dtype, inputs, size, settings), facts
 
 
 def unet_facts(unet: UNet, h: int, w: int, tokens: int) -> Row:
@@ -214,7 +215,7 @@ def unet_facts(unet: UNet, h: int, w: int, tokens: int) -> Row:
 
 def open_model(job: Job) -> tuple[list[Tensor], Works]:
     """Load a model: its weights, and the works: a U-Net call, and a batch of images, from text to PIL images."""
-    pipe, noise = load_pipeline(job.source, job.device, job.dtype), job.inputs[0]
+    pipe, noise = load_pipeline(job.source, job.device, job.dtype, job.vae_dtype), job.inputs[0]
     asked = {name: getattr(job.settings, name) for name in ("steps", "guidance", "sampler", "spacing")}
     call = torch.no_grad()(lambda: pipe.unet(*job.inputs))
     images = partial(pipe, [PROMPT] * len(noise), latents=noise, batch_size=len(noise), **asked)

@@ -50,7 +50,7 @@ GROUPS = {
     "ema_decay gradient_checkpointing",
     "images": "prompt negative_prompt guidance sampler spacing count latents image strength height width",
     "evaluation": "samples judged parts grid",
-    "run": "steps out seed device parallel precision deterministic log_every sample_every checkpoint_every "
+    "run": "steps out seed device parallel precision compile deterministic log_every sample_every checkpoint_every "
     "keep_checkpoints",
     "hub": "push_to_hub private",
 }
@@ -129,6 +129,8 @@ def parse(
 def _stored_value(file: Path, field: dataclasses.Field[Any], config_class: type, value: Any) -> Any:
     """A setting of config.json, which people edit, as if it were typed. InputError: it is none, the file is named."""
     hint = typing.get_type_hints(config_class)[field.name]
+    if value == []:
+        return ()
     if _item_type(hint)[0] is bool:
         if not isinstance(value, bool):
             raise InputError(f"{file}: {field.name} must be true or false, not {value!r}")
@@ -271,7 +273,9 @@ def _converter(flag: str, hint: Any, info: Mapping[str, Any]) -> Callable[[str],
     def convert(text: str) -> Any:
         if text.lower() == "none" and type(None) in typing.get_args(hint):
             return None
-        return tuple(one(word.strip()) for word in text.split(",") if word.strip()) if is_tuple else one(text)
+        if not is_tuple:
+            return one(text)
+        return tuple(one(word.strip()) for word in text.split(",") if word.strip()) or one("")  # which refuses it
 
     return convert
 

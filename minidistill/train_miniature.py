@@ -52,7 +52,7 @@ from minidistill.weights import folders
 CROWDED = {"one": 14, "related": 24, "two": 8, "inside": 18, "counted": 12, "three": 24}
 # Ranges of t that the samples take in turn, and gamma of the loss weights. First more between 500 and 950, where most
 # attributes of a scene are decided; then more below 300 too: noise that is left there makes the image grainy.
-EARLY, LATER = (((500, 950), (0, 1000)), 0.25), (((0, 300), (500, 950), (0, 1000)), 0.0)
+EARLY, LATER = (((500, 950), (0, 1000)), 0.25), (((0, 300), (300, 800), (0, 1000)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    start_from: str | None = option(None, "the folder of an earlier result, whose U-Net to go on from")
+    start_from: str | None = option(None, "folder of an earlier result, whose U-Net to go on from")
     steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 12000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
@@ -263,7 +263,7 @@ def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range
 def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None, start: str | None) -> Pipeline:
     """What is trained, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder."""
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
-    unet = folders.load_unet(start) if start else networks.new_unet(teacher and teacher.unet)
+    unet = networks.new_unet(folders.load_unet(start) if start else teacher and teacher.unet)
     tokenizer, vae = folders.load_tokenizer(clip), folders.load_vae(vae, device=device)
     if teacher:
         text_encoder = teacher.text_encoders[0].requires_grad_(False)

@@ -32,14 +32,14 @@ warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # dtype is not
 ENDLESS = 10**6  # steps of a training of which a few are done
 
 
-def load(source, device, dtype):
-    """A pipeline of diffusers with the VAE in float32."""
+def load(source, device, dtype, vae_dtype):
+    """A pipeline of diffusers, its VAE in a precision of its own."""
     path = find_model(source)
     if path.is_file():
         pipe = diffusers.DiffusionPipeline.from_single_file(path, torch_dtype=dtype)
-        pipe.vae.to(torch.float32)
+        pipe.vae.to(vae_dtype)
     else:
-        dtypes = {"vae": torch.float32, "default": dtype}
+        dtypes = {"vae": vae_dtype, "default": dtype}
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtypes, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -51,7 +51,8 @@ def parameters(*networks):
 
 def open_model(job: Job):
     """As in minidistill.benchmark: a U-Net call, and a batch of images from the same noise."""
-    pipe, settings, (x, t, context, added) = load(job.source, job.device, job.dtype), job.settings, job.inputs
+    pipe, settings = load(job.source, job.device, job.dtype, job.vae_dtype), job.settings
+    x, t, context, added = job.inputs
     kind = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}[settings.sampler]
     own = {"timestep_spacing": settings.spacing, "prediction_type": settings.prediction}
     if settings.sampler == "ddim":
@@ -134,8 +135,8 @@ class Originals:
     def __init__(self, run: train_kd.Run) -> None:
         self.run, config, device = run, run.config, run.teacher.device
         self.dtype = PRECISIONS[config.precision]
-        pipe = load(config.teacher, device, self.dtype)
-        self.teacher, self.vae, self.text_encoder = pipe.unet, pipe.vae.to(self.dtype), pipe.text_encoder
+        pipe = load(config.teacher, device, self.dtype, self.dtype)
+        self.teacher, self.vae, self.text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
         for network in (self.teacher, self.vae, self.text_encoder):
             network.requires_grad_(False)
         self.student = diffusers.UNet2DConditionModel.from_config(run.student.unet.config.to_dict()).to(device)

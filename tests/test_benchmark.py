@@ -67,7 +67,6 @@ def test_the_table_the_numbers_and_the_plot(tiny_sd1, few_steps, tmp_path, capsy
         assert row["macs"] == count_macs(unet, 8, 8, 16)["conv_linear"] and row["steps"] == 3
         assert all(len(row[kind]) == 2 and min(row[kind]) > 0 for kind in ("load_ms", "call_ms", "batch_ms", "speed"))
         assert row["images_per_second"] == [1000 / ms for ms in row["batch_ms"]]
-        assert min(row["batch_ms"]) > min(row["call_ms"])
         assert f"{row['library']}, cpu {row['precision']}" in printed
     assert found["rows"][0]["speed"] == [1, 1] and found["rows"][1]["peak_bytes"] < found["rows"][0]["peak_bytes"]
     assert "1 CPU threads" in printed and "2 rounds" in printed
@@ -94,6 +93,16 @@ def test_a_model_is_sampled_as_it_was_distilled(tiny_sd1, few_steps):
     job, facts = prepare_sampling(Config(), case(few_steps))
     assert (facts["steps"], job.settings) == (3, Sampling(3))
     assert prepare_sampling(Config(), case(tiny_sd1))[1]["steps"] == 25
+
+
+@pytest.mark.parametrize(("of_vae", "expected"), [("fp32", "fp32"), ("same", "bf16")])
+def test_the_vae_has_a_precision_of_its_own_in_both_libraries(tiny_sd1, of_vae, expected):
+    job, facts = prepare_sampling(Config(vae_precision=of_vae), case(tiny_sd1)._replace(precision="bf16"))
+    weights = [2 * p.numel() for n in load_pipeline(tiny_sd1).networks.values() for p in n.parameters()]
+    weights += [{"fp32": 4, "bf16": 2}[expected] * p.numel() for p in load_pipeline(tiny_sd1).vae.parameters()]
+    for opened in (open_model, load_other().open_model):
+        assert sum(p.nbytes for p in opened(job)[0]) == sum(weights)
+    assert facts["vae_precision"] == expected
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl", "few"])
@@ -159,13 +168,12 @@ def test_training_steps_are_compared_and_no_images_are_made(tiny_sd1, images, tm
     ("words", "expected"),
     [
         (["--out", "."], "--out .: the name of a .json file is needed"),
-        (["--model", ","], "--model needs one value at least"),
-        (["--batch-size", ","], "--batch-size needs one value at least"),
         (["--recipe", "bk-tiny"], "give --against diffusers"),
-        (["--recipe", "bk-tiny", "--steps", "4"], "--steps and --guidance are of sampling"),
+        (["--recipe", "bk-tiny", "--steps", "4"], "--steps, --guidance and --vae-precision are of sampling"),
         (["--data", "photos"], "give --recipe too"),
         (["--precision", "fp32,fp8"], "fp8"),
         (["--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
+        (["--vae-precision", "fp16", "--device", "cpu"], "--vae-precision fp16 needs a CUDA device"),
         (["--resolution", "30", "--device", "cpu"], "--resolution must be a multiple of 4"),
         (["--model", "nothing/here/at/all", "--device", "cpu"], "nothing/here/at/all"),
     ],

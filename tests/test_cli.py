@@ -92,6 +92,8 @@ def test_a_preset_gives_values_and_flags_win_in_any_order():
         ("--learning-rate nan", "--learning-rate takes a finite number, not 'nan'"),
         ("--recipe bk-smal", "not 'bk-smal' (did you mean bk-small?)"),
         ("--stages 8,x", "--stages takes a whole number, not 'x'"),
+        ("--stages ,", "--stages is empty"),
+        ("--lora=", "--lora is empty"),
         ("--preset tiny", "--preset takes toy, long, not 'tiny'"),
         ("--learning_rate 1", "--learning_rate is --learning-rate here"),
         ("--max_train_steps 5", "--max_train_steps is --steps here"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from PIL import Image
 from runs import one_line
 from safetensors.torch import load_file, save_file
@@ -175,6 +176,7 @@ def test_low_memory_tiles_and_gives_the_same_images(run, monkeypatch):
 def test_the_bar_counts_every_step_and_is_for_terminals_only(run, tmp_path, monkeypatch, capsys, words, steps, total):
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
+    enable_progress_bars()  # transformers' switch, which another test may have turned, is huggingface_hub's too
     run(*words, steps=steps)
     assert "sampling" not in capsys.readouterr().err
     terminal = io.StringIO()

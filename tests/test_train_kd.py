@@ -46,6 +46,7 @@ from minidistill.metrics.cost import MemoryCount
 from minidistill.models.unet import SD15, UNet
 from minidistill.pipeline import load_pipeline
 from minidistill.training import inputs
+from minidistill.training.device import check_compiler
 from minidistill.training.log import MetricsLog
 
 ROOT = Path(__file__).parents[1]
@@ -228,6 +229,24 @@ def test_the_student_saved_is_the_average_and_averaging_does_not_touch_training(
     assert largest_difference(own, checkpoint(raw, part="student")) == 0
 
 
+def test_compiled_u_nets_learn_the_same(train, tmp_path, plain, monkeypatch, capsys):
+    compile_it, asked = torch.compile, []
+
+    def traced(network, **options):  # as inductor gets it; itself it takes minutes
+        asked.append(network)
+        return compile_it(network, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    assert train(tmp_path / "run", "--compile") == 0 and len(asked) == 2
+    own, expected = checkpoint(tmp_path / "run", part="student"), checkpoint(plain, part="student")
+    assert own.keys() == expected.keys() and largest_difference(own, expected) < 1e-5
+    capsys.readouterr()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train(tmp_path / "other", "--compile --device cpu") == 2 and "no-such-compiler" in one_line(capsys)
+    with pytest.raises(InputError, match="--parallel ddp, not fsdp"):
+        check_compiler(torch.device("cpu"), "fsdp")
+
+
 # resuming
 
 
@@ -328,7 +347,7 @@ REFUSED = {  # flags: words of the message
     "--teacher none": ["no such file or folder", "none"],
     "--remove down.1.7": ["--remove down.1.7 does not fit", "'down.1.7'"],
     "--remove down.1.0": ["--remove down.1.0", "up.2 mirrors down.1"],
-    "--remove ,": ["--remove names no block"],
+    "--remove ,": ["--remove is empty"],
     "--data none": ["data folder", "does not exist"],
     "--data scenes": ["scenes are 64x64", "32x32", "--resolution 64"],
     "--resolution 30": ["--resolution", "multiple of 4"],

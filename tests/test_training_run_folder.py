@@ -103,19 +103,19 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
 def test_a_source_may_move_and_be_spelt_otherwise_its_content_may_not(tmp_path, monkeypatch, capsys):
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    run = open_run(tmp_path / "run", teacher="model", start="model/", data="scenes", weights="abc")
+    run = open_run(tmp_path / "run", teacher="model", start_from="model/", data="scenes", weights="abc")
     (tmp_path / "here" / "scenes").mkdir()  # is not what the word means
     stored = json.loads(run.config.read_text())
     assert (stored["teacher"], stored["data"]) == (str(tmp_path / "here" / "model"), "scenes")
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     for spelt in ("here/model", "here/model/", str(tmp_path / "here" / "model")):
-        open_run(tmp_path / "run", True, teacher=spelt, start=spelt, data="scenes", weights="abc")
+        open_run(tmp_path / "run", True, teacher=spelt, start_from=spelt, data="scenes", weights="abc")
     assert "teacher" not in capsys.readouterr().out
-    open_run(tmp_path / "run", True, teacher="me/moved", start="here/model", data="moved", weights="abc")
+    open_run(tmp_path / "run", True, teacher="me/moved", start_from="here/model", data="moved", weights="abc")
     assert 'resuming with teacher "me/moved" (was ' in capsys.readouterr().out
     with pytest.raises(InputError, match=r'weights "abd" \(was "abc"\)'):
-        open_run(tmp_path / "run", True, teacher="here/model", start="here/model", data="scenes", weights="abd")
+        open_run(tmp_path / "run", True, teacher="here/model", start_from="here/model", data="scenes", weights="abd")
 
 
 def test_what_may_change_are_settings_there_are():

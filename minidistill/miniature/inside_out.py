@@ -120,22 +120,31 @@ class OuterDropout:
 
 
 @torch.no_grad()
-def copy_outer(teacher: UNet, unet: UNet) -> None:
-    """Copy what a teacher has on the two outer levels, before and after them, as far as it fits, in place.
+def copy_fitting(source: UNet, unet: UNet, generator: torch.Generator) -> None:
+    """Copy each layer that fits, in place; level 0 of `source` may have half the channels (Net2Net, arXiv 1511.05641).
 
-    So only its convolutions, if the U-Net reads no text there. A layer that reads more channels from the level below
-    than the teacher's gets those for the skip connection.
+    Each of those then becomes two equal ones, next to each other. A layer that reads them has for each pair random
+    shares of the one weight, so that the two learn different things. A U-Net of which all fits predicts what `source`
+    does, or nearly: normalisations over channels of level 0 together with wider ones have other groups.
     """
-    given, tail = dict(teacher.named_parameters()), unet.config.block_out_channels[1]
-    outer = ("conv_", "time_embedding", "down_blocks.0.", "down_blocks.1.", "up_blocks.2.", "up_blocks.3.")
+    given, narrow = dict(source.named_parameters()), source.config.block_out_channels[0]
     for name, weight in unet.named_parameters():
-        source = given.get(name) if name.startswith(outer) else None
-        if source is None or source.shape[0] != weight.shape[0]:
+        if (old := given.get(name)) is None:
             continue
-        if source.shape == weight.shape:
-            weight.copy_(source)
-        else:
-            weight[:, -tail:].copy_(source[:, -tail:])
+        more = [new - few for new, few in zip(weight.shape, old.shape, strict=True)]
+        if not all(n in (0, narrow, few) for n, few in zip(more, old.shape, strict=True)):
+            continue
+        for dim in (dim for dim, n in enumerate(more) if n):
+            kept, last = old.split([old.shape[dim] - more[dim], more[dim]], dim)  # what is read from a skip comes last
+            share = other = torch.ones_like(last)
+            if name == "time_embedding.linear_1.weight" and dim == 1:  # every second frequency is an old one
+                other = 1 - share
+            elif dim == 1:
+                share = torch.rand(last.shape, generator=generator).to(last)
+                other = 1 - share
+            pairs = torch.stack([share * last, other * last], dim + 1).flatten(dim, dim + 1)
+            old = torch.cat([kept, pairs], dim)
+        weight.copy_(old)
 
 
 @torch.no_grad()

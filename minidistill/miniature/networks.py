@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.miniature.inside_out import copy_outer, keep_variance
+from minidistill.diffusion.noise import generator_for
+from minidistill.miniature.inside_out import copy_fitting, keep_variance
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
@@ -26,7 +27,7 @@ VAE = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_gr
 # in images as small as these; and attention is slow on a CPU, hence few, wide heads. Levels 2 and 3 are equally wide:
 # recipes that remove level 3 need it.
 UNET = UNetConfig(
-    sample_size=16, block_out_channels=(32, 96, 96, 96), attention_head_dim=(1, 3, 3, 3), norm_num_groups=8,
+    sample_size=16, block_out_channels=(64, 96, 96, 96), attention_head_dim=(2, 3, 3, 3), norm_num_groups=8,
     cross_attention_dim=TEXT.hidden_size,
     down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -106,10 +107,10 @@ def whiten(vae: AutoencoderKL, x: Tensor) -> None:
     encode.bias[channels:] = (whitening.square() @ noise).log().float()
 
 
-def new_unet(teacher: UNet | None) -> UNet:
-    """An untrained U-Net, its outer convolutions as those of a teacher."""
+def new_unet(source: UNet | None) -> UNet:
+    """An untrained U-Net, with what it can take of another."""
     unet = UNet(UNET)
     keep_variance(unet)
-    if teacher:
-        copy_outer(teacher, unet)
+    if source:
+        copy_fitting(source, unet, generator_for(0, "copy"))
     return unet

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import shutil
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +77,22 @@ def to_precision(network: nn.Module, name: str) -> None:
     for path, weight in network.named_parameters():
         if not weight.requires_grad and not path.endswith(LORA_PARAMETERS):
             weight.data = weight.data.to(PRECISIONS[name])
+
+
+def check_compiler(device: torch.device, mode: str) -> None:
+    """InputError: --compile lacks what PyTorch compiles with, or weights are shared out (mode: of --parallel)."""
+    if mode != "ddp":
+        raise InputError(f"--compile takes --parallel ddp, not {mode}, which gathers weights layer by layer")
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(f"--compile needs a C++ compiler on a CPU: {compiler} is not found; install it, or set CXX")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise InputError("--compile needs triton on a GPU: pip install triton, or leave it out")
+
+
+def compiled(network: nn.Module) -> Callable[..., Any]:
+    """A network that is compiled at its first call, apart for each shape of its inputs; itself, it stays as it is."""
+    return torch.compile(network, dynamic=False)  # shapes as variables make inductor fail
 
 
 def best_precision(device: torch.device, smallest: int = 2) -> str:
