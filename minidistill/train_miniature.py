@@ -201,8 +201,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
     teacher = load_pipeline(config.teacher, device) if config.teacher else None
-    result = Path(config.out) / "pipeline"
-    pipe = new_pipeline(result, device, teacher, config.start_from)
+    pipe = new_pipeline(Path(config.out) / "pipeline", device, teacher, config.start_from)
     trained = nn.ModuleDict({"unet": pipe.unet} if teacher else pipe.networks)
     heads = inside_out.X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
@@ -212,6 +211,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
     start = run.restore(parts)
     batches, held_out, rounds = open_scenes(config, pipe)
     dropout, alpha_bar = inside_out.OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
+    alone = inside_out.HEAD_START if config.start_from else 0
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
             batch, done, progress = batches[step], step + 1, step / config.steps
@@ -230,7 +230,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
                 out, features = pipe.unet(x_t, t, text, return_features=True)
             per_sample = (out.float() - target).square().mean((1, 2, 3))
             weight = inside_out.p2_weight(t, alpha_bar, gamma)
-            losses = {"eps": (per_sample * weight).mean(), **(depth := heads(features, batch.x0))}
+            losses = {"eps": (per_sample * weight).mean(), **(depth := heads(features, batch.x0, step < alone))}
             loss = losses["eps"] + 0.2 * sum(depth.values()) + 0.001 * inside_out.excess(features)
             if teacher:
                 losses["contrast"] = contrast_loss(out, target).mean()
@@ -249,7 +249,7 @@ def train_unet(config: Config, run: RunFolder) -> None:
                     run.save(done, parts)
     if parallel.is_first():
         with ema.swap():
-            save_result(run, pipe, result)
+            save_result(run, pipe, Path(config.out) / "pipeline")
 
 
 def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range]:

@@ -374,6 +374,8 @@ def test_x0_is_predicted_from_the_inner_features_at_any_scale(unet):
     assert list(losses) == [f"x0 from {name}" for name in PATCHES]
     larger = heads({name: 30 * feature for name, feature in features.items()}, x0)
     assert all(torch.allclose(losses[name], larger[name], rtol=1e-3) for name in losses)
+    sum(heads(features, x0, alone=True).values()).backward()
+    assert all(p.grad.any() for p in heads.parameters()) and all(p.grad is None for p in unet.parameters())
     sum(losses.values()).backward()
     assert all(p.grad is None or not p.grad.any() for p in unet.up_blocks[3].parameters())
     assert all(p.grad.any() for name, p in unet.up_blocks[0].named_parameters() if "time_emb" not in name)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minidistill.models.unet import UNet, UNetConfig
 
+HEAD_START = 300  # steps in which new heads learn alone beside a trained U-Net, which their first errors would spoil
 PATCHES = {"mid": 8, "up.0": 4, "up.1": 2}  # feature -> side of the patch of x0 that it predicts at each position
 # Mean squares to which features may grow at no cost; what enters the mid block is less than what it adds.
 LIMITS = {"down.3": 2.0, "mid": 50.0, "up.0": 30.0, "up.1": 50.0}
@@ -40,11 +41,15 @@ class X0Heads(nn.Module):
         outputs = {name: config.out_channels * side**2 for name, side in PATCHES.items()}
         self.heads = nn.ModuleList(nn.Conv2d(widths[name], outputs[name], 1) for name in PATCHES)
 
-    def forward(self, features: dict[str, Tensor], x0: Tensor) -> dict[str, Tensor]:
-        """Features of the U-Net and x0 (B, C, h, w) of the first B samples -> the MSE of each head, by name."""
+    def forward(self, features: dict[str, Tensor], x0: Tensor, alone: bool = False) -> dict[str, Tensor]:
+        """Features of the U-Net and x0 (B, C, h, w) of the first B samples -> the MSE of each head, by name.
+
+        alone: without gradients to the features.
+        """
         losses = {}
         for head, (name, side) in zip(self.heads, PATCHES.items(), strict=True):
-            normed = F.group_norm(features[name][: len(x0)].float(), self.groups)
+            read = features[name].detach() if alone else features[name]
+            normed = F.group_norm(read[: len(x0)].float(), self.groups)
             losses[f"x0 from {name}"] = (head(normed) - F.pixel_unshuffle(x0, side)).square().mean()
         return losses
 
