@@ -60,7 +60,7 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    start_from: str | None = option(None, "folder of an earlier result, whose U-Net to go on from")
+    start_from: str | None = option(None, "OUT/pipeline of an earlier run, whose U-Net to go on from")
     steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 12000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
@@ -92,8 +92,8 @@ def main(config: Config) -> None:
     device = parallel.join(get_device(config.device, report=False))
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
-    if config.start_from and not Path(config.start_from, "unet").is_dir():
-        raise InputError(f"--start-from {config.start_from}: no unet/ in this folder; a result is in OUT/pipeline")
+    if config.start_from:
+        networks.grown(folders.load_unet(config.start_from))  # another one is refused before a file is written
     for part in chosen:
         taught = TAUGHT if config.teacher and part == "unet" else {}
         usual = {"precision": best_precision(device), **DEFAULTS[part], **taught}
@@ -263,7 +263,7 @@ def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range
 def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None, start: str | None) -> Pipeline:
     """What is trained, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder."""
     clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
-    unet = networks.new_unet(folders.load_unet(start) if start else teacher and teacher.unet)
+    unet = networks.grown(folders.load_unet(start)) if start else networks.new_unet(teacher and teacher.unet)
     tokenizer, vae = folders.load_tokenizer(clip), folders.load_vae(vae, device=device)
     if teacher:
         text_encoder = teacher.text_encoders[0].requires_grad_(False)

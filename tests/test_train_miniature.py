@@ -174,9 +174,10 @@ def test_a_run_can_start_from_an_earlier_result(made, tmp_path):
         assert all(torch.allclose(a, b, atol=1e-3) for a, b in pairs), name
 
 
-def test_a_start_that_is_not_there_is_refused_before_a_run_begins(tmp_path):
-    with pytest.raises(InputError, match="no unet/"):
-        main(few(out=str(tmp_path / "run"), part="unet", start_from=str(tmp_path)))
+def test_a_start_that_is_not_there_or_another_u_net_is_refused_before_a_run_begins(tmp_path):
+    for start, reason in ((tmp_path, "unet"), (folders.MINIATURE, "blocks and widths: down_blocks")):
+        with pytest.raises(InputError, match=reason):
+            main(few(out=str(tmp_path / "run"), part="unet", start_from=str(start)))
     assert not (tmp_path / "run").exists()
 
 
@@ -275,7 +276,7 @@ def test_a_u_net_starts_from_another_with_half_the_channels_outside():
     for config, most in ((UNET, 0), (half, 0.05)):  # a few normalisations have other groups in the second
         source, unet = UNet(config), UNet(UNET)
         expected, before = source(*inputs), unet(*inputs)
-        copy_fitting(source, unet, generator_for(0, "test"))
+        assert not copy_fitting(source, unet, generator_for(0, "test"))
         differences = [(out - expected).square().mean() / expected.var() for out in (before, unet(*inputs))]
         assert differences[0] > 0.5 and differences[1] <= most, differences
     ways = unet.conv_out.weight.unflatten(1, (32, 2))
@@ -288,7 +289,7 @@ def test_the_outer_levels_start_as_a_teachers():
     torch.manual_seed(0)
     teacher, unet = folders.load_unet(folders.MINIATURE).float(), UNet(UNET)
     before = {name: weight.clone() for name, weight in unet.named_parameters()}
-    copy_fitting(teacher, unet, generator_for(0, "test"))
+    left = copy_fitting(teacher, unet, generator_for(0, "test"))
     given, now = dict(teacher.named_parameters()), dict(unet.named_parameters())
     assert torch.equal(now["down_blocks.1.resnets.1.conv1.weight"], given["down_blocks.1.resnets.1.conv1.weight"])
     assert torch.equal(now["conv_in.weight"][::2], given["conv_in.weight"])
@@ -296,6 +297,7 @@ def test_the_outer_levels_start_as_a_teachers():
     levels = ("mid_block", "down_blocks.2", "down_blocks.3", "up_blocks.0")
     inner = [name for name, weight in now.items() if name.startswith(levels) and weight.ndim > 1]
     assert inner and all(torch.equal(now[name], before[name]) for name in inner), "wider than a teacher's"
+    assert set(inner) < set(left)
 
 
 @pytest.fixture(scope="module")

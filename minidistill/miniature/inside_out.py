@@ -125,31 +125,42 @@ class OuterDropout:
 
 
 @torch.no_grad()
-def copy_fitting(source: UNet, unet: UNet, generator: torch.Generator) -> None:
-    """Copy each layer that fits, in place; level 0 of `source` may have half the channels (Net2Net, arXiv 1511.05641).
+def copy_fitting(source: UNet, unet: UNet, generator: torch.Generator) -> list[str]:
+    """Copy each weight that fits, in place -> names of the others. Level 0 of `source` may have half the channels.
 
-    Each of those then becomes two equal ones, next to each other. A layer that reads them has for each pair random
-    shares of the one weight, so that the two learn different things. A U-Net of which all fits predicts what `source`
-    does, or nearly: normalisations over channels of level 0 together with wider ones have other groups.
+    Each of those then becomes two equal ones, next to each other (Net2Net, arXiv 1511.05641). A layer that reads them
+    has for each pair random shares of the one weight, so that the two learn different things. A U-Net of which all fits
+    predicts what `source` does, or nearly: normalisations over level 0 together with wider levels have other groups.
     """
-    given, narrow = dict(source.named_parameters()), source.config.block_out_channels[0]
+    given, narrow, left = dict(source.named_parameters()), source.config.block_out_channels[0], []
     for name, weight in unet.named_parameters():
-        if (old := given.get(name)) is None:
-            continue
-        more = [new - few for new, few in zip(weight.shape, old.shape, strict=True)]
-        if not all(n in (0, narrow, few) for n, few in zip(more, old.shape, strict=True)):
-            continue
-        for dim in (dim for dim, n in enumerate(more) if n):
-            kept, last = old.split([old.shape[dim] - more[dim], more[dim]], dim)  # what is read from a skip comes last
-            share = other = torch.ones_like(last)
-            if name == "time_embedding.linear_1.weight" and dim == 1:  # every second frequency is an old one
-                other = 1 - share
-            elif dim == 1:
-                share = torch.rand(last.shape, generator=generator).to(last)
-                other = 1 - share
-            pairs = torch.stack([share * last, other * last], dim + 1).flatten(dim, dim + 1)
-            old = torch.cat([kept, pairs], dim)
-        weight.copy_(old)
+        frequencies = name == "time_embedding.linear_1.weight"  # every second one is an old one, the others are new
+        old = given.get(name)
+        copied = None if old is None else _widen(old, weight.shape, narrow, None if frequencies else generator)
+        if copied is None:
+            left.append(name)
+        else:
+            weight.copy_(copied)
+    return left
+
+
+def _widen(old: Tensor, shape: torch.Size, narrow: int, generator: torch.Generator | None) -> Tensor | None:
+    """A weight with each of `narrow` channels, or all, twice. None: that is not `shape`.
+
+    generator: of the shares; None: the first of a pair has all, and the second none.
+    """
+    if old.ndim != len(shape):
+        return None
+    for dim, (few, wanted) in enumerate(zip(old.shape, shape, strict=True)):
+        if (more := wanted - few) not in (0, narrow, few):
+            return None
+        kept, last = old.split([few - more, more], dim)  # what is read from a skip comes last
+        pair = [last, last]
+        if dim == 1:
+            share = torch.rand(last.shape, generator=generator).to(last) if generator else torch.ones_like(last)
+            pair = [share * last, (1 - share) * last]
+        old = torch.cat([kept, torch.stack(pair, dim + 1).flatten(dim, dim + 1)], dim)
+    return old
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidistill.diffusion.noise import generator_for
+from minidistill.errors import InputError
 from minidistill.miniature.inside_out import copy_fitting, keep_variance
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import CLIPTokenizer
@@ -107,10 +108,21 @@ def whiten(vae: AutoencoderKL, x: Tensor) -> None:
     encode.bias[channels:] = (whitening.square() @ noise).log().float()
 
 
-def new_unet(source: UNet | None) -> UNet:
-    """An untrained U-Net, with what it can take of another."""
+def new_unet(teacher: UNet | None) -> UNet:
+    """An untrained U-Net, its outer convolutions as those of a teacher."""
     unet = UNet(UNET)
     keep_variance(unet)
-    if source:
-        copy_fitting(source, unet, generator_for(0, "copy"))
+    if teacher:
+        copy_fitting(teacher, unet, generator_for(0, "copy"))
+    return unet
+
+
+def grown(source: UNet) -> UNet:
+    """A U-Net that predicts what an earlier one does, which may have half the channels on level 0.
+
+    InputError: it has other blocks or widths.
+    """
+    unet = UNet(UNET)
+    if left := copy_fitting(source, unet, generator_for(0, "copy")):
+        raise InputError(f"--start-from takes a U-Net of the miniature's blocks and widths: {left[0]} is another")
     return unet
