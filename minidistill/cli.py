@@ -129,7 +129,7 @@ def parse(
 def _stored_value(file: Path, field: dataclasses.Field[Any], config_class: type, value: Any) -> Any:
     """A setting of config.json, which people edit, as if it were typed. InputError: it is none, the file is named."""
     hint = typing.get_type_hints(config_class)[field.name]
-    if value == []:
+    if value == [] and _item_type(hint)[1]:
         return ()
     if _item_type(hint)[0] is bool:
         if not isinstance(value, bool):

@@ -180,6 +180,8 @@ def set_up(config: Config, *, measured: bool = True) -> Run:
     measured: False for a run without a report, the steps of which are only timed.
     """
     device = parallel.join(get_device(config.device, config.deterministic), config.parallel)
+    if config.compile:
+        check_compiler(device, config.parallel)
     config, pipe, removal, data = plan(config, device)
     smallest = inputs.smallest_map(removal.student, config.resolution // pipe.vae.config.downscale)
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
@@ -226,8 +228,6 @@ def plan(config: Config, device: torch.device) -> tuple[Config, Pipeline, Remova
     if config.flip and config.image_free:
         raise InputError("--flip needs images to mirror, and --image-free trains on none: leave out one of them")
     inputs.check_training(config)
-    if config.compile:
-        check_compiler(device, config.parallel)
     pipe = load_pipeline(config.teacher, device)
     inputs.check_weights(pipe, config.teacher)
     config = resolve(config, pipe)

@@ -234,6 +234,7 @@ def test_settings_a_run_folder_and_a_resume_fit_together(tmp_path, capsys):
         ({"stages": [2, "x"]}, "stages takes a whole number, not 'x'"),
         ({"learning_rate": None}, "learning_rate takes a finite number, not 'none'"),
         ({"flip": "no"}, "flip must be true or false, not 'no'"),
+        ({"steps": []}, "steps"),
     ],
 )
 def test_an_edited_setting_of_a_run_is_checked_like_a_flag(tmp_path, setting, expected):

@@ -92,7 +92,7 @@ def check_compiler(device: torch.device, mode: str) -> None:
 
 def compiled(network: nn.Module) -> Callable[..., Any]:
     """A network that is compiled at its first call, apart for each shape of its inputs; itself, it stays as it is."""
-    return torch.compile(network, dynamic=False)  # shapes as variables make inductor fail
+    return torch.compile(network, dynamic=False)  # shapes as variables can make inductor fail (PyTorch 2.13, CPU)
 
 
 def best_precision(device: torch.device, smallest: int = 2) -> str:
