@@ -67,6 +67,7 @@ def test_the_table_the_numbers_and_the_plot(tiny_sd1, few_steps, tmp_path, capsy
         assert row["macs"] == count_macs(unet, 8, 8, 16)["conv_linear"] and row["steps"] == 3
         assert all(len(row[kind]) == 2 and min(row[kind]) > 0 for kind in ("load_ms", "call_ms", "batch_ms", "speed"))
         assert row["images_per_second"] == [1000 / ms for ms in row["batch_ms"]]
+        assert min(row["batch_ms"]) > min(row["call_ms"])
         assert f"{row['library']}, cpu {row['precision']}" in printed
     assert found["rows"][0]["speed"] == [1, 1] and found["rows"][1]["peak_bytes"] < found["rows"][0]["peak_bytes"]
     assert "1 CPU threads" in printed and "2 rounds" in printed

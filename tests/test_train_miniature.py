@@ -175,7 +175,7 @@ def test_a_run_can_start_from_an_earlier_result(made, tmp_path):
 
 
 def test_a_start_that_is_not_there_or_another_u_net_is_refused_before_a_run_begins(tmp_path):
-    for start, reason in ((tmp_path, "unet"), (folders.MINIATURE, "blocks and widths: down_blocks")):
+    for start, reason in ((tmp_path, "has no folder unet/"), (folders.MINIATURE, "blocks and widths: down_blocks")):
         with pytest.raises(InputError, match=reason):
             main(few(out=str(tmp_path / "run"), part="unet", start_from=str(start)))
     assert not (tmp_path / "run").exists()
@@ -291,9 +291,15 @@ def test_the_outer_levels_start_as_a_teachers():
     before = {name: weight.clone() for name, weight in unet.named_parameters()}
     left = copy_fitting(teacher, unet, generator_for(0, "test"))
     given, now = dict(teacher.named_parameters()), dict(unet.named_parameters())
-    assert torch.equal(now["down_blocks.1.resnets.1.conv1.weight"], given["down_blocks.1.resnets.1.conv1.weight"])
-    assert torch.equal(now["conv_in.weight"][::2], given["conv_in.weight"])
-    assert torch.equal(now["conv_in.weight"][1::2], given["conv_in.weight"])
+    for name in ("down_blocks.1.resnets.1.conv1.weight", "conv_out.bias"):
+        assert torch.equal(now[name], given[name]), name
+    for name in ("conv_in.weight", "conv_norm_out.weight"):
+        assert torch.equal(now[name], given[name].repeat_interleave(2, 0)), name
+    frequencies, old = now["time_embedding.linear_1.weight"], given["time_embedding.linear_1.weight"]
+    assert torch.equal(frequencies[:, ::2], old.repeat_interleave(2, 0)) and not frequencies[:, 1::2].any()
+    name = "up_blocks.3.resnets.2.conv_shortcut.weight"
+    shares = now[name].unflatten(1, (-1, 2)).sum(2)
+    assert torch.allclose(shares, given[name].repeat_interleave(2, 0), atol=1e-6), name
     levels = ("mid_block", "down_blocks.2", "down_blocks.3", "up_blocks.0")
     inner = [name for name, weight in now.items() if name.startswith(levels) and weight.ndim > 1]
     assert inner and all(torch.equal(now[name], before[name]) for name in inner), "wider than a teacher's"
