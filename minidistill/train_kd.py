@@ -125,6 +125,8 @@ def main(config: Config) -> None:
     weights = dict(zip(LOSSES, config.loss_weights, strict=True))
 
     run.folder.begin(run.settings)
+    if config.compile:
+        print("compiling both U-Nets in the first step: minutes, in which nothing else is printed", flush=True)
     parts = {"student": student, "optimizer": optimizer, "ema": ema, "scaler": precision.scaler}
     start = run.folder.restore(parts)
     if start == 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.models.clip import CLIPModel, CLIPTextModel
 from minidistill.models.tokenizer import train_bpe
+from minidistill.models.unet import UNet
 from minidistill.models.vae import AutoencoderKL, posterior_std
 from minidistill.pipeline import Pipeline, load_pipeline
 from minidistill.report import save_image_grid
@@ -50,9 +52,6 @@ from minidistill.weights import folders
 
 # Hard scenes are more frequent in the U-Net's training set than in the test set.
 CROWDED = {"one": 14, "related": 24, "two": 8, "inside": 18, "counted": 12, "three": 24}
-# Ranges of t that the samples take in turn, and gamma of the loss weights. First more between 500 and 950, where most
-# attributes of a scene are decided; then more below 300 too: noise that is left there makes the image grainy.
-EARLY, LATER = (((500, 950), (0, 1000)), 0.25), (((0, 300), (300, 800), (0, 1000)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Config:
     part: str = option("all", "network(s) to train", choices=("clip", "vae", "unet", "all"))
     out: str = option("runs/miniature", "output folder; the result is OUT/pipeline")
     teacher: str | None = option(None, "a miniature to learn from: its predictions are the U-Net's targets")
-    start_from: str | None = option(None, "OUT/pipeline of an earlier run, whose U-Net to go on from")
-    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 12000 with a teacher", minimum=1)
+    start_from: str | None = option(None, "OUT/pipeline of an earlier run, whose U-Net to go on from: the last phase")
+    steps: int | None = option(None, "default: clip 2400, vae 5000, unet 30000, or 16000 with a teacher", minimum=1)
     batch_size: int | None = option(None, "samples per step; default: clip 128, vae 16, unet 16", minimum=1)
     learning_rate: float | None = option(None, "default: clip 1e-3, vae 1.5e-3, unet 1e-3, or 4e-4 with a teacher")
     images: int = option(40_000, "scenes in the U-Net's training set", minimum=1)
@@ -80,23 +79,23 @@ DEFAULTS = {
     "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
     "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3},
 }
-TAUGHT = {"steps": 12_000, "learning_rate": 4e-4}  # with a teacher: what is copied would be lost at the usual rate
+TAUGHT = {"steps": 16_000, "batch_size": 16, "learning_rate": 4e-4}  # the usual rate would destroy what is copied
 
 
 def main(config: Config) -> None:
     """Train the chosen parts, in their order. InputError: there is nothing to resume."""
-    train = {"clip": train_clip, "vae": train_vae, "unet": train_unet}
-    chosen = tuple(train) if config.part == "all" else (config.part,)
+    chosen = tuple(DEFAULTS) if config.part == "all" else (config.part,)
     if chosen != ("unet",):
         parallel.refuse("train_miniature, but for --part unet,")
     device = parallel.join(get_device(config.device, report=False))
     if config.resume and not any((Path(config.out) / part / "config.json").is_file() for part in chosen):
         raise InputError(f"nothing to resume in {config.out}: check --out, or start without --resume")
-    if config.start_from:
-        networks.grown(folders.load_unet(config.start_from))  # another one is refused before a file is written
+    teacher = load_pipeline(config.teacher, device) if config.teacher and "unet" in chosen else None
+    first = folders.load_unet(config.start_from, device=device) if config.start_from else None
+    networks.check_blocks(teacher and teacher.unet, first)
+    train = {"clip": train_clip, "vae": train_vae, "unet": partial(train_unet, teacher=teacher, first=first)}
     for part in chosen:
-        taught = TAUGHT if config.teacher and part == "unet" else {}
-        usual = {"precision": best_precision(device), **DEFAULTS[part], **taught}
+        usual = {"precision": best_precision(device), **(TAUGHT if teacher and part == "unet" else DEFAULTS[part])}
         own = {name: value for name, value in usual.items() if getattr(config, name) is None}
         part_config = replace(config, part=part, **own)
         folder, settings = Path(config.out) / part, dataclasses.asdict(part_config)
@@ -190,18 +189,16 @@ def train_vae(config: Config, run: RunFolder) -> None:
     print(f"reconstruction: {', '.join(f'{k} {v:.4g}' for k, v in result.items())} -> {config.out}/pipeline/vae")
 
 
-def train_unet(config: Config, run: RunFolder) -> None:
+def train_unet(config: Config, run: RunFolder, teacher: Pipeline | None = None, first: UNet | None = None) -> None:
     """eps-prediction training of a latent diffusion model (arXiv 2112.10752, eq. 3) -> unet/, text_encoder/.
 
-    The text encoder trains too, as in its section 3.3. The loss is weighted by about SNR^-gamma (P2, arXiv 2204.00227).
-    With a teacher, its predictions are the targets, under two captions each (`contrast.py`), not eps. Its outer
-    convolutions are the start, its text encoder stays.
+    In the phases of `inside_out.py`; for `first`, an earlier result, the last. With a teacher its predictions are the
+    targets, under two captions each, and its text encoder stays.
     """
     device = parallel.join(get_device(config.device))
     precision = get_precision(config.precision, device)
     torch.manual_seed(config.seed)
-    teacher = load_pipeline(config.teacher, device) if config.teacher else None
-    pipe = new_pipeline(Path(config.out) / "pipeline", device, teacher, config.start_from)
+    pipe = new_pipeline(config, device, teacher, first)
     trained = nn.ModuleDict({"unet": pipe.unet} if teacher else pipe.networks)
     heads = inside_out.X0Heads(pipe.unet.config).to(device)
     learned = nn.ModuleList([trained, heads])
@@ -211,13 +208,16 @@ def train_unet(config: Config, run: RunFolder) -> None:
     start = run.restore(parts)
     batches, held_out, rounds = open_scenes(config, pipe)
     dropout, alpha_bar = inside_out.OuterDropout(pipe.unet), make_alpha_bar(pipe.schedule).to(device)
-    alone = inside_out.HEAD_START if config.start_from else 0
+    phases = inside_out.PHASES[-1:] if first else inside_out.PHASES
     with MetricsLog(run.metrics, config.steps, config.log_every, start) as log:
         for step in range(start, config.steps):
-            batch, done, progress = batches[step], step + 1, step / config.steps
-            lr = config.learning_rate * min(1, done / 200, (1 - progress) / 0.4)  # falls over the last 40 %
-            ranges, gamma = EARLY if progress < 1 / 3 and not config.start_from else LATER
-            t, captions = inside_out.squeeze(batch.t, batches.numbers(step), ranges), batch.captions
+            batch, done = batches[step], step + 1
+            phase, progress, begins = inside_out.phase_at(step, config.steps, phases)
+            if begins and len(phases) > 1 and phase is phases[-1] and teacher:
+                inside_out.take_level_0(teacher.unet, pipe.unet)
+                ema.restart()
+            lr = config.learning_rate * min(1, done / 200, (1 - progress) / max(phase.falls, 1e-9))
+            t, captions = inside_out.squeeze(batch.t, batches.numbers(step), phase.ranges), batch.captions
             x_t = add_noise(batch.x0, batch.eps, t, alpha_bar)
             draws = inside_out.draw(config.batch_size, generator_for(config.seed, "drop", step))[:, batches.part]
             if teacher:  # a second time with other captions
@@ -226,15 +226,14 @@ def train_unet(config: Config, run: RunFolder) -> None:
             text = pipe.text_states(captions).context
             with precision.autocast, torch.no_grad():
                 target = teacher.unet(x_t, t, text).float() if teacher else batch.eps
-            with precision.autocast, dropout.at(progress, draws):
+            with precision.autocast, dropout.at(inside_out.fading(phase, progress), draws):
                 out, features = pipe.unet(x_t, t, text, return_features=True)
-            per_sample = (out.float() - target).square().mean((1, 2, 3))
-            weight = inside_out.p2_weight(t, alpha_bar, gamma)
-            losses = {"eps": (per_sample * weight).mean(), **(depth := heads(features, batch.x0, step < alone))}
-            loss = losses["eps"] + 0.2 * sum(depth.values()) + 0.001 * inside_out.excess(features)
+            per_sample, depth = (out.float() - target).square().mean((1, 2, 3)), heads(features, batch.x0)
+            losses = {"eps": (per_sample * inside_out.p2_weight(t, alpha_bar, phase.gamma)).mean(), **depth}
+            loss = losses["eps"] + phase.heads * sum(depth.values()) + 0.001 * inside_out.excess(features)
             if teacher:
                 losses["contrast"] = contrast_loss(out, target).mean()
-                loss = loss + 0.5 * min(1, (1 - progress) * 1.5) * losses["contrast"]
+                loss = loss + phase.contrast * losses["contrast"]
             precision.scaler.scale(loss).backward()
             optimizer_step(learned, muon, precision.scaler, MUON_RATE * lr, None, done, t)
             norm = optimizer_step(learned, adam, precision.scaler, lr, 1.0, done, t)
@@ -260,18 +259,19 @@ def open_scenes(config: Config, pipe: Pipeline) -> tuple[Batches, Batches, range
     return batches, Batches(Scenes("test", rounds * config.batch_size), pipe, **settings), range(rounds)
 
 
-def new_pipeline(folder: Path, device: torch.device, teacher: Pipeline | None, start: str | None) -> Pipeline:
-    """What is trained, with CLIP and VAE of `folder` or else of the shipped miniature; a teacher's text encoder."""
-    clip, vae = (folder if (folder / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
-    unet = networks.grown(folders.load_unet(start)) if start else networks.new_unet(teacher and teacher.unet)
-    tokenizer, vae = folders.load_tokenizer(clip), folders.load_vae(vae, device=device)
+def new_pipeline(config: Config, device: torch.device, teacher: Pipeline | None, first: UNet | None) -> Pipeline:
+    """What is trained, with CLIP and VAE of OUT or else of the shipped miniature; a teacher's text encoder."""
+    out = Path(config.out) / "pipeline"
+    clip, vae = (out if (out / part).is_dir() else folders.MINIATURE for part in ("clip", "vae"))
+    tokenizer, unet = folders.load_tokenizer(clip), first or networks.new_unet(teacher and teacher.unet)
     if teacher:
         text_encoder = teacher.text_encoders[0].requires_grad_(False)
-    elif start:
-        text_encoder = folders.load_text_encoder(start)
+    elif config.start_from:
+        text_encoder = folders.load_text_encoder(config.start_from)
     else:
         text_encoder = networks.words_first(folders.load_clip(clip))
         networks.redraw_places(text_encoder, tokenizer)
+    vae = folders.load_vae(vae, device=device)
     return Pipeline(unet.to(device), vae, [text_encoder.to(device)], [tokenizer], ScheduleConfig())
 
 

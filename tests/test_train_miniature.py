@@ -10,23 +10,25 @@ import pytest
 import torch
 from runs import metrics
 
-from minidistill.diffusion.noise import generator_for
 from minidistill.distill.sensitivity import zeroed
 from minidistill.errors import InputError
 from minidistill.miniature.contrast import FLOOR, VALUES, change, contrast_loss, second_captions
 from minidistill.miniature.inside_out import (
-    DROPPED,
+    LEVEL_0,
     LIMITS,
     PATCHES,
+    PHASES,
     OuterDropout,
     X0Heads,
-    copy_fitting,
+    copy_outer,
     draw,
     excess,
+    fading,
     keep_variance,
     p2_weight,
-    probability,
+    phase_at,
     squeeze,
+    take_level_0,
 )
 from minidistill.miniature.networks import UNET, VAE, near_colour, redraw_places, whiten, words_first
 from minidistill.miniature.scenes import SIZES, Scenes, parse
@@ -178,7 +180,18 @@ def test_a_start_that_is_not_there_or_another_u_net_is_refused_before_a_run_begi
     for start, reason in ((tmp_path, "has no folder unet/"), (folders.MINIATURE, "blocks and widths: down_blocks")):
         with pytest.raises(InputError, match=reason):
             main(few(out=str(tmp_path / "run"), part="unet", start_from=str(start)))
+    with pytest.raises(InputError, match="--teacher takes a U-Net of the miniature's blocks and widths: conv_in"):
+        main(few(out=str(tmp_path / "run"), part="unet", teacher=str(wide_miniature(tmp_path))))
+    with pytest.raises(InputError, match="no such"):
+        main(few(out=str(tmp_path / "run"), part="unet", teacher=str(tmp_path / "missing")))
     assert not (tmp_path / "run").exists()
+
+
+def wide_miniature(folder):
+    pipe = load_pipeline("miniature")
+    pipe.unet = UNet(dataclasses.replace(UNET, block_out_channels=(64, 96, 96, 96), attention_head_dim=(2, 3, 3, 3)))
+    pipe.save(folder / "wide")
+    return folder / "wide"
 
 
 def test_a_missing_run_is_not_resumed(tmp_path):
@@ -263,25 +276,23 @@ def test_squeeze_rescales_timesteps_into_the_ranges_in_turn():
     assert squeeze(torch.arange(1000), range(1000), [(0, 1000)]).tolist() == list(range(1000))
 
 
-def test_nothing_is_dropped_any_more_at_the_end():
+def test_nothing_is_dropped_any_more_at_the_end_of_the_last_phase():
     shares = [0.0, 0.5, 0.9, 0.935, 0.97, 1.0]
-    assert [probability(0.25, share) for share in shares] == pytest.approx([0.25, 0.25, 0.25, 0.125, 0, 0])
+    for phase, factors in ((PHASES[0], [1] * 6), (PHASES[-1], [1, 1, 1, 0.5, 0, 0])):
+        for key, most in phase.dropped.items():
+            expected = pytest.approx([factor * most for factor in factors])
+            assert [fading(phase, share)[key] for share in shares] == expected, key
 
 
-@torch.no_grad()
-def test_a_u_net_starts_from_another_with_half_the_channels_outside():
-    torch.manual_seed(0)
-    inputs = random_inputs(UNET, 2, 16, 16)[:3]
-    half = dataclasses.replace(UNET, block_out_channels=(32, 96, 96, 96), attention_head_dim=(1, 3, 3, 3))
-    for config, most in ((UNET, 0), (half, 0.05)):  # a few normalisations have other groups in the second
-        source, unet = UNet(config), UNet(UNET)
-        expected, before = source(*inputs), unet(*inputs)
-        assert not copy_fitting(source, unet, generator_for(0, "test"))
-        differences = [(out - expected).square().mean() / expected.var() for out in (before, unet(*inputs))]
-        assert differences[0] > 0.5 and differences[1] <= most, differences
-    ways = unet.conv_out.weight.unflatten(1, (32, 2))
-    assert torch.allclose(ways.sum(2), source.conv_out.weight, atol=1e-6)
-    assert (ways[:, :, 0] - ways[:, :, 1]).abs().mean() > 0.1 * ways.abs().mean(), "the two would stay equal"
+def test_each_phase_has_its_share_of_the_steps():
+    for steps in (8, 1000):
+        found = [phase_at(step, steps, PHASES) for step in range(steps)]
+        assert [sum(phase is one for phase, *_ in found) for one in PHASES] == [one.share * steps for one in PHASES]
+        begins = [step for step in range(steps) if found[step][2]]
+        assert begins == [0, steps // 4, 3 * steps // 4] and all(found[step][1] == 0 for step in begins)
+        assert all(0 <= progress < 1 for _, progress, _ in found)
+    assert phase_at(5, 20, PHASES[-1:]) == (PHASES[-1], 0.25, False), "alone it is the whole run"
+    assert sum(phase_at(step, 10, PHASES)[2] for step in range(10)) == 3, "also where they begin within a step"
 
 
 @torch.no_grad()
@@ -289,21 +300,53 @@ def test_the_outer_levels_start_as_a_teachers():
     torch.manual_seed(0)
     teacher, unet = folders.load_unet(folders.MINIATURE).float(), UNet(UNET)
     before = {name: weight.clone() for name, weight in unet.named_parameters()}
-    left = copy_fitting(teacher, unet, generator_for(0, "test"))
+    copy_outer(teacher, unet)
     given, now = dict(teacher.named_parameters()), dict(unet.named_parameters())
-    for name in ("down_blocks.1.resnets.1.conv1.weight", "conv_out.bias"):
+    for name in ("conv_in.weight", "down_blocks.1.resnets.1.conv1.weight", "up_blocks.2.upsamplers.0.conv.bias"):
         assert torch.equal(now[name], given[name]), name
-    for name in ("conv_in.weight", "conv_norm_out.weight"):
-        assert torch.equal(now[name], given[name].repeat_interleave(2, 0)), name
-    frequencies, old = now["time_embedding.linear_1.weight"], given["time_embedding.linear_1.weight"]
-    assert torch.equal(frequencies[:, ::2], old.repeat_interleave(2, 0)) and not frequencies[:, 1::2].any()
-    name = "up_blocks.3.resnets.2.conv_shortcut.weight"
-    shares = now[name].unflatten(1, (-1, 2)).sum(2)
-    assert torch.allclose(shares, given[name].repeat_interleave(2, 0), atol=1e-6), name
-    levels = ("mid_block", "down_blocks.2", "down_blocks.3", "up_blocks.0")
-    inner = [name for name, weight in now.items() if name.startswith(levels) and weight.ndim > 1]
-    assert inner and all(torch.equal(now[name], before[name]) for name in inner), "wider than a teacher's"
-    assert set(inner) < set(left)
+    levels = ("mid_block", "down_blocks.2", "down_blocks.3", "up_blocks.0", "up_blocks.1")
+    inner = [name for name in now if name.startswith(levels)]
+    assert inner and all(torch.equal(now[name], before[name]) for name in inner)
+
+
+@torch.no_grad()
+def test_a_teachers_level_0_is_taken_and_the_others_know_the_timestep_as_before():
+    torch.manual_seed(0)
+    teacher, unet = folders.load_unet(folders.MINIATURE).float(), UNet(UNET)
+    for weight in unet.time_embedding.parameters():
+        weight.mul_(4)  # PyTorch's first weights hardly tell timesteps apart
+    t = torch.arange(0, 1000, 7)
+
+    def at_timesteps():
+        embedding = unet._embed(t, None)
+        return {
+            name: module(torch.nn.functional.silu(embedding))
+            for name, module in unet.named_modules()
+            if name.endswith("time_emb_proj") and not name.startswith(LEVEL_0)
+        }
+
+    before, given = at_timesteps(), dict(teacher.named_parameters())
+    weights = {name: weight.clone() for name, weight in unet.named_parameters()}
+    take_level_0(teacher, unet)
+    for name, weight in unet.named_parameters():
+        if name.startswith(LEVEL_0):
+            assert torch.equal(weight, given[name]), name
+        else:
+            assert torch.equal(weight, weights[name]) != ("time_emb_proj" in name), name
+    after = at_timesteps()
+    assert len(after) == 17
+    for name, out in after.items():
+        assert (out - before[name]).square().mean() < 1e-3 * before[name].var(0).mean(), name
+
+
+def test_the_last_phase_of_a_run_with_a_teacher_begins_with_its_level_0(tmp_path):
+    main(few(out=str(tmp_path), part="unet", steps=4, teacher="miniature", learning_rate=1e-12))
+    state = read_safetensors(tmp_path / "unet/checkpoints/step-000004/state.safetensors")
+    given = {name: weight for name, weight in folders.load_unet(folders.MINIATURE).float().named_parameters()}
+    taken = [name for name in given if name.startswith(LEVEL_0) and "down_blocks.0.attentions" not in name]
+    assert any("attentions" in name for name in taken)
+    for where in ("networks/unet.", "ema/unet."):
+        assert all(torch.allclose(state[where + name], given[name], atol=1e-6) for name in taken), where
 
 
 @pytest.fixture(scope="module")
@@ -319,10 +362,10 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
     dropout = OuterDropout(unet)
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(unet(*inputs), plain), "nothing is dropped outside of the block"
-    with dropout.at(1.0, draw(3, generator)):
+    with dropout.at(fading(PHASES[-1], 1.0), draw(3, generator)):
         assert torch.equal(unet(*inputs), plain), "nor at the end of the run"
-    with dropout.at(0.5, draw(3, generator)):
-        dropout.kept = {key: torch.zeros(3, dtype=torch.bool) for key in DROPPED}
+    with dropout.at(PHASES[-1].dropped, draw(3, generator)):
+        dropout.kept = {key: torch.zeros(3, dtype=torch.bool) for key in PHASES[-1].dropped}
         nothing = unet(*inputs)
         other_text = unet(*inputs[:2], torch.randn_like(inputs[2]), return_features=True)[1]
     inner = UNet(UNET)
@@ -333,12 +376,12 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
             for transformer in block.attentions:
                 transformer.proj_out.weight.zero_()
                 transformer.proj_out.bias.zero_()
-    for level in (level for kind, level in DROPPED if kind == "skips"):
+    for level in (level for kind, level in PHASES[-1].dropped if kind == "skips"):
         inner.up_blocks[last - level].register_forward_pre_hook(without_skips)
     assert torch.allclose(nothing, inner(*inputs), atol=1e-5)
     assert other_text["down.2.proj_out"].abs().max() == 0
-    with dropout.at(0.5, draw(3, generator)):
-        dropout.kept = {key: torch.tensor([True, False, True]) for key in DROPPED}
+    with dropout.at(PHASES[-1].dropped, draw(3, generator)):
+        dropout.kept = {key: torch.tensor([True, False, True]) for key in PHASES[-1].dropped}
         some = unet(*inputs)
     assert torch.allclose(some[[0, 2]], plain[[0, 2]], atol=1e-5)
     assert torch.allclose(some[1], nothing[1], atol=1e-5)
@@ -346,13 +389,17 @@ def test_dropout_leaves_out_what_a_sample_does_not_keep_and_nothing_outside_its_
 
 def test_what_an_inner_level_keeps_the_levels_above_it_keep_too(unet):
     dropout = OuterDropout(unet)
-    with dropout.at(0.5, draw(1000, torch.Generator().manual_seed(0))):
-        for kind in ("skips", "attention"):
-            levels = sorted((level for k, level in DROPPED if k == kind), key=lambda n: DROPPED[kind, n])
-            for likely, less_likely in itertools.pairwise(levels):
-                assert bool((dropout.kept[kind, likely] | ~dropout.kept[kind, less_likely]).all())
-        dropped = (~dropout.kept["attention", 2]).float().mean().item()
-    assert dropped == pytest.approx(DROPPED["attention", 2], abs=0.03)
+    for phase in PHASES:
+        with dropout.at(phase.dropped, draw(1000, torch.Generator().manual_seed(0))):
+            for kind in ("skips", "attention"):
+                levels = sorted(
+                    (level for k, level in phase.dropped if k == kind), key=lambda n: phase.dropped[kind, n]
+                )
+                for likely, less_likely in itertools.pairwise(levels):
+                    assert bool((dropout.kept[kind, likely] | ~dropout.kept[kind, less_likely]).all())
+            for level in (0, 2):
+                dropped = (~dropout.kept["attention", level]).float().mean().item()
+                assert dropped == pytest.approx(phase.dropped["attention", level], abs=0.03)
 
 
 @torch.no_grad()
@@ -382,9 +429,8 @@ def test_x0_is_predicted_from_the_inner_features_at_any_scale(unet):
     assert list(losses) == [f"x0 from {name}" for name in PATCHES]
     larger = heads({name: 30 * feature for name, feature in features.items()}, x0)
     assert all(torch.allclose(losses[name], larger[name], rtol=1e-3) for name in losses)
-    sum(heads(features, x0, alone=True).values()).backward()
-    assert all(p.grad.any() for p in heads.parameters()) and all(p.grad is None for p in unet.parameters())
     sum(losses.values()).backward()
+    assert all(p.grad.any() for p in heads.parameters())
     assert all(p.grad is None or not p.grad.any() for p in unet.up_blocks[3].parameters())
     assert all(p.grad.any() for name, p in unet.up_blocks[0].named_parameters() if "time_emb" not in name)
     with torch.no_grad():  # a head that knows x0: its input is the patches, which have mean 0 and variance 1 by group

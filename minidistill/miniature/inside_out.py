@@ -2,15 +2,21 @@
 
 Trained plainly, a U-Net for images as small as these stays idle inside: its two outer levels learn the task first, and
 nothing is left for the levels below (with the output of levels 2, 3 and mid block set to zero, its prediction changed
-by an MSE of 1e-5). Here the outer levels read no text (`networks.UNET`). The output of the inner ones reaches the last
-layer at full scale (`keep_variance`); x0 is predicted from them too (`X0Heads`); and what could do without the levels
-further in is dropped now and then (`OuterDropout`).
+by an MSE of 1e-5). Here it learns from the inside out, in three PHASES. Level 1 never reads the text (`networks.UNET`),
+level 0 only in the last phase, when the inner levels know what words mean. The output of the inner levels reaches the
+last layer at full scale (`keep_variance`); x0 is predicted from them too (`X0Heads`); and what could do without the
+levels further in is dropped now and then (`OuterDropout`).
+
+A teacher that was trained plainly lends its outer levels: at first their convolutions (`copy_outer`), and in the last
+phase its whole level 0, with transformers (`take_level_0`). That keeps most of what the inner levels have learned, for
+they were trained between the same convolutions: the MSE to the teacher, at t = 550, was 0.010 before and 0.019 then.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +24,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidistill.models.layers import timestep_embedding
 from minidistill.models.unet import UNet, UNetConfig
 
-HEAD_START = 300  # steps in which new heads learn alone beside a trained U-Net: at first their MSE is 1.4, later 0.3
+KINDS = ("skips", "attention")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the U-Net's training."""
+
+    share: float  # of the run's steps
+    falls: float  # over this last share of the phase the learning rate falls to 0
+    ranges: tuple[tuple[int, int], ...]  # of t, that the samples take in turn
+    gamma: float  # of the loss weights (`p2_weight`)
+    heads: float  # weight of the losses of X0Heads
+    contrast: float  # weight of contrast_loss
+    dropped: dict[tuple[str, int], float]  # kind and level -> probability. Level 3 has no transformers
+
+
+# Most attributes of a scene are decided between 500 and 950; noise that is left below 300 makes an image grainy. The
+# losses of the heads and of the contrast teach the first steps much; later they are mostly noise: at the first weights,
+# their gradients vary from batch to batch 4 (level 0 and 1) to 12 times (further in) as much as that of the eps loss.
+OUTER_PARTS = {("skips", 3): 0.25, ("skips", 2): 0.25, ("attention", 2): 0.25}
+LATER = ((0, 300), (300, 800), (0, 1000))
+PHASES = (
+    Phase(0.25, 0.0, ((500, 950), (0, 1000)), 0.25, 0.2, 0.5, {**OUTER_PARTS, ("attention", 0): 1.0}),
+    Phase(0.5, 0.6, LATER, 0.0, 0.2, 0.25, {**OUTER_PARTS, ("attention", 0): 1.0}),
+    Phase(0.25, 0.7, LATER, 0.0, 0.05, 0.08, {**dict.fromkeys(OUTER_PARTS, 0.2), ("attention", 0): 0.4}),
+)
+
+
+def phase_at(step: int, steps: int, phases: Sequence[Phase]) -> tuple[Phase, float, bool]:
+    """At `step` of a run, counted from 0 -> (phase, progress of it from 0 to 1, whether this is its first step)."""
+    first, parts = 0.0, sum(phase.share for phase in phases)
+    for phase in phases:
+        length = steps * phase.share / parts
+        if step < first + length or phase is phases[-1]:
+            return phase, (step - first) / length, step - 1 < first
+        first += length
+    raise ValueError("a run has at least one phase")
+
+
 PATCHES = {"mid": 8, "up.0": 4, "up.1": 2}  # feature -> side of the patch of x0 that it predicts at each position
 # Mean squares to which features may grow at no cost; what enters the mid block is less than what it adds.
 LIMITS = {"down.3": 2.0, "mid": 50.0, "up.0": 30.0, "up.1": 50.0}
@@ -41,15 +86,11 @@ class X0Heads(nn.Module):
         outputs = {name: config.out_channels * side**2 for name, side in PATCHES.items()}
         self.heads = nn.ModuleList(nn.Conv2d(widths[name], outputs[name], 1) for name in PATCHES)
 
-    def forward(self, features: dict[str, Tensor], x0: Tensor, alone: bool = False) -> dict[str, Tensor]:
-        """Features of the U-Net and x0 (B, C, h, w) of the first B samples -> the MSE of each head, by name.
-
-        alone: without gradients to the features.
-        """
+    def forward(self, features: dict[str, Tensor], x0: Tensor) -> dict[str, Tensor]:
+        """Features of the U-Net and x0 (B, C, h, w) of the first B samples -> the MSE of each head, by name."""
         losses = {}
         for head, (name, side) in zip(self.heads, PATCHES.items(), strict=True):
-            read = features[name].detach() if alone else features[name]
-            normed = F.group_norm(read[: len(x0)].float(), self.groups)
+            normed = F.group_norm(features[name][: len(x0)].float(), self.groups)
             losses[f"x0 from {name}"] = (head(normed) - F.pixel_unshuffle(x0, side)).square().mean()
         return losses
 
@@ -60,17 +101,10 @@ def excess(features: dict[str, Tensor]) -> Tensor:
     return torch.stack([F.relu(squares[name] - limit) for name, limit in LIMITS.items()]).sum()
 
 
-KINDS = ("skips", "attention")
-DROPPED = {  # kind and level -> probability. Of level 3 only the skips: it has no transformers.
-    ("skips", 3): 0.25,
-    ("skips", 2): 0.25,
-    ("attention", 2): 0.25,
-}
-
-
-def probability(most: float, progress: float) -> float:
-    """Of dropping, at `progress`, 0 to 1, of the run: `most`, which falls to 0 between .90 and .97."""
-    return most * min(1.0, max(0.0, (0.97 - progress) / 0.07))
+def fading(phase: Phase, progress: float) -> dict[tuple[str, int], float]:
+    """The probabilities of a phase at `progress`, 0 to 1. In the last one they fall to 0 between .90 and .97 of it."""
+    factor = min(1.0, max(0.0, (0.97 - progress) / 0.07)) if phase is PHASES[-1] else 1.0
+    return {key: factor * probability for key, probability in phase.dropped.items()}
 
 
 def draw(batch: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +113,7 @@ def draw(batch: int, generator: torch.Generator) -> Tensor:
 
 
 class OuterDropout:
-    """Drops transformers and skip connections of the outer levels per sample, with the probabilities of DROPPED.
+    """Drops transformers and skip connections of the outer levels per sample, with given probabilities.
 
     One random number per sample and kind decides for all levels, so in samples that lose the transformers of level 2
     only the mid block reads the text. Nothing is dropped outside of `at`. A transformer is computed only for the
@@ -89,7 +123,7 @@ class OuterDropout:
     def __init__(self, unet: UNet) -> None:
         self.kept: dict[tuple[str, int], Tensor] = {}
         last = len(unet.config.block_out_channels) - 1
-        for kind, level in DROPPED:
+        for kind, level in PHASES[-1].dropped:
             if kind == "skips":
                 unet.up_blocks[last - level].register_forward_pre_hook(partial(self._drop_skips, level))
                 continue
@@ -98,11 +132,9 @@ class OuterDropout:
                     transformer.forward = partial(self._transform, level, transformer.forward)
 
     @contextlib.contextmanager
-    def at(self, progress: float, draws: Tensor) -> Iterator[None]:
-        """In this block, drop what the `progress` of the run says. draws: (2, B), those of `draw` for its samples."""
-        for (kind, level), most in DROPPED.items():
-            if (p := probability(most, progress)) > 0:
-                self.kept[kind, level] = draws[KINDS.index(kind)] >= p
+    def at(self, probabilities: dict[tuple[str, int], float], draws: Tensor) -> Iterator[None]:
+        """In this block, drop with `probabilities`, of kind and level. draws: (2, B), of `draw` for the samples."""
+        self.kept = {key: draws[KINDS.index(key[0])] >= p for key, p in probabilities.items() if p > 0}
         try:
             yield
         finally:
@@ -124,43 +156,47 @@ class OuterDropout:
         return torch.zeros_like(x, dtype=out.dtype).index_copy(0, kept, out)
 
 
+LEVEL_0 = ("conv_in", "time_embedding", "down_blocks.0", "up_blocks.3", "conv_norm_out", "conv_out")
+OUTER = (*LEVEL_0, "down_blocks.1", "up_blocks.2")
+
+
 @torch.no_grad()
-def copy_fitting(source: UNet, unet: UNet, generator: torch.Generator) -> list[str]:
-    """Copy each weight that fits, in place -> names of the others. Level 0 of `source` may have half the channels.
-
-    Each of those then becomes two equal ones, next to each other (Net2Net, arXiv 1511.05641). A layer that reads them
-    has for each pair random shares of the one weight, so that the two learn different things. A U-Net of which all fits
-    predicts what `source` does, or nearly: normalisations over level 0 together with wider levels have other groups.
-    """
-    given, narrow, left = dict(source.named_parameters()), source.config.block_out_channels[0], []
+def copy_outer(teacher: UNet, unet: UNet) -> None:
+    """Copy the weights of levels 0 and 1 that have the same shape in a teacher, in place."""
+    given = dict(teacher.named_parameters())
     for name, weight in unet.named_parameters():
-        frequencies = name == "time_embedding.linear_1.weight"  # every second one is an old one, the others are new
-        old = given.get(name)
-        copied = None if old is None else _widen(old, weight.shape, narrow, None if frequencies else generator)
-        if copied is None:
-            left.append(name)
-        else:
-            weight.copy_(copied)
-    return left
+        if name.startswith(OUTER) and name in given and given[name].shape == weight.shape:
+            weight.copy_(given[name])
 
 
-def _widen(old: Tensor, shape: torch.Size, narrow: int, generator: torch.Generator | None) -> Tensor | None:
-    """A weight with each of `narrow` channels, or all, twice. None: that is not `shape`.
+@torch.no_grad()
+def take_level_0(teacher: UNet, unet: UNet) -> None:
+    """Copy a teacher's level 0, with the embedding of the timestep, in place.
 
-    generator: of the shares; None: the first of a pair has all, and the second none.
+    Of that embedding each resnet further in makes what it did of the old one, by least squares over all timesteps.
+    ValueError: the teacher has another level 0.
     """
-    if old.ndim != len(shape):
-        return None
-    for dim, (few, wanted) in enumerate(zip(old.shape, shape, strict=True)):
-        if (more := wanted - few) not in (0, narrow, few):
-            return None
-        kept, last = old.split([few - more, more], dim)  # what is read from a skip comes last
-        pair = [last, last]
-        if dim == 1:
-            share = torch.rand(last.shape, generator=generator).to(last) if generator else torch.ones_like(last)
-            pair = [share * last, (1 - share) * last]
-        old = torch.cat([kept, torch.stack(pair, dim + 1).flatten(dim, dim + 1)], dim)
-    return old
+    timesteps = torch.arange(1000, device=unet.conv_in.weight.device)
+    old = _embedded(unet, timesteps)
+    given = dict(teacher.named_parameters())
+    for name, weight in unet.named_parameters():
+        if name.startswith(LEVEL_0):
+            if name not in given or given[name].shape != weight.shape:
+                raise ValueError(f"take_level_0: the teacher's {name} has another shape, or is not there")
+            weight.copy_(given[name])
+    new = F.pad(_embedded(unet, timesteps), (0, 1), value=1.0)  # with a column for the bias
+    for name, module in unet.named_modules():
+        if name.endswith("time_emb_proj") and not name.startswith(LEVEL_0):
+            wanted = old @ module.weight.double().T + module.bias.double()
+            solution = torch.linalg.lstsq(new.cpu(), wanted.cpu(), driver="gelsd").solution
+            module.weight.copy_(solution[:-1].T)
+            module.bias.copy_(solution[-1])
+
+
+def _embedded(unet: UNet, t: Tensor) -> Tensor:
+    """What the resnets of a U-Net read of timesteps (N,), in float64: (N, 4 * block_out_channels[0])."""
+    embedding = timestep_embedding(t, unet.config.block_out_channels[0])
+    return F.silu(unet.time_embedding(embedding)).double()
 
 
 @torch.no_grad()

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.diffusion.noise import generator_for
 from minidistill.errors import InputError
-from minidistill.miniature.inside_out import copy_fitting, keep_variance
+from minidistill.miniature.inside_out import LEVEL_0, copy_outer, keep_variance
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
@@ -24,14 +23,14 @@ VISION = CLIPVisionConfig(
     image_size=64, patch_size=8, projection_dim=128,
 )  # fmt: skip
 VAE = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64)
-# The text is read on level 2 and in the mid block. If the outer levels read it too, they leave nothing to those inside,
-# in images as small as these; and attention is slow on a CPU, hence few, wide heads. Levels 2 and 3 are equally wide:
-# recipes that remove level 3 need it.
+# The text is read on level 2 and in the mid block, and for details in the decoder's level 0. If all outer levels read
+# it, they leave nothing to those inside, in images as small as these; and attention is slow on a CPU, hence few, wide
+# heads. Levels 2 and 3 are equally wide: recipes that remove level 3 need it.
 UNET = UNetConfig(
-    sample_size=16, block_out_channels=(64, 96, 96, 96), attention_head_dim=(2, 3, 3, 3), norm_num_groups=8,
+    sample_size=16, block_out_channels=(32, 96, 96, 96), attention_head_dim=(1, 3, 3, 3), norm_num_groups=8,
     cross_attention_dim=TEXT.hidden_size,
     down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
 )  # fmt: skip
 ENDS = ("conv_in", "conv_out", "time_embedding")
 PLACES = ("left", "right", "above", "below")  # words that CLIP hardly tells apart
@@ -113,16 +112,15 @@ def new_unet(teacher: UNet | None) -> UNet:
     unet = UNet(UNET)
     keep_variance(unet)
     if teacher:
-        copy_fitting(teacher, unet, generator_for(0, "copy"))
+        copy_outer(teacher, unet)
     return unet
 
 
-def grown(source: UNet) -> UNet:
-    """A U-Net that predicts what an earlier one does, which may have half the channels on level 0.
-
-    InputError: it has other blocks or widths.
-    """
-    unet = UNet(UNET)
-    if left := copy_fitting(source, unet, generator_for(0, "copy")):
-        raise InputError(f"--start-from takes a U-Net of the miniature's blocks and widths: {left[0]} is another")
-    return unet
+def check_blocks(teacher: UNet | None, first: UNet | None) -> None:
+    """InputError: a teacher whose level 0 cannot be taken, or a first U-Net that is not the miniature's."""
+    shapes = {name: weight.shape for name, weight in UNet(UNET).named_parameters()}
+    for flag, unet, needed in (("--teacher", teacher, LEVEL_0), ("--start-from", first, "")):
+        given = {} if unet is None else {name: weight.shape for name, weight in unet.named_parameters()}
+        for name, shape in shapes.items():
+            if unet is not None and name.startswith(needed) and given.get(name) != shape:
+                raise InputError(f"{flag} takes a U-Net of the miniature's blocks and widths: {name} is another")

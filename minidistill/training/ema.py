@@ -23,10 +23,14 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
-        self.decay, self.updates = decay, 0
+        self.decay, self._swapped = decay, False
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad and decay > 0}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the weights averaged so far: the average is that of the weights from now on."""
+        self.updates = 0
         self.shadow = {name: p.detach().to(torch.float32, copy=True) for name, p in self._weights.items()}
-        self._swapped = False
 
     def decay_now(self) -> float:
         """The decay of the next update."""
