@@ -30,7 +30,7 @@ from minidistill.miniature.inside_out import (
     squeeze,
     take_level_0,
 )
-from minidistill.miniature.networks import UNET, VAE, near_colour, redraw_places, whiten, words_first
+from minidistill.miniature.networks import UNET, VAE, near_colour, new_unet, redraw_places, whiten, words_first
 from minidistill.miniature.scenes import SIZES, Scenes, parse
 from minidistill.models.clip import CLIPTextModel
 from minidistill.models.unet import UNet, random_inputs
@@ -313,14 +313,17 @@ def test_the_outer_levels_start_as_a_teachers():
 def test_a_teachers_level_0_is_taken_and_the_others_know_the_timestep_as_before():
     torch.manual_seed(0)
     teacher, unet = folders.load_unet(folders.MINIATURE).float(), UNet(UNET)
+    copy_outer(teacher, unet)
     for weight in unet.time_embedding.parameters():
-        weight.mul_(4)  # PyTorch's first weights hardly tell timesteps apart
+        weight.mul_(1 + 0.3 * torch.randn_like(weight))  # as if it had been trained since
     t = torch.arange(0, 1000, 7)
 
+    def embedded():
+        return torch.nn.functional.silu(unet._embed(t, None))
+
     def at_timesteps():
-        embedding = unet._embed(t, None)
         return {
-            name: module(torch.nn.functional.silu(embedding))
+            name: module(embedded())
             for name, module in unet.named_modules()
             if name.endswith("time_emb_proj") and not name.startswith(LEVEL_0)
         }
@@ -336,7 +339,10 @@ def test_a_teachers_level_0_is_taken_and_the_others_know_the_timestep_as_before(
     after = at_timesteps()
     assert len(after) == 17
     for name, out in after.items():
-        assert (out - before[name]).square().mean() < 1e-3 * before[name].var(0).mean(), name
+        error = (out - before[name]).square().mean()
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        as_it_was = (embedded() @ weight.T + bias - before[name]).square().mean()
+        assert error < 1e-3 * before[name].var(0).mean() and error < 0.1 * as_it_was, name
 
 
 def test_the_last_phase_of_a_run_with_a_teacher_begins_with_its_level_0(tmp_path):
@@ -414,6 +420,17 @@ def test_the_inner_levels_of_a_new_u_net_reach_the_output_at_full_scale():
         with zeroed(unet.up_blocks[0]):
             reach.append(((out - unet(*inputs)).square().mean() / out.square().mean()).item())
     assert reach[1] > 2 * reach[0], reach
+
+
+@torch.no_grad()
+def test_the_transformers_that_join_in_the_last_phase_change_nothing_at_first():
+    torch.manual_seed(0)
+    unet, (x, t, context, _) = new_unet(None), random_inputs(UNET, 4, 16, 16)
+    assert [key for key, probability in PHASES[0].dropped.items() if probability == 1] == [("attention", 0)]
+    with OuterDropout(unet).at({("attention", 0): 1.0}, torch.zeros(2, 4)):
+        without = unet(x, t, context)
+    assert torch.equal(unet(x, t, context), without)
+    assert not torch.equal(unet(x, t, torch.randn_like(context)), without), "the text is read further in"
 
 
 def without_skips(block, args):

@@ -111,6 +111,9 @@ def new_unet(teacher: UNet | None) -> UNet:
     """An untrained U-Net, its outer convolutions as those of a teacher."""
     unet = UNet(UNET)
     keep_variance(unet)
+    for transformer in unet.up_blocks[-1].attentions:  # they join in the last phase, and change nothing at first
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.proj_out.bias)
     if teacher:
         copy_outer(teacher, unet)
     return unet
