@@ -79,7 +79,7 @@ DEFAULTS = {
     "vae": {"steps": 5000, "batch_size": 16, "learning_rate": 1.5e-3},
     "unet": {"steps": 30_000, "batch_size": 16, "learning_rate": 1e-3},
 }
-TAUGHT = {"steps": 16_000, "batch_size": 16, "learning_rate": 4e-4}  # the usual rate would destroy what is copied
+TAUGHT = {**DEFAULTS["unet"], "steps": 16_000, "learning_rate": 4e-4}  # the usual rate would destroy what is copied
 
 
 def main(config: Config) -> None:
@@ -213,7 +213,7 @@ def train_unet(config: Config, run: RunFolder, teacher: Pipeline | None = None, 
         for step in range(start, config.steps):
             batch, done = batches[step], step + 1
             phase, progress, begins = inside_out.phase_at(step, config.steps, phases)
-            if begins and len(phases) > 1 and phase is phases[-1] and teacher:
+            if begins and phase is phases[-1] and teacher and not first:
                 inside_out.take_level_0(teacher.unet, pipe.unet)
                 ema.restart()
             lr = config.learning_rate * min(1, done / 200, (1 - progress) / max(phase.falls, 1e-9))

@@ -182,6 +182,10 @@ def test_a_start_that_is_not_there_or_another_u_net_is_refused_before_a_run_begi
             main(few(out=str(tmp_path / "run"), part="unet", start_from=str(start)))
     with pytest.raises(InputError, match="--teacher takes a U-Net of the miniature's blocks and widths: conv_in"):
         main(few(out=str(tmp_path / "run"), part="unet", teacher=str(wide_miniature(tmp_path))))
+    more = dataclasses.replace(UNET, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
+    folders.save_unet(tmp_path / "more", UNet(more))
+    with pytest.raises(InputError, match=r"--start-from takes .* down_blocks\.0\.attentions\.0\.norm\.weight is another"):
+        main(few(out=str(tmp_path / "run"), part="unet", start_from=str(tmp_path / "more")))
     with pytest.raises(InputError, match="no such"):
         main(few(out=str(tmp_path / "run"), part="unet", teacher=str(tmp_path / "missing")))
     assert not (tmp_path / "run").exists()
@@ -302,7 +306,9 @@ def test_the_outer_levels_start_as_a_teachers():
     before = {name: weight.clone() for name, weight in unet.named_parameters()}
     copy_outer(teacher, unet)
     given, now = dict(teacher.named_parameters()), dict(unet.named_parameters())
-    for name in ("conv_in.weight", "down_blocks.1.resnets.1.conv1.weight", "up_blocks.2.upsamplers.0.conv.bias"):
+    level_0 = ("conv_in.weight", "conv_norm_out.weight", "conv_out.bias", "time_embedding.linear_1.weight")
+    shortcut, level_1 = "up_blocks.3.resnets.2.conv_shortcut.weight", "down_blocks.1.resnets.1.conv1.weight"
+    for name in (*level_0, shortcut, level_1, "up_blocks.2.upsamplers.0.conv.bias"):
         assert torch.equal(now[name], given[name]), name
     levels = ("mid_block", "down_blocks.2", "down_blocks.3", "up_blocks.0", "up_blocks.1")
     inner = [name for name in now if name.startswith(levels)]
@@ -319,7 +325,7 @@ def test_a_teachers_level_0_is_taken_and_the_others_know_the_timestep_as_before(
     t = torch.arange(0, 1000, 7)
 
     def embedded():
-        return torch.nn.functional.silu(unet._embed(t, None))
+        return torch.nn.functional.silu(unet.embed(t))
 
     def at_timesteps():
         return {

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.models.layers import timestep_embedding
 from minidistill.models.unet import UNet, UNetConfig
 
 KINDS = ("skips", "attention")
@@ -44,8 +43,8 @@ class Phase:
 
 
 # Most attributes of a scene are decided between 500 and 950; noise that is left below 300 makes an image grainy. The
-# losses of the heads and of the contrast teach the first steps much; later they are mostly noise: at the first weights,
-# their gradients vary from batch to batch 4 (level 0 and 1) to 12 times (further in) as much as that of the eps loss.
+# losses of heads and contrast teach much at first, and weigh little later, when they are mostly noise: at weight 0.5 the
+# gradient of the contrast varied 4 times (levels 0 and 1) to 12 times (further in) as much as that of eps.
 OUTER_PARTS = {("skips", 3): 0.25, ("skips", 2): 0.25, ("attention", 2): 0.25}
 LATER = ((0, 300), (300, 800), (0, 1000))
 PHASES = (
@@ -160,12 +159,19 @@ LEVEL_0 = ("conv_in", "time_embedding", "down_blocks.0", "up_blocks.3", "conv_no
 OUTER = (*LEVEL_0, "down_blocks.1", "up_blocks.2")
 
 
+def unfit(given: UNet, wanted: UNet, beginnings: tuple[str, ...]) -> list[str]:
+    """Weights of `wanted`, of names with these beginnings, that are not in `given` or have another shape there."""
+    shapes = {name: weight.shape for name, weight in given.named_parameters()}
+    named = wanted.named_parameters()
+    return [name for name, weight in named if name.startswith(beginnings) and shapes.get(name) != weight.shape]
+
+
 @torch.no_grad()
 def copy_outer(teacher: UNet, unet: UNet) -> None:
     """Copy the weights of levels 0 and 1 that have the same shape in a teacher, in place."""
-    given = dict(teacher.named_parameters())
+    given, other = dict(teacher.named_parameters()), unfit(teacher, unet, OUTER)
     for name, weight in unet.named_parameters():
-        if name.startswith(OUTER) and name in given and given[name].shape == weight.shape:
+        if name.startswith(OUTER) and name not in other:
             weight.copy_(given[name])
 
 
@@ -176,27 +182,21 @@ def take_level_0(teacher: UNet, unet: UNet) -> None:
     Of that embedding each resnet further in makes what it did of the old one, by least squares over all timesteps.
     ValueError: the teacher has another level 0.
     """
+    if other := unfit(teacher, unet, LEVEL_0):
+        raise ValueError(f"take_level_0: the teacher's {other[0]} has another shape, or is not there")
     timesteps = torch.arange(1000, device=unet.conv_in.weight.device)
-    old = _embedded(unet, timesteps)
+    old = F.silu(unet.embed(timesteps)).double()
     given = dict(teacher.named_parameters())
     for name, weight in unet.named_parameters():
         if name.startswith(LEVEL_0):
-            if name not in given or given[name].shape != weight.shape:
-                raise ValueError(f"take_level_0: the teacher's {name} has another shape, or is not there")
             weight.copy_(given[name])
-    new = F.pad(_embedded(unet, timesteps), (0, 1), value=1.0)  # with a column for the bias
+    new = F.pad(F.silu(unet.embed(timesteps)).double(), (0, 1), value=1.0)  # with a column for the bias
     for name, module in unet.named_modules():
         if name.endswith("time_emb_proj") and not name.startswith(LEVEL_0):
             wanted = old @ module.weight.double().T + module.bias.double()
             solution = torch.linalg.lstsq(new.cpu(), wanted.cpu(), driver="gelsd").solution
             module.weight.copy_(solution[:-1].T)
             module.bias.copy_(solution[-1])
-
-
-def _embedded(unet: UNet, t: Tensor) -> Tensor:
-    """What the resnets of a U-Net read of timesteps (N,), in float64: (N, 4 * block_out_channels[0])."""
-    embedding = timestep_embedding(t, unet.config.block_out_channels[0])
-    return F.silu(unet.time_embedding(embedding)).double()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidistill.errors import InputError
-from minidistill.miniature.inside_out import LEVEL_0, copy_outer, keep_variance
+from minidistill.miniature.inside_out import LEVEL_0, copy_outer, keep_variance, unfit
 from minidistill.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from minidistill.models.tokenizer import CLIPTokenizer
 from minidistill.models.unet import UNet, UNetConfig
@@ -121,9 +121,10 @@ def new_unet(teacher: UNet | None) -> UNet:
 
 def check_blocks(teacher: UNet | None, first: UNet | None) -> None:
     """InputError: a teacher whose level 0 cannot be taken, or a first U-Net that is not the miniature's."""
-    shapes = {name: weight.shape for name, weight in UNet(UNET).named_parameters()}
-    for flag, unet, needed in (("--teacher", teacher, LEVEL_0), ("--start-from", first, "")):
-        given = {} if unet is None else {name: weight.shape for name, weight in unet.named_parameters()}
-        for name, shape in shapes.items():
-            if unet is not None and name.startswith(needed) and given.get(name) != shape:
-                raise InputError(f"{flag} takes a U-Net of the miniature's blocks and widths: {name} is another")
+    with torch.device("meta"):
+        usual = UNet(UNET)
+    found = {"--teacher": unfit(teacher, usual, LEVEL_0) if teacher else []}
+    found["--start-from"] = unfit(first, usual, ("",)) + unfit(usual, first, ("",)) if first else []
+    for flag, other in found.items():
+        if other:
+            raise InputError(f"{flag} takes a U-Net of the miniature's blocks and widths: {other[0]} is another")

@@ -197,7 +197,7 @@ class UNet(nn.Module):
         """
         self._check_inputs(x, context, added_cond)
         x, context, features = x.to(self.dtype), context.to(self.dtype), {}
-        emb = F.silu(self._embed(t.to(x.device).expand(x.shape[0]), added_cond))
+        emb = F.silu(self.embed(t.to(x.device).expand(x.shape[0]), added_cond))
         h = self.conv_in(x)
         skips = [h]
         for i, block in enumerate(self.down_blocks):
@@ -208,7 +208,7 @@ class UNet(nn.Module):
             h = features["mid"] = self.mid_block(h, emb, context, self.gradient_checkpointing)
         return h, skips, emb, features
 
-    def _embed(self, t: Tensor, added_cond: dict[str, Tensor] | None) -> Tensor:
+    def embed(self, t: Tensor, added_cond: dict[str, Tensor] | None = None) -> Tensor:
         """Timesteps (B,), for SDXL also pooled text and sizes -> embedding (B, 4 * block_out_channels[0])."""
         emb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(self.dtype))
         if added_cond is None:
