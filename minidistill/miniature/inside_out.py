@@ -43,8 +43,8 @@ class Phase:
 
 
 # Most attributes of a scene are decided between 500 and 950; noise that is left below 300 makes an image grainy. The
-# losses of heads and contrast teach much at first, and weigh little later, when they are mostly noise: at weight 0.5 the
-# gradient of the contrast varied 4 times (levels 0 and 1) to 12 times (further in) as much as that of eps.
+# losses of heads and contrast teach much at first, and weigh little later, when they are mostly noise: at weight 0.5
+# the gradient of the contrast varied 4 times (levels 0 and 1) to 12 times (further in) as much as that of eps.
 OUTER_PARTS = {("skips", 3): 0.25, ("skips", 2): 0.25, ("attention", 2): 0.25}
 LATER = ((0, 300), (300, 800), (0, 1000))
 PHASES = (
