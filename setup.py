@@ -18,7 +18,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["minidistill", "minidistill.*"]),
     package_data={"minidistill": ["py.typed", "interop/*.md", "miniature/*.json", "miniature/*/*", "miniature/*/*/*"]},
-    exclude_package_data={"minidistill": ["miniature/next/*/*"]},  # in training: for checkouts alone
     entry_points={"console_scripts": ["minidistill = minidistill.__main__:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

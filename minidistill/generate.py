@@ -38,7 +38,7 @@ BATCH_SIZE = 8
 class GenerateConfig:
     """The flags of this command."""
 
-    model: str = option("miniature", "SOURCE: pipeline folder, Hub id, .safetensors or .ckpt file, or miniature")
+    model: str = option("miniature", "SOURCE: pipeline folder, Hub id, .safetensors or .ckpt file, miniature(-tiny)")
     unet: str | None = option(None, "SOURCE of another U-Net for the model")
     vae: str | None = option(None, "SOURCE of another VAE for the model; a TAESD is one")
     lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")

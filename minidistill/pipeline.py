@@ -38,7 +38,7 @@ def load_pipeline(
     vae_dtype: torch.dtype | None = torch.float32,
     without: Collection[str] = (),
 ) -> Pipeline:
-    """Load a SOURCE: a pipeline folder, a Hub id, a single file (.safetensors, .ckpt), or "miniature".
+    """Load a SOURCE: a pipeline folder, a Hub id, a single file (.safetensors, .ckpt), "miniature" or "miniature-tiny".
 
     To apply another U-Net, VAE or LoRA afterwards: `interop.replace`.
     InputError: a part is missing, broken or of another model.

@@ -36,10 +36,9 @@ from minidistill.weights.files import read_json, write_json
 
 TASK, OUTPUT = (1.0, 0.0, 0.0), (1.0, 1.0, 0.0)  # loss weights
 RUNS: dict[str, dict[str, Any]] = {  # settings that differ from the defaults of `train_kd`, except steps
-    "inner": {},
     "bk-base": {"recipe": "bk-base"},
     "bk-small": {"recipe": "bk-small"},
-    "bk-tiny": {"recipe": "bk-tiny"},
+    "bk-tiny": {},
     "random-task": {"copy_weights": False, "loss_weights": TASK},
     "random-all": {"copy_weights": False},
     "copied-task": {"loss_weights": TASK},
@@ -61,10 +60,10 @@ class Study(NamedTuple):
     steps: int
 
 
-STUDIES = {  # "inner" has the defaults of train_kd: copied weights, all three losses
-    "students": Study(("inner", "bk-base", "bk-small", "bk-tiny"), 2000),
-    "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "inner"), 1000),
-    "options": Study(("inner", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 320),
+STUDIES = {  # "bk-tiny" has the defaults of train_kd: copied weights, all three losses
+    "students": Study(("bk-base", "bk-small", "bk-tiny"), 2000),
+    "ablation": Study(("random-task", "random-all", "copied-task", "copied-task-output", "bk-tiny"), 1000),
+    "options": Study(("bk-tiny", "no-caption-dropout", "feature-norm", "random-conditioning", "image-free"), 320),
 }
 
 

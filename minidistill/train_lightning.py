@@ -353,7 +353,8 @@ def dry_run(config: Config) -> None:
     """Print the stages, the memory of each phase and the number of samples. Its device need not be in this machine."""
     here = get_device("auto" if config.device == "auto" else "cpu")
     best = "bf16" if config.device.startswith("cuda") else best_precision(here)
-    setup = check(dataclasses.replace(config, precision=config.precision or best), torch.device("cpu"))
+    device = parallel.join(torch.device("cpu"), config.parallel)
+    setup = check(dataclasses.replace(config, precision=config.precision or best), device)
     describe(setup)
     config, stages, pipe, removal, data = setup
     unet, side = pipe.unet.config, config.resolution // pipe.vae.config.downscale
@@ -363,13 +364,14 @@ def dry_run(config: Config) -> None:
         unet,
         removal.student if removal else unet,
         [pipe.vae, *pipe.text_encoders],
-        (config.batch_size, side, side, pipe.tokenizers[0].max_length),
+        (parallel.share_of(config.batch_size), side, side, pipe.tokenizers[0].max_length),
         image_peak(pipe.vae, side),
         guidance=config.guidance,
         rank=config.lora_rank,
         half=config.precision != "fp32",
         checkpointing=config.gradient_checkpointing,
         accumulate=config.accumulate > 1,
+        held=parallel.held(config.parallel),
     )
     steps = list(legs(stages))[-1].last
     samples = steps * config.accumulate * config.batch_size

@@ -53,8 +53,9 @@ LEVEL = replace(TINY, block_out_channels=(16, 16, 16, 16))  # of one width, so t
 DEEP_SDXL = replace(TINY_SDXL, transformer_layers_per_block=(1, 2, 7))  # deeper than any recipe leaves it
 
 REMOVALS = {  # (teacher, blocks to remove): the recipes on tiny teachers, and lists that no recipe has
-    **{name: (TINY, RECIPES[name].remove) for name in (*SD_RECIPES, "inner")},
+    **{name: (TINY, RECIPES[name].remove) for name in SD_RECIPES},
     **{name: (DEEP_SDXL, RECIPES[name].remove) for name in XL_RECIPES},
+    "all-of-the-outermost-stage-kept": (TINY, ("down.1.1", "down.2.1", "up.1.1", "up.2.1", "mid", "stage.3")),
     "nothing": (TINY, ()),
     "mid-named-twice": (TINY, ("mid", "down.1.1", "up.2.1", "mid")),
     "inner-layers": (TINY, ("up.1.1", "up.0.1", "down.3.1", "down.2.1")),
@@ -149,7 +150,7 @@ def test_recipes_have_the_loss_weights_and_the_pairing_of_their_papers_and_segmi
     assert RECIPES["segmind-tiny"].remove == RECIPES["bk-tiny"].remove
     settings = {name: (recipe.loss_weights, recipe.pairing) for name, recipe in RECIPES.items()}
     assert settings == {
-        **dict.fromkeys((*SD_RECIPES, "inner"), ((1, 1, 1), "nota")),
+        **dict.fromkeys(SD_RECIPES, ((1, 1, 1), "nota")),
         **dict.fromkeys(("segmind-small", "segmind-tiny"), ((1, 0.5, 0.5), "segmind")),
         **dict.fromkeys(XL_RECIPES, ((1, 1, 1), "segmind")),
     }
@@ -365,7 +366,7 @@ REFUSED = [  # (teacher, blocks to remove, what the message says)
                     "stage.03", "mid.0", "Mid", " mid", "down.².1", "down_blocks.0.resnets.1")),
     (replace(TINY, mid_block_type=None), ("mid",), "no 'mid' to remove; it has stage.0"),
     (SDXL, RECIPES["bk-base"].remove, "no 'down.3.1' to remove"),
-    (SDXL, RECIPES["inner"].remove, "no 'stage.3' to remove"),
+    (SDXL, ("mid", "stage.3"), "no 'stage.3' to remove"),
     *((TINY, RECIPES[recipe].remove, "has depth 1, it cannot be shortened") for recipe in XL_RECIPES),
     (TINY_SDXL, ("down.2.0@3",), "'down.2.0@3': the transformer of down.2.0 has depth 3, give 1 to 2"),
     (TINY_SDXL, ("down.2.0@0",), "give 1 to 2"),

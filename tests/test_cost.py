@@ -1,5 +1,6 @@
 """Memory counted on fake tensors: against counts by hand, and against the same computation on real tensors."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from tiny import SMALL, TINY, TINY_SDXL
 from torch import nn
 
-from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal
+from minidistill.distill.block_removal import RECIPES, feature_pairs, plan_removal, weight_shapes
 from minidistill.distill.lightning import Phase
 from minidistill.distill.memory import image_peak, memory_rows, phase_memory, step_peak
 from minidistill.metrics.cost import MemoryCount, format_bytes, on_device, peak_bytes
 from minidistill.models.taesd import AutoencoderTiny, TinyConfig
 from minidistill.models.unet import UNet, random_inputs
 from minidistill.models.vae import AutoencoderKL, VAEConfig
+from minidistill.training import parallel
 
 INPUTS = (2, 16, 16, 7)
 SHALLOW_SDXL = replace(TINY_SDXL, transformer_layers_per_block=1)
@@ -92,6 +94,26 @@ def test_the_table_adds_up():
     assert rows["AdamW's two averages"] == format_bytes(2 * bytes_of[1])
     assert rows["in all, about"] == format_bytes(bytes_of[0] + 4 * bytes_of[1] + bytes_of[2] + 10 * 2**20)
     assert "averaged weights" not in dict(memory_rows(removal, [other], 0, 0, averaged=False))
+
+
+def test_of_what_is_shared_out_a_process_needs_its_part(monkeypatch):
+    monkeypatch.setattr(parallel, "count", lambda: 4)
+    removal = plan_removal(replace(TINY, block_out_channels=(64,) * 4), RECIPES["bk-tiny"].remove)
+    pairs, parts, needed = feature_pairs(removal, "nota"), {}, {}
+    for mode in parallel.MODES:
+        *held, share = parallel.held(mode)
+        peak = step_peak(removal, pairs, (1, 8, 8, 4), half=False, checkpointing=False, share=share)
+        parts[mode] = dict(memory_rows(removal, [], peak, 0, True, held=(*held, share)))
+        about = {"first": True, "guided": False, "rank": 2, "shared": False, "half": False, "checkpointing": False}
+        phase = Phase(1, 1.0, mse=1)
+        needed[mode] = phase_memory(removal.teacher, removal.teacher, phase, (1, 8, 8, 4), **about, share=share)
+    teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
+    for mode, frozen, trained, states in (("ddp", 1, 1, 1), ("zero1", 1, 1.25, 0.25), ("fsdp", 0.25, 0.25, 0.25)):
+        assert parts[mode]["teacher's weights"] == format_bytes(teacher * frozen), mode
+        assert parts[mode]["student's weights"] == format_bytes(student * trained), mode
+        assert parts[mode]["AdamW's two averages"] == format_bytes(2 * student * states), mode
+        assert parts[mode]["averaged weights"] == format_bytes(student * states), mode
+    assert needed["ddp"][2] > needed["zero1"][2] == needed["fsdp"][2] > teacher / 4
 
 
 @pytest.mark.parametrize("vae", [AutoencoderKL(VAEConfig()), AutoencoderTiny(TinyConfig())], ids=["kl", "taesd"])

@@ -1,6 +1,5 @@
 """The embedded miniature: a small pipeline folder that gives the same images in diffusers, and correct ones."""
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +31,10 @@ def pipe():
     return minidistill.load_pipeline("miniature")
 
 
-def test_it_is_at_most_20_megabytes_of_package_data_and_40_with_the_u_net_that_is_in_training():
+def test_it_is_at_most_40_megabytes_of_package_data_with_all_of_its_students():
     assert Path(minidistill.__file__).parent == folders.MINIATURE.parent
     files = [path for path in folders.MINIATURE.rglob("*") if path.is_file()]
-    sizes = {path: path.stat().st_size for path in files}
-    assert sum(sizes.values()) <= 40e6
-    assert sum(size for path, size in sizes.items() if not path.is_relative_to(folders.MINIATURE / "next")) <= 20e6
+    assert sum(path.stat().st_size for path in files) <= 40e6
     assert {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "clip"} <= {
         path.relative_to(folders.MINIATURE).parts[0] for path in files
     }
@@ -45,15 +42,11 @@ def test_it_is_at_most_20_megabytes_of_package_data_and_40_with_the_u_net_that_i
 
 def test_its_unet_has_the_shape_of_stable_diffusion_1():
     config = folders.load_unet(folders.MINIATURE).config
-    assert len(config.block_out_channels) == 4
-    assert config.down_block_types == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    assert config == networks.UNET and len(config.block_out_channels) == 4
     assert config.mid_block_type == "UNetMidBlock2DCrossAttn" and set(config.layers_per_block) == {2}
 
 
-def test_in_the_u_net_that_is_in_training_no_block_that_a_recipe_removes_is_idle(pipe):
-    pipe = copy.copy(pipe)
-    pipe.unet = folders.load_unet(folders.MINIATURE / "next")
-    assert pipe.unet.config == networks.UNET
+def test_no_block_that_a_recipe_removes_is_idle(pipe):
     probes = make_probes(Batches(Scenes("test", length=64), pipe, batch_size=32, seed=0), range(2))
     layers = [(f"down.{i}.1", f"up.{3 - i}.1") for i in range(4)]
     assert {entry for pair in layers for entry in pair} | {"mid", "stage.3"} == set(RECIPES["bk-tiny"].remove)
@@ -63,8 +56,10 @@ def test_in_the_u_net_that_is_in_training_no_block_that_a_recipe_removes_is_idle
     assert sensitivity.measure_levels(pipe.unet, probes)["mid zeroed"] >= 5e-4
 
 
-def test_diffusers_loads_it_and_gives_the_same_images(pipe):
-    theirs = StableDiffusionPipeline.from_pretrained(folders.MINIATURE, torch_dtype=torch.float32)
+@pytest.mark.parametrize("name", folders.SHIPPED)
+def test_diffusers_loads_it_and_gives_the_same_images(name):
+    pipe = minidistill.load_pipeline(name)
+    theirs = StableDiffusionPipeline.from_pretrained(folders.SHIPPED[name], torch_dtype=torch.float32)
     assert isinstance(theirs.scheduler, DDIMScheduler)
     theirs.set_progress_bar_config(disable=True)
     captions = ["a large red circle on a striped grey background", "a blue square above a small yellow star"]
@@ -73,6 +68,16 @@ def test_diffusers_loads_it_and_gives_the_same_images(pipe):
     out = theirs(captions, num_inference_steps=25, guidance_scale=7.5, latents=noise, output_type="np").images
     for mine, other in zip(ours, out, strict=True):
         assert np.abs(np.asarray(mine, float) - 255 * other).max() <= 2.0
+
+
+def test_its_student_is_a_bk_tiny_with_its_other_parts(pipe):
+    student = minidistill.load_pipeline("miniature-tiny")
+    assert student.unet.config == plan_removal(networks.UNET, RECIPES["bk-tiny"].remove).student
+    parts = zip((pipe.vae, *pipe.text_encoders), (student.vae, *student.text_encoders), strict=True)
+    for theirs, ours in parts:
+        assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+    card = (folders.SHIPPED["miniature-tiny"] / "README.md").read_text(encoding="utf-8")
+    assert "A student of miniature" in card and "license: apache-2.0" in card
 
 
 def test_the_vae_preserves_the_attributes_of_captions():

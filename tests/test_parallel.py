@@ -104,8 +104,10 @@ def close(one: dict, other: dict, tolerance: float) -> bool:
 def test_runs_of_two_processes_are_those_of_one_and_go_on_in_any_other_way(train, tmp_path):
     one, out = tmp_path / "one", {mode: tmp_path / mode for mode in parallel.MODES}
     train(1, (train_kd, one, f"{KD} --steps 2"))
-    printed = train(2, *((train_kd, out[mode], f"{KD} --steps 2 --parallel {mode}") for mode in out))
+    dry = [(train_kd, tmp_path / "dry", f"{KD} --dry-run --parallel {mode}") for mode in out]
+    printed = train(2, *((train_kd, out[mode], f"{KD} --steps 2 --parallel {mode}") for mode in out), *dry)
     assert printed.count("step 0002/0002") == len(out), "only the first process prints"
+    assert printed.count("in all, about") == len(dry)
     for mode, folder in out.items():
         for a, b in zip(metrics(one), metrics(folder), strict=True):
             assert a["loss_by_timestep"].keys() == b["loss_by_timestep"].keys()
@@ -305,8 +307,9 @@ def test_alone_nothing_is_averaged_and_nothing_waits():
     optimizer_step(weight, adamw(weight.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False), 0.1, None)
 
 
-def test_the_figures_of_the_readme_are_those_of_a_dry_run_shared_out():
-    readme, (gib, cards) = (ROOT / "README.md").read_text(encoding="utf-8"), (2**30, 64)
+def test_the_figures_of_the_readme_are_those_of_a_dry_run_shared_out(monkeypatch):
+    readme, gib = (ROOT / "README.md").read_text(encoding="utf-8"), 2**30
+    monkeypatch.setattr(parallel, "count", lambda: 64)
     alone = dict(memory_rows(SimpleNamespace(teacher=SDXL, student=SDXL), [], 0, 0, averaged=True, half=True))
     phase = PLANS["paper"][1].phases[-1]
     with torch.device("meta"):
@@ -317,8 +320,9 @@ def test_the_figures_of_the_readme_are_those_of_a_dry_run_shared_out():
     learned = sum(p.nbytes for p in cast.weights() if p.requires_grad)
     for T, F, averages, calls in ((unet, unet // 2, 1, 1), (learned, everything - learned, 0, 4)):
         for mode in parallel.MODES:
-            part, frozen = T / (1 if mode == "ddp" else cards), F / (cards if mode == "fsdp" else 1)
-            parts = [part + T * (mode == "zero1"), part, 2 * part, averages * part, frozen]
+            of_frozen, of_trained, of_states = parallel.held(mode)
+            part = T * of_states
+            parts = [T * of_trained, part, 2 * part, averages * part, F * of_frozen]
             sent = 3 * T + calls * unet // 2 if mode == "fsdp" else 2 * T
             figures = [f"{size / gib:.1f}" if size else "-" for size in (*parts, sum(parts))] + [f"{sent / 1e9:.1f}"]
             assert f" | {' | '.join(figures)} |" in readme, (mode, figures)

@@ -77,8 +77,8 @@ def test_a_students_card_has_its_teacher_recipe_settings_results_and_grid(tmp_pa
     assert "minidistill.generate --model me/bk-tiny " in card.text
     for words in ("convert me/bk-tiny cpp.safetensors --layout stable-diffusion.cpp", "this student has not"):
         assert words in card.text, words
-    for recipe in ("bk-base", "inner"):  # stable-diffusion.cpp cannot open these
-        write_card(tmp_path, "student", student_settings(remove=RECIPES[recipe].remove), RESULTS, grid)
+    for remove in (RECIPES["bk-base"].remove, ("mid", "stage.3")):  # stable-diffusion.cpp cannot open these
+        write_card(tmp_path, "student", student_settings(remove=remove), RESULTS, grid)
         text = card_of(tmp_path).text
         assert "ComfyUI" in text and "DeepCache" in text
         assert "stable-diffusion.cpp" not in text and "dry_run" not in text
@@ -125,6 +125,7 @@ def test_a_loras_card_loads_the_very_base_it_was_trained_for(tmp_path, grid):
         ("me/x@v2/b/a.ckpt", f'StableDiffusionPipeline.from_single_file("{url}", revision="v2")'),
         ("/gone/a.safetensors", 'StableDiffusionPipeline.from_single_file("path/to/a.safetensors")'),
         ("miniature", 'DiffusionPipeline.from_pretrained("path/to/minidistill/miniature")'),
+        ("miniature-tiny", 'DiffusionPipeline.from_pretrained("path/to/minidistill/miniature/tiny")'),
     ):
         write_card(tmp_path, "lora", tuned_settings(model=source, **LORA), {"after": {"loss": 0.25}}, grid, "me/lora")
         text = card_of(tmp_path).text
@@ -152,7 +153,8 @@ def test_names_and_licenses_of_sources(tmp_path, monkeypatch):
     assert {source: public_name(source) for source in names} == names
     ids = {"mine/base": None, "/gone/base": None, "miniature": None, "me/x@fp16": "me/x", "me/x/a.ckpt": "me/x"}
     assert {source: hub_id(source) for source in ids} == ids
-    assert [find_license(source) for source in ("miniature", "me/x", "mine/base")] == ["apache-2.0", "other", "other"]
+    licenses = {"miniature": "apache-2.0", "miniature-tiny": "apache-2.0", "me/x": "other", "mine/base": "other"}
+    assert {source: find_license(source) for source in licenses} == licenses
     for front, license in (('license: "mit"\ntags:\n- x', "mit"), ("tags:\n- x", "other"), ("license:\n- x", "other")):
         (tmp_path / "mine/base/README.md").write_text(f"---\n{front}\n---\n\nlicense: wrong\n")
         assert find_license("mine/base") == license

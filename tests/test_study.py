@@ -51,7 +51,8 @@ def test_every_row_is_a_run_and_every_run_has_settings_of_train_kd():
     assert {name for table in study.STUDIES.values() for name in table.rows} == set(study.RUNS)
     for settings in study.RUNS.values():
         train_kd.Config(**settings)
-    assert study.RUNS["inner"] == {} and "inner" in study.STUDIES["ablation"].rows
+    assert study.RUNS["bk-tiny"] == {} and train_kd.Config().recipe == "bk-tiny"
+    assert "bk-tiny" in study.STUDIES["ablation"].rows
     best = {name: value for name, value in train_kd.PRESETS["best"].items() if name != "comment"}
     assert best == {"steps": study.STUDIES["students"].steps, "sample_every": 500, "checkpoint_every": 500}
 
@@ -60,7 +61,7 @@ def test_means_and_spreads_over_seeds(runs, tmp_path, capsys):
     assert command("--only", "ablation", "--seeds", 2, "--out", tmp_path) == 0
     text = (tmp_path / "study.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    plain = next(line for line in text.splitlines() if line.startswith("| inner"))
+    plain = next(line for line in text.splitlines() if line.startswith("| bk-tiny"))
     assert "-60 %" in plain and "| -25 % | -25 % |" in plain
     assert "55.0% (50.0% to 60.0%)" in plain and "69% (62% to 75%)" in plain and "0.6000 (0.1000 to 1.1000)" in plain
     assert "25.0% (20.0% to 30.0%)" in next(line for line in text.splitlines() if line.startswith("| random-all"))
@@ -70,12 +71,12 @@ def test_means_and_spreads_over_seeds(runs, tmp_path, capsys):
 
 def test_finished_runs_are_not_done_again_and_tables_share_the_runs_that_are_the_same(runs, tmp_path):
     assert command("--only", "students", "--seeds", 1, "--out", tmp_path) == 0
-    assert len(runs) == 4
+    assert len(runs) == 3
     assert command("--only", "students", "--seeds", 2, "--out", tmp_path) == 0
-    assert [(s.recipe, s.seed) for s in runs[4:]] == [(r, 1) for r in (None, "bk-base", "bk-small", "bk-tiny")]
+    assert [(s.recipe, s.seed) for s in runs[3:]] == [(r, 1) for r in study.STUDIES["students"].rows]
     assert command("--seeds", 1, "--out", tmp_path) == 0
-    assert sorted(p.name for p in tmp_path.glob("inner*seed0")) == [f"inner-{n}-seed0" for n in (1000, 2000, 320)]
-    assert len(runs) == 8 + 5 + 5
+    assert sorted(p.name for p in tmp_path.glob("bk-tiny*seed0")) == [f"bk-tiny-{n}-seed0" for n in (1000, 2000, 320)]
+    assert len(runs) == 6 + 5 + 5
     assert "students: 2000 steps per run, 1 seeds" in (tmp_path / "study.md").read_text()
 
 
@@ -83,7 +84,7 @@ def test_runs_of_other_settings_are_refused(runs, tmp_path, capsys):
     words = ("--only", "students", "--seeds", 1, "--steps", 10, "--out", tmp_path, "--precision")
     assert command(*words, "fp32") == 0
     assert command(*words, "bf16") == 2
-    assert 'inner-10-seed0 under other settings: precision "bf16" (was "fp32")' in capsys.readouterr().err
+    assert 'bk-base-10-seed0 under other settings: precision "bf16" (was "fp32")' in capsys.readouterr().err
 
 
 def test_a_run_that_diverged_is_left_out_and_not_tried_again(runs, tmp_path, monkeypatch, capsys):
@@ -103,8 +104,8 @@ def test_a_run_that_diverged_is_left_out_and_not_tried_again(runs, tmp_path, mon
         printed = capsys.readouterr().out
         assert "bk-small-2000-seed0 is left out: the loss is nan at step 7" in printed
         assert "| bk-small (1 of 2 diverged) | -60 % |" in printed and "| 60.0% |" in printed
-        assert "| bk-base (2 of 2 diverged) |  |" in printed and "| inner | -60 % |" in printed
-    assert len(runs) == 8
+        assert "| bk-base (2 of 2 diverged) |  |" in printed and "| bk-tiny | -60 % |" in printed
+    assert len(runs) == 6
     assert command(*words, "--precision", "fp32") == 2  # nor counted where other settings are asked for
 
 

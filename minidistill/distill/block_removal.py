@@ -56,8 +56,6 @@ RECIPES = {
     "bk-base": Recipe(SECOND_LAYERS),
     "bk-small": Recipe((*SECOND_LAYERS, "mid")),
     "bk-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3")),
-    # Not published: bk-tiny with all layers of the outermost level, to which the miniature is most sensitive.
-    "inner": Recipe(("down.1.1", "down.2.1", "up.1.1", "up.2.1", "mid", "stage.3")),
     # Segmind's "small" is BK-SDM's *Base*: it keeps the mid block. Segmind has no BK-Small.
     "segmind-small": Recipe(SECOND_LAYERS, "segmind", (1.0, 0.5, 0.5)),
     "segmind-tiny": Recipe((*SECOND_LAYERS, "mid", "stage.3"), "segmind", (1.0, 0.5, 0.5)),

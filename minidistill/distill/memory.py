@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,16 +30,19 @@ def step_peak(
     half: bool,
     checkpointing: bool,
     accumulate: bool = False,
+    share: float = 1.0,
 ) -> int:
     """Peak memory of one optimizer step in bytes: activations, gradients and the temporaries of both networks.
 
     inputs: batch size, height and width of the latents, text tokens. half: autocast, and a teacher in that precision.
-    accumulate: over several micro-batches.
+    accumulate: over several micro-batches. share: of the gradients that this process holds (`parallel.held`).
     """
 
     def build() -> tuple[list[nn.Module], Callable[[], None]]:
         teacher, student = frozen_unet(removal.teacher, half), UNet(removal.student)
         student.gradient_checkpointing = checkpointing
+        if share < 1:
+            let_go_of_gradients(student.parameters())
         x, t, context, added_cond = random_inputs(removal.teacher, *inputs)
 
         def run() -> None:
@@ -53,7 +56,15 @@ def step_peak(
 
         return [teacher, student], run
 
-    return peak_bytes(build)
+    gradients = 4 * sum(map(math.prod, weight_shapes(removal.student).values()))
+    return peak_bytes(build) + round(share * gradients) * (share < 1)
+
+
+def let_go_of_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """Drop the gradient of each weight as soon as it is there, since it is sent to the processes that hold parts."""
+    for weight in weights:
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
 
 
 def frozen_unet(config: UNetConfig, half: bool) -> UNet:
@@ -75,22 +86,29 @@ def image_peak(vae: VAE, side: int) -> int:
 
 
 def memory_rows(
-    removal: Removal, others: Sequence[nn.Module], step: int, image: int, averaged: bool, half: bool = False
+    removal: Removal,
+    others: Sequence[nn.Module],
+    step: int,
+    image: int,
+    averaged: bool,
+    half: bool = False,
+    held: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> list[tuple[str, str]]:
-    """Table of the memory needed on the device.
+    """Table of the memory needed on the device, of the first process if there are several.
 
     others: the frozen networks besides the teacher; step, image: `step_peak`, `image_peak`; averaged: with an EMA.
-    half: as in `step_peak`.
+    half: as in `step_peak`. held: `parallel.held`; with `fsdp`, the one layer that computes is not counted.
     """
     teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
+    frozen, trained, states = held
     parts = {
-        "teacher's weights": teacher // (1 + half),
-        "student's weights": student,
-        "AdamW's two averages": 2 * student,
-        "averaged weights": student * averaged,
+        "teacher's weights": round(teacher * frozen) // (1 + half),
+        "student's weights": round(student * trained),
+        "AdamW's two averages": round(2 * student * states),
+        "averaged weights": round(student * states) * averaged,
         "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
-        # Images are sampled with the averaged weights, in addition to the student's weights.
-        "activations, gradients": max(step, image + student * averaged),
+        # Images are sampled with the averaged weights, or all those that are shared out, beside the student's.
+        "activations, gradients": max(step, image + student * (averaged or states < 1)),
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
     return [("on the device", "memory"), *rows, ("in all, about", format_bytes(sum(parts.values())))]
@@ -183,6 +201,7 @@ def phase_memory(
     half: bool,
     checkpointing: bool,
     accumulate: bool = False,
+    share: float = 1.0,
 ) -> tuple[int, int, int]:
     """Bytes that a phase needs: (weights, Adam's two averages, activations and gradients at the peak of a step).
 
@@ -200,9 +219,11 @@ def phase_memory(
         for network in (cast.student, cast.judge and cast.judge.backbone, cast.fake):
             if network is not None:
                 network.gradient_checkpointing = checkpointing
+        if share < 1:
+            let_go_of_gradients(trained)
 
         def run() -> None:
-            if accumulate:  # the second micro-batch finds the gradients of the first
+            if accumulate and share == 1:  # the second micro-batch finds the gradients of the first
                 for weight in trained:
                     weight.grad = torch.zeros_like(weight)
             play(cast, phase, inputs, guided, half)
@@ -210,7 +231,7 @@ def phase_memory(
         return [cast.base, nn.ParameterList(cast.weights())], run
 
     peak = peak_bytes(build)
-    return sizes[0], sizes[1], peak
+    return sizes[0], sizes[1], peak + round(share * sizes[1] / 2) * (share < 1)
 
 
 def stage_memory_rows(
@@ -226,17 +247,21 @@ def stage_memory_rows(
     half: bool,
     checkpointing: bool,
     accumulate: bool,
+    held: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> list[tuple[str, ...]]:
     """Table of the memory that each phase needs on the device. Arguments as in `memory_rows` and `phase_memory`."""
+    of_frozen, of_trained, of_states = held
     beside = sum(w.nbytes for network in others for w in network.parameters())
     rows = [("stage", "objective", "weights", "Adam's averages", "activations, gradients", "in all, about")]
     for leg in legs(stages):
         phase, first = leg.phase, leg.index == 0
         weights, averages, peak = phase_memory(
             teacher, student, kind_of(phase), inputs, first=first, guided=first and guidance > 1, rank=rank,
-            shared=only_lora(stages), half=half, checkpointing=checkpointing, accumulate=accumulate,
+            shared=only_lora(stages), half=half, checkpointing=checkpointing, accumulate=accumulate, share=of_states,
         )  # fmt: skip
-        parts = weights + beside, averages, max(peak, image)
+        learned = averages // 2
+        weights = round(learned * of_trained + (weights - learned) * of_frozen)
+        parts = weights + beside, round(averages * of_states), max(peak, image)
         rows.append((leg.stage.name, phase.label, *map(format_bytes, (*parts, sum(parts)))))
     return rows
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 
 from minidistill.weights.choice import SINGLE_FILES
 from minidistill.weights.files import atomic_path
+from minidistill.weights.folders import MINIATURE, SHIPPED
 from minidistill.weights.hub import MOVED, PLACE
 
 CARD, GRID = "README.md", "images.png"
@@ -192,7 +193,7 @@ def find_license(source: str) -> str:
     """The license of a SOURCE, as the Hub spells it: by the card in its folder; "other" if it is not known."""
     card = Path(os.path.expanduser(source)) / CARD
     if not card.is_file():
-        return "apache-2.0" if source == "miniature" else "other"
+        return "apache-2.0" if source in SHIPPED else "other"
     front = card.read_text(encoding="utf-8", errors="replace").partition("\n---\n")[0]
     found = re.search(r"^license: *[\"']?([\w.+-]+)[\"']? *$", front, re.MULTILINE)
     return found[1] if found else "other"
@@ -200,15 +201,16 @@ def find_license(source: str) -> str:
 
 def _with_lora(source: str, here: str) -> tuple[str, str]:
     """How to load a LoRA's base and the LoRA: lines for diffusers, and flags of minidistill.generate."""
-    name, match = hub_id(source), PLACE.fullmatch(source)
-    folder = name or f"path/to/{'minidistill/miniature' if source == 'miniature' else public_name(source)}"
+    name, match, shipped = hub_id(source), PLACE.fullmatch(source), SHIPPED.get(source)
+    last = shipped.relative_to(MINIATURE.parents[1]).as_posix() if shipped else public_name(source)
+    folder = name or f"path/to/{last}"
     revision = f', revision="{match["revision"]}"' if name and match["revision"] else ""
     load = f'pipe = diffusers.DiffusionPipeline.from_pretrained("{folder}"{revision})'
     if source.endswith(SINGLE_FILES):
         place = f"https://huggingface.co/{name}/blob/main/{match['file']}" if name else folder
         load = f'pipe = diffusers.StableDiffusionPipeline.from_single_file("{place}"{revision})'
         load = f"# of an SDXL: StableDiffusionXLPipeline\n{load}"
-    base = source if name or source == "miniature" else folder
+    base = source if name or shipped else folder
     load += f'\npipe.load_lora_weights("{here}", weight_name="lora.safetensors")'
     return load, f"--model {base} --lora {here}/lora.safetensors"
 

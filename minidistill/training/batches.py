@@ -158,12 +158,10 @@ class Batches:
 
     def share(self) -> Batches:
         """These batches, of which this process gets its part of each. InputError: they cannot be split evenly."""
-        if self.batch_size % parallel.count():
-            split = f"cannot be split over {parallel.count()} processes"
-            raise InputError(f"--batch-size {self.batch_size} {split}: it counts the samples of all; give a multiple")
+        size = parallel.share_of(self.batch_size)
         part = copy.copy(self)
         part.whole, part._reading = self, {}
-        part.batch_size, part._part = self.batch_size // parallel.count(), (parallel.rank(), parallel.count())
+        part.batch_size, part._part = size, (parallel.rank(), parallel.count())
         return part
 
     @property

@@ -70,6 +70,23 @@ def join(device: torch.device, mode: str = "ddp") -> torch.device:
     return device
 
 
+def held(mode: str) -> tuple[float, float, float]:
+    """What each process holds in a mode of MODES: shares of frozen U-Nets, of weights that train, of what those need.
+
+    That is gradients, averages of Adam and EMA. In a step `zero1` has trained weights whole, beside its part of them.
+    """
+    part = 1 / count()
+    return {"ddp": (1.0, 1.0, 1.0), "zero1": (1.0, 1.0 + part * (part < 1), part), "fsdp": (part, part, part)}[mode]
+
+
+def share_of(batch_size: int) -> int:
+    """Samples of a micro-batch that each process takes. InputError: it cannot be split evenly."""
+    if batch_size % count():
+        split = f"cannot be split over {count()} processes"
+        raise InputError(f"--batch-size {batch_size} {split}: it counts the samples of all; give a multiple")
+    return batch_size // count()
+
+
 def refuse(command: str) -> None:
     """InputError: torchrun was used for a command that trains on one device."""
     if dist.is_torchelastic_launched():

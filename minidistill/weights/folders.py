@@ -37,7 +37,8 @@ Device = str | torch.device
 DType = torch.dtype | None  # None keeps the file's
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
-SHIPPED = {"miniature": MINIATURE}  # models inside this package, by the names that mean them
+# Models inside this package, by the names that mean them; the second is a bk-tiny of the first.
+SHIPPED = {"miniature": MINIATURE, "miniature-tiny": MINIATURE / "tiny"}
 STUDENT = re.compile(r"(\d+)-step(\.safetensors|-x0)?")  # of few sampling steps, beside a model
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
