@@ -177,11 +177,12 @@ def test_a_run_can_start_from_an_earlier_result(made, tmp_path):
 
 
 def test_a_start_that_is_not_there_or_another_u_net_is_refused_before_a_run_begins(tmp_path):
-    for start, reason in ((tmp_path, "has no folder unet/"), (folders.MINIATURE, "blocks and widths: down_blocks")):
+    wide = wide_miniature(tmp_path)
+    for start, reason in ((tmp_path, "has no folder unet/"), (wide, "blocks and widths: conv_in")):
         with pytest.raises(InputError, match=reason):
             main(few(out=str(tmp_path / "run"), part="unet", start_from=str(start)))
     with pytest.raises(InputError, match="--teacher takes a U-Net of the miniature's blocks and widths: conv_in"):
-        main(few(out=str(tmp_path / "run"), part="unet", teacher=str(wide_miniature(tmp_path))))
+        main(few(out=str(tmp_path / "run"), part="unet", teacher=str(wide)))
     more = dataclasses.replace(UNET, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
     folders.save_unet(tmp_path / "more", UNet(more))
     with pytest.raises(InputError, match=r"--start-from takes .* down_blocks\.0\.attentions\.0\.norm\.weight is"):
