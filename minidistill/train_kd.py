@@ -288,7 +288,7 @@ def dry_run(config: Config) -> None:
         half=half,
         checkpointing=config.gradient_checkpointing,
         accumulate=config.accumulate > 1,
-        share=held[2],
+        share=held.states,
     )
     image, others = image_peak(pipe.vae, side), [pipe.vae, *pipe.text_encoders]
     rows = memory_rows(removal, others, step, image, config.ema_decay > 0, half, held)

@@ -101,12 +101,12 @@ def test_of_what_is_shared_out_a_process_needs_its_part(monkeypatch):
     removal = plan_removal(replace(TINY, block_out_channels=(64,) * 4), RECIPES["bk-tiny"].remove)
     pairs, parts, needed = feature_pairs(removal, "nota"), {}, {}
     for mode in parallel.MODES:
-        *held, share = parallel.held(mode)
-        peak = step_peak(removal, pairs, (1, 8, 8, 4), half=False, checkpointing=False, share=share)
-        parts[mode] = dict(memory_rows(removal, [], peak, 0, True, held=(*held, share)))
+        held = parallel.held(mode)
+        peak = step_peak(removal, pairs, (1, 8, 8, 4), half=False, checkpointing=False, share=held.states)
+        parts[mode] = dict(memory_rows(removal, [], peak, 0, True, held=held))
         about = {"first": True, "guided": False, "rank": 2, "shared": False, "half": False, "checkpointing": False}
         phase = Phase(1, 1.0, mse=1)
-        needed[mode] = phase_memory(removal.teacher, removal.teacher, phase, (1, 8, 8, 4), **about, share=share)
+        needed[mode] = phase_memory(removal.teacher, removal.teacher, phase, (1, 8, 8, 4), **about, share=held.states)
     teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
     for mode, frozen, trained, states in (("ddp", 1, 1, 1), ("zero1", 1, 1.25, 0.25), ("fsdp", 0.25, 0.25, 0.25)):
         assert parts[mode]["teacher's weights"] == format_bytes(teacher * frozen), mode

@@ -20,6 +20,9 @@ from minidistill.models.discriminator import Discriminator
 from minidistill.models.unet import UNet, UNetConfig, random_inputs
 from minidistill.pipeline import VAE
 from minidistill.training.device import to_precision
+from minidistill.training.parallel import Held
+
+ALONE = Held()
 
 
 def step_peak(
@@ -92,7 +95,7 @@ def memory_rows(
     image: int,
     averaged: bool,
     half: bool = False,
-    held: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    held: Held = ALONE,
 ) -> list[tuple[str, str]]:
     """Table of the memory needed on the device, of the first process if there are several.
 
@@ -100,15 +103,14 @@ def memory_rows(
     half: as in `step_peak`. held: `parallel.held`; with `fsdp`, the one layer that computes is not counted.
     """
     teacher, student = (4 * sum(map(math.prod, weight_shapes(c).values())) for c in (removal.teacher, removal.student))
-    frozen, trained, states = held
     parts = {
-        "teacher's weights": round(teacher * frozen) // (1 + half),
-        "student's weights": round(student * trained),
-        "AdamW's two averages": round(2 * student * states),
-        "averaged weights": round(student * states) * averaged,
+        "teacher's weights": round(teacher * held.frozen) // (1 + half),
+        "student's weights": round(student * held.trained),
+        "AdamW's two averages": round(2 * student * held.states),
+        "averaged weights": round(student * held.states) * averaged,
         "VAE and text encoders": sum(w.numel() * w.element_size() for network in others for w in network.parameters()),
         # Images are sampled with the averaged weights, or all those that are shared out, beside the student's.
-        "activations, gradients": max(step, image + student * (averaged or states < 1)),
+        "activations, gradients": max(step, image + student * (averaged or held.states < 1)),
     }
     rows = [(name, format_bytes(size)) for name, size in parts.items() if size]
     return [("on the device", "memory"), *rows, ("in all, about", format_bytes(sum(parts.values())))]
@@ -247,21 +249,20 @@ def stage_memory_rows(
     half: bool,
     checkpointing: bool,
     accumulate: bool,
-    held: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    held: Held = ALONE,
 ) -> list[tuple[str, ...]]:
     """Table of the memory that each phase needs on the device. Arguments as in `memory_rows` and `phase_memory`."""
-    of_frozen, of_trained, of_states = held
     beside = sum(w.nbytes for network in others for w in network.parameters())
     rows = [("stage", "objective", "weights", "Adam's averages", "activations, gradients", "in all, about")]
     for leg in legs(stages):
         phase, first = leg.phase, leg.index == 0
         weights, averages, peak = phase_memory(
             teacher, student, kind_of(phase), inputs, first=first, guided=first and guidance > 1, rank=rank,
-            shared=only_lora(stages), half=half, checkpointing=checkpointing, accumulate=accumulate, share=of_states,
+            shared=only_lora(stages), half=half, checkpointing=checkpointing, accumulate=accumulate, share=held.states,
         )  # fmt: skip
         learned = averages // 2
-        weights = round(learned * of_trained + (weights - learned) * of_frozen)
-        parts = weights + beside, round(averages * of_states), max(peak, image)
+        weights = round(learned * held.trained + (weights - learned) * held.frozen)
+        parts = weights + beside, round(averages * held.states), max(peak, image)
         rows.append((leg.stage.name, phase.label, *map(format_bytes, (*parts, sum(parts)))))
     return rows
 

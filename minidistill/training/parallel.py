@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -70,13 +70,18 @@ def join(device: torch.device, mode: str = "ddp") -> torch.device:
     return device
 
 
-def held(mode: str) -> tuple[float, float, float]:
-    """What each process holds in a mode of MODES: shares of frozen U-Nets, of weights that train, of what those need.
+class Held(NamedTuple):
+    """The shares that one of several processes holds."""
 
-    That is gradients, averages of Adam and EMA. In a step `zero1` has trained weights whole, beside its part of them.
-    """
+    frozen: float = 1.0  # of U-Nets that do not train
+    trained: float = 1.0  # of weights that train, in a step
+    states: float = 1.0  # of their gradients, averages of Adam and EMA
+
+
+def held(mode: str) -> Held:
+    """What each process holds in a mode of MODES. In a step `zero1` has trained weights whole, beside its part."""
     part = 1 / count()
-    return {"ddp": (1.0, 1.0, 1.0), "zero1": (1.0, 1.0 + part * (part < 1), part), "fsdp": (part, part, part)}[mode]
+    return {"ddp": Held(), "zero1": Held(1.0, 1.0 + part * (part < 1), part), "fsdp": Held(part, part, part)}[mode]
 
 
 def share_of(batch_size: int) -> int:
