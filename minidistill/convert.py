@@ -5,6 +5,7 @@ python -m minidistill.convert model.ckpt folder --dtype fp16
 python -m minidistill.convert path/to/sdxl lightning --lora sdxl_lightning_4step_lora.safetensors
 python -m minidistill.convert sdxl_lightning_4step_unet.safetensors lightning_unet
 python -m minidistill.convert lora.safetensors lora_peft.safetensors --layout peft
+python -m minidistill.convert runs/lightning/4-step 4-step.safetensors --lora-of miniature --lora-rank 16
 
 Folders open in diffusers, single files (LDM's layout) in ComfyUI and, but for students, AUTOMATIC1111. A U-Net alone
 stays one: a folder with config.json and weights, or a file. Nothing is rounded unless --dtype or --lora asks for it.
@@ -23,9 +24,10 @@ from minidistill.errors import InputError
 from minidistill.generate import load_model
 from minidistill.interop.configs import UNET, prediction_entry
 from minidistill.interop.ldm import to_ldm_unet
-from minidistill.interop.lora_files import FORMS, rewrite_lora
+from minidistill.interop.lora_files import FORMS, rewrite_lora, write_lora
 from minidistill.interop.replace import is_unet_alone, load_unet, merge_files, with_scales
 from minidistill.interop.single_file import CPP, marks, write_single_file
+from minidistill.models.lora import extract_lora
 from minidistill.training.device import PRECISIONS
 from minidistill.weights.choice import INDEX, SCHEDULE
 from minidistill.weights.files import existing_file, read_json, write_json, write_safetensors
@@ -54,23 +56,31 @@ class Config:
     vae: str | None = option(None, "SOURCE of another VAE for the model")
     lora: tuple[str, ...] | None = option(None, "LoRA files to merge into the model")
     lora_scale: tuple[float, ...] = option((1.0,), "scale of the LoRAs: one for all, or one each")
+    lora_of: str | None = option(None, "write a LoRA for this model, from what SOURCE changes in its U-Net")
+    lora_rank: int = option(16, "rank of that LoRA: the larger, the nearer to SOURCE", minimum=1)
     ema: bool = option(False, "use the averaged U-Net weights of a single file that has both kinds")
 
 
 def main(config: Config) -> None:
     """Load, write. What is there already is not touched."""
     dest = Path(config.dest)
-    layout = config.layout or ("single-file" if dest.suffix == ".safetensors" else "folder")
+    by_dest = "single-file" if dest.suffix == ".safetensors" else "folder"
+    layout = config.layout or (FORMS[0] if config.lora_of else by_dest)
+    if config.lora_of and layout not in FORMS:
+        raise InputError(f"--lora-of writes a LoRA, whose --layout is {' or '.join(FORMS)}, not {layout}")
     if layout != "folder" and dest.suffix != ".safetensors":
-        what = "a LoRA" if layout in FORMS else "a single file"
-        raise InputError(f"{dest}: {what} is written as .safetensors: end its name so, or leave out --layout")
+        what, other = "a LoRA" if layout in FORMS else "a single file", ", or leave out --layout" * bool(config.layout)
+        raise InputError(f"{dest}: {what} is written as .safetensors: end its name so{other}")
     if config.layout is None and layout == "folder" and dest.suffix.lower() in (".safetensors", *NOT_WRITTEN):
         raise InputError(
             f"{dest}: a single file is written as .safetensors; for a folder of that name: --layout folder"
         )
     if dest.is_file() or (dest.is_dir() and (layout != "folder" or any(dest.iterdir()))):
         raise InputError(f"{dest} exists: give the name of a new {'folder' if layout == 'folder' else 'file'}")
-    if layout in FORMS:
+    if config.lora_of:
+        refuse(config, ("unet", "vae", "lora"), "a LoRA is written")
+        extract(config, dest, layout)
+    elif layout in FORMS:
         refuse(config, ("unet", "vae", "lora", "ema"), "it is a LoRA file that is rewritten")
         convert_lora(config, dest)
     elif is_unet_alone(config.source, PRECISIONS.get(config.dtype)):
@@ -131,6 +141,30 @@ def convert_lora(config: Config, dest: Path) -> None:
     source = existing_file(find_model(config.source))
     sampling = read_sampling(source)  # it may be in the file's name alone
     rewrite_lora(source, dest, config.layout, PRECISIONS.get(config.dtype), sampling_metadata(sampling))
+
+
+def extract(config: Config, dest: Path, layout: str) -> None:
+    """What a U-Net changes in that of another model, as a LoRA for the latter, and how much of it the LoRA has."""
+    tuned, schedule, sampling = load_unet(config.source, "cpu", None, config.ema)
+    base, own, _ = load_unet(config.lora_of, "cpu", None)
+    predicts = [sampling.prediction if sampling else schedule.prediction_type if schedule else None]
+    predicts += [own.prediction_type if own else None]
+    if None not in predicts and len(set(predicts)) > 1:
+        raise InputError(
+            f"{config.source} predicts {predicts[0]}, {config.lora_of} {predicts[1]}: that changes conv_out, of which "
+            "a LoRA holds nothing; convert it to a U-Net alone instead"
+        )
+    shapes, wanted = ({name: w.shape for name, w in unet.state_dict().items()} for unet in (tuned, base))
+    if differ := [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]:
+        what = f"{differ[0]} is absent, or of another shape"
+        raise InputError(f"{config.source} is no version of {config.lora_of}: {what}")
+    weights = extract_lora(tuned, base, config.lora_rank)
+    write_lora(dest, {"unet": weights}, layout, PRECISIONS.get(config.dtype), sampling_metadata(sampling))
+    held = sum((found.up.flatten(1) @ found.down.flatten(1)).square().sum() for found in weights.values())
+    both = zip(tuned.state_dict().values(), base.state_dict().values(), strict=True)
+    change = sum((after.float() - before.float()).square().sum() for after, before in both)
+    share = 100 * float(held / change) if change else 100.0
+    print(f"rank {config.lora_rank}: {share:.0f} % of the change, in squares of all weights", file=sys.stderr)
 
 
 def refuse(config: Config, flags: tuple[str, ...], because: str) -> None:

@@ -220,3 +220,40 @@ def test_what_is_no_lora_file_and_flags_of_models_are_refused(sources, parts, tm
     assert "exists" in refused(capsys, parts["style"], parts["pose"], *form)
     assert "a LoRA" in refused(capsys, parts["style"], tmp_path / "folder")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_model_changes_becomes_a_lora_for_the_other(sources, parts, tmp_path, capsys):
+    base, tuned, found = sources["sd1"], tmp_path / "tuned", tmp_path / "found.safetensors"
+    pipe = edited(base, loras=[(parts["style"], 1.0)])
+    pipe.set_sampling(Sampling(4))
+    pipe.save(tuned)
+    assert run_convert(tuned, found, "--lora-of", base, "--lora-rank", "2", "--dtype", "fp32") == 0
+    assert "rank 2: 100 % of the change" in capsys.readouterr().err  # of the U-Net: that LoRA has rank 2
+    assert find_sampling(found, read_metadata(found)) == Sampling(4)
+    again = edited(base, loras=[(found, 1.0)])
+    for name, weight in pipe.unet.state_dict().items():
+        assert torch.allclose(again.unet.state_dict()[name], weight, atol=1e-4), name
+    assert run_convert(tuned, tmp_path / "less.safetensors", "--lora-of", base, "--lora-rank", "1") == 0
+    assert "100 %" not in capsys.readouterr().err
+    unet = diffusers.StableDiffusionPipeline.from_pretrained(base)
+    unet.load_lora_weights(tmp_path, weight_name=found.name)
+    unet.fuse_lora()
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    expected = pipe.unet.get_submodule(name).weight
+    layer = unet.unet.get_submodule(name)
+    assert torch.allclose(getattr(layer, "base_layer", layer).weight, expected, atol=1e-4)
+
+
+def test_what_cannot_be_a_lora_of_a_model_is_refused(sources, parts, tmp_path, capsys):
+    new, base = tmp_path / "new.safetensors", ("--lora-of", sources["sd1"])
+    assert "is no version of" in refused(capsys, sources["sdxl"], new, *base)
+    assert "--layout is kohya or peft" in refused(capsys, sources["sd1"], new, *base, "--layout", "folder")
+    assert "--vae is for whole models, and a LoRA" in refused(
+        capsys, sources["sd1"], new, *base, "--vae", parts["taesd"]
+    )
+    assert "end its name so" in refused(capsys, sources["sd1"], tmp_path / "new", *base)
+    pipe = load_pipeline(sources["sd1"])
+    pipe.set_sampling(Sampling(1, prediction="sample"))
+    pipe.save(tmp_path / "x0")
+    assert "predicts sample" in refused(capsys, tmp_path / "x0", new, *base)
+    assert not new.exists()

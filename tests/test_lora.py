@@ -224,6 +224,26 @@ def test_live_equals_merged_at_any_scale_and_alpha_counts():
     assert_close(output(live), expected)
 
 
+def test_the_lora_of_a_change_is_the_nearest_of_its_rank():
+    base, tuned = make_unet(TINY_SDXL), make_unet(TINY_SDXL)
+    lora.merge_weights(tuned, random_lora(base, rank=3))
+    with torch.no_grad():
+        tuned.conv_in.bias.add_(1)  # left out
+    whole, less = (lora.extract_lora(tuned, base, rank) for rank in (3, 2))
+    assert list(whole) == lora.find_targets(base, lora.ALL)
+    again = copy.deepcopy(base)
+    lora.merge_weights(again, whole)
+    for name in whole:
+        assert_close(again.get_submodule(name).weight, tuned.get_submodule(name).weight)
+    name = "down_blocks.0.resnets.0.conv1"
+    change = (tuned.get_submodule(name).weight - base.get_submodule(name).weight).flatten(1)
+    missed = (change - less[name].up.flatten(1) @ less[name].down.flatten(1)).norm()
+    assert_close(missed, torch.linalg.svdvals(change.detach())[2], 1e-4)
+    wider = make_unet(replace(TINY_SDXL, cross_attention_dim=TINY_SDXL.cross_attention_dim + 8))
+    with pytest.raises(ValueError, match=r"attn2\.to_k"):
+        lora.extract_lora(wider, base, 2)
+
+
 def test_a_fresh_lora_changes_nothing_and_removing_gives_the_base_back():
     unet = make_unet(TINY_SD1)
     before, names = output(unet), list(unet.state_dict())

@@ -213,6 +213,28 @@ def merge_weights(network: nn.Module, weights: Mapping[str, LoRAWeights], scale:
     return len(fitted)
 
 
+@torch.no_grad()
+def extract_lora(tuned: nn.Module, base: nn.Module, rank: int, targets: Sequence[str] = ALL) -> dict[str, LoRAWeights]:
+    """The LoRA of `base` that comes nearest to `tuned`, a network of the same shapes, by layer; float32.
+
+    Of each layer's change of weights it keeps the `rank` largest singular values, or all where there are fewer: no
+    other matrix of that rank is nearer (Eckart and Young, 1936). What else differs, such as biases, is left out.
+    ValueError: the shapes of a layer differ.
+    """
+    found = {}
+    for name in find_targets(base, targets):
+        before, after = (network.get_submodule(name).weight for network in (base, tuned))
+        if before.shape != after.shape:
+            raise ValueError(f"LoRA: {name} is {tuple(after.shape)}, not {tuple(before.shape)}")
+        left, values, right = torch.linalg.svd((after.float() - before.float()).flatten(1), full_matrices=False)
+        r = min(rank, len(values))
+        root = values[:r].sqrt()
+        down = (root[:, None] * right[:r]).reshape(r, *before.shape[1:])
+        up = (left[:, :r] * root).reshape(-1, r, *[1] * (before.dim() - 2))
+        found[name] = LoRAWeights(down.contiguous(), up.contiguous(), float(r))
+    return found
+
+
 def fit(weights: LoRAWeights, layer: nn.Linear | nn.Conv2d) -> LoRAWeights:
     """The weights in the shapes of the layer: files may store a 1x1 convolution as a linear layer, or the reverse.
 
