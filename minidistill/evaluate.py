@@ -1,6 +1,7 @@
 """Evaluate a model of the miniature's scenes: the share of correct attributes in its images.
 
     python -m minidistill.evaluate --model SOURCE
+    python -m minidistill.evaluate --lightning 4
 
 Images are generated from held-out captions; the scene judge (`miniature/judge.py`) tells which attributes of a caption
 each one shows. Image i always has the same caption and the same noise, so models can be compared image by image.
@@ -14,17 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import tqdm
 
 from minidistill.cli import option, run_command
 from minidistill.diffusion.sampling import SAMPLERS
 from minidistill.errors import InputError
+from minidistill.generate import GenerateConfig, load_model, with_student
 from minidistill.metrics.clip_score import clip_scores, retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature.judge import judge, score_verdicts
 from minidistill.miniature.scenes import SIDE, held_out_captions
-from minidistill.pipeline import GUIDANCE, STEPS, load_pipeline
-from minidistill.report import save_image_grid
+from minidistill.pipeline import GUIDANCE, STEPS
+from minidistill.report import MANY, frechet_to_scenes, save_image_grid
 from minidistill.training.device import get_device
 from minidistill.training.log import format_table
 from minidistill.weights import folders
@@ -34,6 +37,7 @@ from minidistill.weights.files import write_json
 @dataclass(frozen=True)
 class Config:
     model: str = option("miniature", "SOURCE: a model folder, or miniature")
+    lightning: int | None = option(None, "the student for N steps beside the model, as in generate", minimum=1)
     samples: int = option(1000, "number of images, one for each held-out caption", minimum=1)
     steps: int | None = option(None, f"sampling steps (default: the model's own, else {STEPS})", minimum=1)
     sampler: str | None = option(None, "sampler (default: the model's own, else ddim)", choices=SAMPLERS)
@@ -54,13 +58,15 @@ def main(config: Config) -> None:
         raise InputError(f"--grid {config.grid}: the name of a .png file is needed")
     if config.out and Path(config.out).is_dir():
         raise InputError(f"--out {config.out} is a folder: the name of a .json file is needed")
-    pipe = load_pipeline(config.model, get_device(config.device))
+    edits = GenerateConfig(model=config.model, lightning=config.lightning)
+    edits = with_student(edits) if config.lightning else edits
+    pipe = load_model(config.model, edits, get_device(config.device), torch.float32, torch.float32)
     if pipe.trained_size() != (SIDE, SIDE):
         size = f"{config.model} makes images of {pipe.trained_size()}"
         raise InputError(f"{size}; the judge reads {SIDE}x{SIDE} scenes only")
     folder = folders.find_model(config.model)
     captions = held_out_captions(config.samples)
-    verdicts, shown, similarity = [], [], []
+    verdicts, drawn, similarity = [], [], []
     clip = folders.load_clip(folder) if (folder / "clip").is_dir() else None
     settings = {name: getattr(config, name) for name in ("steps", "guidance", "seed", "sampler", "batch_size")}
     begin = time.perf_counter()
@@ -69,7 +75,7 @@ def main(config: Config) -> None:
             some = captions[start : start + config.batch_size]
             images = pipe(some, first_index=start, **settings)
             verdicts += [judge(image, caption) for image, caption in zip(images, some, strict=True)]
-            shown += images[: max(0, 16 - start)]
+            drawn += images
             if clip:
                 similarity += clip_scores(clip, pipe.tokenizers[0], images, some).diagonal().tolist()
             bar.update(len(some))
@@ -78,6 +84,8 @@ def main(config: Config) -> None:
     results = {"samples": len(captions), "seconds": round(seconds, 1), "judge": score_verdicts(verdicts)}
     if clip:
         results["clip_similarity"] = sum(similarity) / len(similarity)
+    if len(drawn) >= MANY:
+        results["frechet"] = frechet_to_scenes(drawn)
     if config.parts:
         results["vae"] = evaluate_vae(pipe.vae, config.samples)
         if clip:
@@ -89,7 +97,7 @@ def main(config: Config) -> None:
     if config.out:
         write_json(config.out, results)
     if config.grid:
-        save_image_grid(Path(config.grid), [shown], captions[: len(shown)])
+        save_image_grid(Path(config.grid), [drawn[:16]], captions[:16])
 
 
 def describe_parts(results: Mapping[str, Any]) -> str:
@@ -97,6 +105,8 @@ def describe_parts(results: Mapping[str, Any]) -> str:
     lines = []
     if "clip_similarity" in results:
         lines.append(f"CLIP: similarity of image and caption {results['clip_similarity']:.3f}")
+    if "frechet" in results:
+        lines.append(f"CLIP: Frechet distance to the scenes of these captions {results['frechet']:.4f}")
     if "clip_retrieval_top1_of_100" in results:
         lines.append(f"CLIP: the right one of 100 captions in {results['clip_retrieval_top1_of_100']:.1%} of cases")
     if "vae" in results:

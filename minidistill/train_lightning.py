@@ -97,6 +97,7 @@ SDXL = {  # 1024 pixels, guidance 6, bf16
 }
 PRESETS = {
     "quick": {"comment": "the defaults: students of 8, 4, 2 and 1 steps of the miniature"},
+    "best": {"comment": "the miniature's students, longer: an hour or two on two cores", "plan": "best"},
     "sdxl-lightning": {
         "comment": "the paper's settings, batch 512; its optimizer steps are ours; give --data; not yet run here",
         **SDXL,

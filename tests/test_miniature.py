@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 
 import minidistill
 from minidistill import evaluate
 from minidistill.diffusion.noise import initial_noise
+from minidistill.diffusion.sampling import Sampling
 from minidistill.distill import sensitivity
 from minidistill.distill.block_removal import RECIPES, plan_removal
 from minidistill.distill.probes import make_probes
 from minidistill.errors import InputError
+from minidistill.interop.replace import merge_loras
 from minidistill.metrics.clip_score import retrieval
 from minidistill.metrics.reconstruction import evaluate_vae
 from minidistill.miniature import networks
@@ -80,6 +82,24 @@ def test_its_student_is_a_bk_tiny_with_its_other_parts(pipe):
     assert "A student of miniature" in card and "license: apache-2.0" in card
 
 
+@pytest.mark.parametrize(("steps", "right"), [(8, 0.6), (4, 0.6)])
+def test_its_students_of_few_steps_draw_what_captions_state_and_the_same_in_diffusers(steps, right):
+    student, captions = folders.find_student("miniature", steps), held_out_captions(32)
+    pipe = minidistill.load_pipeline("miniature")
+    merge_loras(pipe, [(student, 1.0)])
+    assert pipe.sampling == Sampling(steps)
+    assert score(pipe(captions, seed=0, batch_size=32), captions)["all"] >= right
+    theirs = StableDiffusionPipeline.from_pretrained(folders.MINIATURE, torch_dtype=torch.float32)
+    theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
+    theirs.load_lora_weights(student.parent, weight_name=student.name)
+    theirs.set_progress_bar_config(disable=True)
+    noise = initial_noise(3, range(2), (4, 16, 16))
+    ours = pipe(captions[:2], latents=noise)
+    settings = {"num_inference_steps": steps, "guidance_scale": 0, "latents": noise, "output_type": "np"}
+    for mine, other in zip(ours, theirs(captions[:2], **settings).images, strict=True):
+        assert np.abs(np.asarray(mine, float) - 255 * other).max() <= 2.0
+
+
 def test_the_vae_preserves_the_attributes_of_captions():
     result = evaluate_vae(folders.load_vae(folders.MINIATURE), 100)
     assert result["psnr"] >= 28 and result["psnr_plain"] >= 30 and result["all_correct"] >= 0.97, result
@@ -121,10 +141,11 @@ def test_evaluate_prints_shares_and_parts_and_writes_numbers_and_grid(tmp_path, 
     evaluate.main(evaluate.Config(samples=2, steps=1, out=str(tmp_path / "e.json"), grid=str(tmp_path / "e.png")))
     assert "2 held-out captions in" in capsys.readouterr().out
     assert read_json(tmp_path / "e.json")["samples"] == 2 and (tmp_path / "e.png").exists()
-    results = {"clip_similarity": 0.71191, "vae": {"psnr": 39.4556, "all_correct": 1.0}}
+    results = {"clip_similarity": 0.71191, "frechet": 0.00643, "vae": {"psnr": 39.4556, "all_correct": 1.0}}
     results["clip_retrieval_top1_of_100"] = 0.823
     assert evaluate.describe_parts(results).splitlines() == [
         "CLIP: similarity of image and caption 0.712",
+        "CLIP: Frechet distance to the scenes of these captions 0.0064",
         "CLIP: the right one of 100 captions in 82.3% of cases",
         "VAE: 39.5 dB; 100.0% of reconstructions all correct",
     ]

@@ -475,6 +475,16 @@ def test_the_student_of_another_prediction_starts_near_the_teacher(opened):
     assert solved < 0.5 * distance()
 
 
+def test_distribution_matching_is_of_the_predicted_x0_wherever_a_jump_ends(opened):
+    ladder, made = opened("fp32", 4)
+    batch = ladder.batches[0]
+    jump = players.endpoints(ladder, made, batch, trains=True)
+    jump = jump._replace(x_t=batch.eps, t=torch.tensor([999, 499]), t_next=torch.tensor([499, -1]))
+    loss, _ = players.match(ladder, made, batch, jump, 0)
+    (gradient,) = torch.autograd.grad(loss.sum(), jump.out)
+    assert loss.shape == (2,) and (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
 # what a run would take
 
 
@@ -487,8 +497,7 @@ def test_a_micro_batch_takes_the_memory_that_a_dry_run_says(opened, number):
         jump = players.endpoints(ladder, made, batch, trains=True)
         target = mean_square(jump.x_fake, jump.x_real).sum()
         if phase.matching:
-            clean = jump._replace(t_next=torch.full_like(jump.t, -1))  # all of them, at most
-            target = target + players.match(ladder, made, batch, clean, 0)[0].sum()
+            target = target + players.match(ladder, made, batch, jump, 0)[0].sum()
         _, pull, _ = players.contest(ladder, made, batch, jump, 0, trains=True)
         (target + (jump.x_fake * pull).sum()).backward()
     unet = ladder.pipe.unet.config

@@ -25,7 +25,7 @@ class Phase:
     # weights of the losses
     mse: float = 0.0  # (16)
     adversarial: float = 0.0  # (21)
-    matching: float = 0.0  # distribution matching (DMD2, arXiv 2405.14867), on jumps that end at the clean latent
+    matching: float = 0.0  # distribution matching (DMD2, arXiv 2405.14867)
     convert: float = 0.0  # (29), from the student of the stage before
     # what is seen
     teacher: int | None = None  # sampling steps of a skip-level teacher; None: the stage's
@@ -211,6 +211,18 @@ DEMO = (
     Stage(1, 2, (MSE, replace(MATCH, learning_rate=1e-4))),
 )
 
+# The miniature, in an hour or two: longer, with distribution matching from 4 steps on, and x0-prediction for one step.
+LONG = replace(MATCH, learning_rate=1e-4, fake_rate=5, schedule="cosine")
+BEST = (
+    Stage(8, 16, (replace(MSE, steps=500),)),
+    Stage(4, 8, (replace(MSE, steps=250, learning_rate=1e-4), replace(LONG, steps=400, mse=0.25))),
+    Stage(2, 4, (replace(MSE, steps=250), replace(LONG, steps=1500))),
+    Stage(
+        1, 2, (replace(MSE, steps=100, mse=0, convert=1), replace(MSE, steps=300), replace(LONG, steps=2000)),
+        predicts_x0=True,
+    ),
+)  # fmt: skip
+
 # One student for several numbers of steps.
 ANY = (DEMO[0], Stage(4, 8, (replace(MSE, steps=300, learning_rate=1e-4),), mixed=(1, 2, 4, 8)))
 
@@ -225,6 +237,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "paper": PAPER,
     "one-gpu": ONE_GPU,
     "demo": DEMO,
+    "best": BEST,
     "any": ANY,
     "keep": (Stage(0, 0, (KEEP,)),),
     "keep-lora": (Stage(0, 0, (KEEP_LORA,)),),

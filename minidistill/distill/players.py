@@ -272,31 +272,23 @@ def contest(
 
 
 def match(ladder: Ladder, players: Players, batch: Batch, jump: Jump, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Distribution matching of the jumps that end clean: its loss (B,), 0 for the others, and measures to log.
+    """Distribution matching of the x0 that the student predicts, wherever its jumps end: loss (B,), measures to log.
 
-    Adds the gradient of the fake network's loss, the usual one on the student's samples, to its parameters.
+    Adds the gradient of the fake network's loss, the usual one on the student's x0, to its parameters.
     """
-    clean, alpha_bar, prediction = jump.t_next < 0, ladder.own_alpha_bar, ladder.pipe.schedule.prediction_type
-    none, total = (0 * jump.x_fake).flatten(1).sum(1), sum(parallel.gather(int(clean.sum())))
-    if not total:
-        return none, {}
-    asked = clean.clone()
-    asked[0] |= ~clean.any()  # with a weight of 0: processes that share out networks call them equally often
-    added = batch.added_cond and {name: value[asked] for name, value in batch.added_cond.items()}
-    some = batch._replace(context=batch.context[asked], added_cond=added)
-    x0, (uniform, eps) = jump.x_fake[asked], (part[asked] for part in fresh(ladder, k, "matching", jump.x_fake))
+    alpha_bar, prediction = ladder.own_alpha_bar, ladder.pipe.schedule.prediction_type
+    x0 = to_x0(jump.out, jump.x_t, jump.t, ladder.alpha_bar, players.prediction)
+    uniform, eps = fresh(ladder, k, "matching", x0)
     t = (len(alpha_bar) * (0.02 + 0.96 * uniform)).long()
     x_t = add_noise(x0.detach(), eps, t, alpha_bar)
     with ladder.autocast:
         with torch.no_grad():
-            real = model_of(ladder, ladder.pipe.unet, some, ladder.config.guidance)(x_t, t).float()
-        fake = players.fake(x_t, t, some.context, some.added_cond).float()
-    target = training_target(x0.detach(), eps, t, alpha_bar, prediction)
-    weight = clean[asked].float()
-    loss_fake = (weight * mean_square(fake, target)).sum() * parallel.count() / total  # over all processes a mean
+            real = model_of(ladder, ladder.pipe.unet, batch, ladder.config.guidance)(x_t, t).float()
+        fake = players.fake(x_t, t, batch.context, batch.added_cond).float()
+    loss_fake = mean_square(fake, training_target(x0.detach(), eps, t, alpha_bar, prediction)).mean()
     (loss_fake / ladder.config.accumulate).backward()
     found = (to_x0(out.detach(), x_t, t, alpha_bar, prediction) for out in (real, fake))
-    return none.masked_scatter(asked, weight * adversarial.matching_loss(x0, *found)), {"fake net": loss_fake}
+    return adversarial.matching_loss(x0, *found), {"fake net": loss_fake}
 
 
 @torch.no_grad()
