@@ -66,6 +66,8 @@ def main(config: Config) -> None:
     dest = Path(config.dest)
     by_dest = "single-file" if dest.suffix == ".safetensors" else "folder"
     layout = config.layout or (FORMS[0] if config.lora_of else by_dest)
+    if config.lora_rank != Config.lora_rank and not config.lora_of:
+        raise InputError("--lora-rank is for --lora-of, which is not given")
     if config.lora_of and layout not in FORMS:
         raise InputError(f"--lora-of writes a LoRA, whose --layout is {' or '.join(FORMS)}, not {layout}")
     if layout != "folder" and dest.suffix != ".safetensors":

@@ -252,6 +252,7 @@ def test_what_cannot_be_a_lora_of_a_model_is_refused(sources, parts, tmp_path, c
         capsys, sources["sd1"], new, *base, "--vae", parts["taesd"]
     )
     assert "end its name so" in refused(capsys, sources["sd1"], tmp_path / "new", *base)
+    assert "--lora-rank is for --lora-of" in refused(capsys, sources["sd1"], new, "--lora-rank", "4")
     pipe = load_pipeline(sources["sd1"])
     pipe.set_sampling(Sampling(1, prediction="sample"))
     pipe.save(tmp_path / "x0")
