@@ -43,7 +43,7 @@ GROUPS = {
     "pruning": "recipe remove copy_weights only budget by",
     "stages": "plan stages length pure_noise zero_snr",
     "losses": "pairing loss_weights feature_norm",
-    "LoRA": "lora_rank lora_alpha lora_targets train_text_encoder",
+    "LoRA": "lora_of lora_rank lora_alpha lora_targets train_text_encoder",
     "data": "data split caption_column images resolution flip caption_dropout random_conditioning image_free "
     "text_states store shard scan_only",
     "optimisation": "batch_size accumulate learning_rate lr_schedule warmup weight_decay max_grad_norm "

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minidistill.cli import REQUIRED, option, run_command
-from minidistill.diffusion.sampling import sampling_metadata
+from minidistill.diffusion.sampling import Sampling, sampling_metadata
+from minidistill.diffusion.schedule import ScheduleConfig
+from minidistill.distill.block_removal import weight_shapes
 from minidistill.errors import InputError
 from minidistill.generate import load_model
 from minidistill.interop.configs import UNET, prediction_entry
@@ -148,17 +150,15 @@ def convert_lora(config: Config, dest: Path) -> None:
 def extract(config: Config, dest: Path, layout: str) -> None:
     """What a U-Net changes in that of another model, as a LoRA for the latter, and how much of it the LoRA has."""
     tuned, schedule, sampling = load_unet(config.source, "cpu", None, config.ema)
-    base, own, _ = load_unet(config.lora_of, "cpu", None)
-    predicts = [sampling.prediction if sampling else schedule.prediction_type if schedule else None]
-    predicts += [own.prediction_type if own else None]
-    if None not in predicts and len(set(predicts)) > 1:
+    base, *of_base = load_unet(config.lora_of, "cpu", None)
+    one, other = predicts(schedule, sampling), predicts(*of_base)
+    if one and other and one != other:
         raise InputError(
-            f"{config.source} predicts {predicts[0]}, {config.lora_of} {predicts[1]}: that changes conv_out, of which "
+            f"{config.source} predicts {one}, {config.lora_of} {other}: that changes conv_out, of which "
             "a LoRA holds nothing; convert it to a U-Net alone instead"
         )
-    shapes, wanted = ({name: w.shape for name, w in unet.state_dict().items()} for unet in (tuned, base))
-    if differ := [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]:
-        what = f"{differ[0]} is absent, or of another shape"
+    if differ := sorted(weight_shapes(tuned.config).items() ^ weight_shapes(base.config).items()):
+        what = f"{differ[0][0]} is absent, or of another shape"
         raise InputError(f"{config.source} is no version of {config.lora_of}: {what}")
     weights = extract_lora(tuned, base, config.lora_rank)
     write_lora(dest, {"unet": weights}, layout, PRECISIONS.get(config.dtype), sampling_metadata(sampling))
@@ -167,6 +167,13 @@ def extract(config: Config, dest: Path, layout: str) -> None:
     change = sum((after.float() - before.float()).square().sum() for after, before in both)
     share = 100 * float(held / change) if change else 100.0
     print(f"rank {config.lora_rank}: {share:.0f} % of the change, in squares of all weights", file=sys.stderr)
+
+
+def predicts(schedule: ScheduleConfig | None, sampling: Sampling | None) -> str | None:
+    """What a U-Net predicts, where its SOURCE says it: what it was distilled for goes first."""
+    if sampling:
+        return sampling.prediction
+    return schedule.prediction_type if schedule else None
 
 
 def refuse(config: Config, flags: tuple[str, ...], because: str) -> None:

@@ -58,8 +58,7 @@ def main(config: Config) -> None:
         raise InputError(f"--grid {config.grid}: the name of a .png file is needed")
     if config.out and Path(config.out).is_dir():
         raise InputError(f"--out {config.out} is a folder: the name of a .json file is needed")
-    edits = GenerateConfig(model=config.model, lightning=config.lightning)
-    edits = with_student(edits) if config.lightning else edits
+    edits = with_student(GenerateConfig(model=config.model, lightning=config.lightning))
     pipe = load_model(config.model, edits, get_device(config.device), torch.float32, torch.float32)
     if pipe.trained_size() != (SIDE, SIDE):
         size = f"{config.model} makes images of {pipe.trained_size()}"

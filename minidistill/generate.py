@@ -73,8 +73,7 @@ def generate(config: GenerateConfig) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"--out {config.out}: the name of a .png file is needed")
     check_flags(config)
-    if config.lightning:
-        config = with_student(config)
+    config = with_student(config)
     device = get_device(config.device, report=False)  # the progress bar does
     dtype = get_dtype(config.precision, device)
     vae_dtype = get_dtype(config.vae_precision, device, "--vae-precision")
@@ -137,6 +136,8 @@ def check_flags(config: GenerateConfig) -> None:
 
 def with_student(config: GenerateConfig) -> GenerateConfig:
     """The flags that load the student of --lightning: its U-Net, or its LoRA, at full scale after those given."""
+    if not config.lightning:
+        return config
     student = folders.find_student(config.model, config.lightning)
     if student.is_dir():
         if config.unet:
