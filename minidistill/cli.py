@@ -39,7 +39,7 @@ NOUNS = {int: "a whole number", float: "a finite number", str: "text"}
 GATHERED = ("lora", "lora_scale")  # `--lora a --lora b` is `--lora a,b`; of any other flag the last one counts
 # The sections of --help and the order of the flags, the same in every command; what is not named here ends "run".
 GROUPS = {
-    "model": "source dest teacher teacher_lora model lightning part unet vae lora lora_scale ema layout dtype",
+    "model": "source dest teacher start_from model lightning part unet vae lora lora_scale ema layout dtype",
     "pruning": "recipe remove copy_weights only budget by",
     "stages": "plan stages length pure_noise zero_snr",
     "losses": "pairing loss_weights feature_norm",

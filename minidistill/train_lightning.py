@@ -28,7 +28,7 @@ from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.adversarial import verdict
 from minidistill.distill.block_removal import RECIPES, Removal, find_removal, removal_rows
 from minidistill.distill.kd import mean_square
-from minidistill.distill.ladder import LORA_FILE, Ladder, attach_student, load_student, save_student, student_pipeline
+from minidistill.distill.ladder import LORA_FILE, Ladder, Start, load_student, save_student, student_pipeline
 from minidistill.distill.lightning import PLANS, Stage, choose, legs, only_lora, stage_rows
 from minidistill.distill.memory import image_peak, stage_memory_rows
 from minidistill.distill.players import Players, assemble, contest, endpoints, match, ranking
@@ -56,7 +56,7 @@ COMPARED = 16  # samples whose latents are compared with the teacher's
 @dataclass(frozen=True)
 class Config(RunConfig):
     teacher: str = option("miniature", "teacher: a model folder, a Hub id, a single file, or miniature")
-    teacher_lora: str | None = option(None, "LoRA of a distilled student, for --teacher: it is what trains")
+    start_from: str | None = option(None, "distilled student that the ladder goes on from: a model, U-Net or LoRA")
     recipe: str | None = option(None, "pruning recipe: the students have fewer blocks too", choices=RECIPES)
     remove: tuple[str, ...] | None = option(None, "blocks to remove: down.1.1,mid,stage.3 (default: from the recipe)")
     plan: str | None = option(None, "stages and phases (default: one-gpu, for small teachers demo)", choices=PLANS)
@@ -120,6 +120,8 @@ def main(config: Config) -> None:
     ladder, report = set_up(config)
     folder, total = ladder.folder, ladder.settings["steps"]
     folder.begin(ladder.settings)
+    if ladder.start and (name := f"start, {ladder.start.student} steps") not in report.results:
+        report.measure(name, student_pipeline(ladder, ladder.start, load_student(ladder, -1)), 0)
     checkpoint = folder.latest_checkpoint()  # of step S: of the phase that does step S + 1
     start = checkpoint.step if checkpoint else 0
     unet: UNet | None = None
@@ -209,6 +211,7 @@ class Setup(NamedTuple):
     config: Config  # every setting resolved
     stages: tuple[Stage, ...]
     pipe: Pipeline  # the first teacher
+    start: Start | None
     removal: Removal | None
     data: inputs.Data
 
@@ -217,11 +220,13 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
     """Check all settings, load the teacher and the data, measure the teacher. No file is written."""
     device = parallel.join(get_device(config.device, config.deterministic), config.parallel)
     setup = check(config, device)
-    config, stages, pipe, removal, data = setup
+    config, stages, pipe, start, removal, data = setup
     smallest = inputs.smallest_map(pipe.unet.config, config.resolution // pipe.vae.config.downscale)
     config = dataclasses.replace(config, precision=config.precision or best_precision(device, smallest))
     precision = get_precision(config.precision, device, smallest)
     about = {"steps": list(legs(stages))[-1].last, "phases": [dataclasses.asdict(stage) for stage in stages]}
+    if start:
+        about["start_weights"] = inputs.weights_fingerprint(start.pipe)
     settings, folder = inputs.find_run({**dataclasses.asdict(config), **about}, pipe, data)
     describe(setup)
 
@@ -233,7 +238,10 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
     round_text_encoders(stages, pipe, config.precision)
     zero = dataclasses.replace(pipe.schedule, rescale_betas_zero_snr=True)
     alpha_bar = make_alpha_bar(zero).to(device) if config.zero_snr else own
-    ladder = Ladder(config, settings, stages, folder, pipe, exact, removal, batches, absent, alpha_bar, own, *precision)
+    begin = start and Stage(start.pipe.sampling.steps, 0, (), start.pipe.sampling.prediction == "sample")
+    ladder = Ladder(
+        config, settings, stages, begin, folder, pipe, exact, removal, batches, absent, alpha_bar, own, *precision
+    )
     report = open_report(ladder)
     parallel.shard(pipe.unet, config.parallel)
     return ladder, report
@@ -262,9 +270,9 @@ def check(config: Config, device: torch.device) -> Setup:
         raise InputError("--length, --lora-alpha and --max-grad-norm must be above 0, or nothing trains")
     pipe = load_pipeline(config.teacher, device)
     inputs.check_weights(pipe, config.teacher)
-    if config.teacher_lora:
-        weights = attach_student(pipe, config.teacher_lora)
-        config = dataclasses.replace(config, lora_rank=len(weights.down), lora_alpha=weights.alpha)
+    start = Start.open(pipe, config.start_from) if config.start_from else None
+    if start and start.lora:
+        config = dataclasses.replace(config, lora_rank=len(start.lora.down), lora_alpha=start.lora.alpha)
     resolution = inputs.resolution_for(pipe, config.resolution, config.teacher)
     size = sum(weight.numel() for weight in pipe.unet.parameters())
     config = dataclasses.replace(
@@ -273,15 +281,17 @@ def check(config: Config, device: torch.device) -> Setup:
         resolution=resolution,
         guidance=config.guidance or (pipe.sampling.guidance if pipe.sampling else GUIDANCE),
     )
-    stages = choose(PLANS[config.plan], config.stages, config.length, pipe.sampling)
-    if config.teacher_lora and not only_lora(stages):
-        raise InputError(f"--teacher-lora: plan {config.plan} trains all weights; take keep-lora or one-gpu")
+    stages = choose(PLANS[config.plan], config.stages, config.length, (start.pipe if start else pipe).sampling)
+    if start:
+        start.check(pipe, config.zero_snr, only_lora(stages))
     if config.zero_snr and only_lora(stages):
         raise InputError(f"--zero-snr changes what students predict, which a LoRA, as of plan {config.plan}, cannot")
     if config.parallel != "ddp" and only_lora(stages):
         raise InputError(f"--parallel {config.parallel}: plan {config.plan} trains a LoRA beside one U-Net; take ddp")
     removal = None
     if config.recipe or config.remove is not None:
+        if start:
+            raise InputError("--start-from names a student with blocks of its own: leave out --recipe and --remove")
         if only_lora(stages):
             what = f"plan {config.plan} trains nothing but a LoRA, for all blocks of the teacher"
             raise InputError(f"{what}: to remove some, take --plan paper, which trains all weights, or demo")
@@ -289,17 +299,17 @@ def check(config: Config, device: torch.device) -> Setup:
     config = dataclasses.replace(config, remove=removal and removal.removed)
     scenes = Scenes("train", length=config.images)
     data = inputs.open_data(config.data, resolution, scenes, config.split, config.caption_column)
-    return Setup(config, stages, pipe, removal, data)
+    return Setup(config, stages, pipe, start, removal, data)
 
 
 def describe(setup: Setup) -> None:
     """Print what the data are, what is removed from the teacher, and the stages."""
-    config, stages, pipe, removal, data = setup
+    config, stages, pipe, start, removal, data = setup
     inputs.print_summary(data)
     side = config.resolution // pipe.vae.config.downscale
     if removal:
         print(format_table(removal_rows(removal, side, side, pipe.tokenizers[0].max_length)) + "\n")
-    print(format_table(stage_rows(stages, config.guidance)) + "\n", flush=True)
+    print(format_table(stage_rows(stages, config.guidance, bool(start))) + "\n", flush=True)
 
 
 def open_report(ladder: Ladder) -> Report:
@@ -357,13 +367,13 @@ def dry_run(config: Config) -> None:
     device = parallel.join(torch.device("cpu"), config.parallel)
     setup = check(dataclasses.replace(config, precision=config.precision or best), device)
     describe(setup)
-    config, stages, pipe, removal, data = setup
+    config, stages, pipe, start, removal, data = setup
     unet, side = pipe.unet.config, config.resolution // pipe.vae.config.downscale
     round_text_encoders(stages, pipe, config.precision)
     rows = stage_memory_rows(
         stages,
         unet,
-        removal.student if removal else unet,
+        removal.student if removal else start.pipe.unet.config if start else unet,
         [pipe.vae, *pipe.text_encoders],
         (parallel.share_of(config.batch_size), side, side, pipe.tokenizers[0].max_length),
         image_peak(pipe.vae, side),
@@ -373,6 +383,7 @@ def dry_run(config: Config) -> None:
         checkpointing=config.gradient_checkpointing,
         accumulate=config.accumulate > 1,
         held=parallel.held(config.parallel),
+        started=bool(start),
     )
     steps = list(legs(stages))[-1].last
     samples = steps * config.accumulate * config.batch_size

@@ -5,6 +5,7 @@ those of our own; a LoRA is trained throughout on an eps-prediction model. A run
 end in the very bits of the run that was left alone.
 """
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_a_ladder_goes_on_from_a_distilled_teacher():
     assert choose(PLANS["keep"], None, distilled=Sampling(1, prediction="sample"))[0].name == "1-step-x0"
     stages = (Stage(2, 4, (FULL,)), Stage(1, 2, (FULL, replace(FULL, teacher=4))))
     assert choose(stages, None, distilled=Sampling(4)) == stages
-    with pytest.raises(InputError, match="2-step needs the student of 4 steps before it; the teacher has 8"):
+    with pytest.raises(InputError, match=r"needs the student of 4 steps before it; .* starts from one of 8"):
         choose(stages, None, distilled=Sampling(8))
     with pytest.raises(InputError, match="fine-tunes a distilled model"):
         choose(PLANS["keep"], None)
@@ -344,7 +345,7 @@ def test_a_student_is_fine_tuned_in_its_own_few_steps(request, train, sources, t
         before, kind, file, words = request.getfixturevalue("ladder") / "4-step", None, UNET, []
     else:
         before, kind, file = request.getfixturevalue("loras") / "4-step", "sd1", "lora.safetensors"
-        words = ["--teacher-lora", before / file]
+        words = ["--start-from", before / file]
     runs = tmp_path / "whole", tmp_path / "killed"
     assert train(runs[0], kind or before, plan, *words) == 0
     monkeypatch.setattr(train_lightning.MetricsLog, "end_step", interrupted_at([2]))
@@ -357,7 +358,43 @@ def test_a_student_is_fine_tuned_in_its_own_few_steps(request, train, sources, t
     assert read_sampling(runs[0] / "4-step" / file) == read_sampling(before / file)
     first, second = metrics(runs[0])
     assert first["grad_norm"] == 0 < second["grad_norm"] and set(first) >= {"d", "rank"}
-    assert list(results(runs[0])) == ["teacher, 4 steps", "4-step"]
+    assert list(results(runs[0])) == (
+        ["teacher, 4 steps", "4-step"] if plan == "keep" else ["teacher, 2 steps", "start, 4 steps", "4-step"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sd1"])
+def test_a_ladder_goes_on_from_a_student(ladder, loras, train, sources, tmp_path, capsys, kind):
+    """Which teaches its first stage, without guidance. Where all weights train, a LoRA is merged at first."""
+    before = {"sd2": ladder, "sd1": loras}[kind] / "4-step"
+    assert train(tmp_path / "run", kind, "short", "--stages", 2, "--start-from", before) == 0
+    assert re.search(r"4 -> 2 +MSE \+ D' +4 steps  ", capsys.readouterr().out)
+    start = teacher = load_pipeline(sources[kind])
+    if kind == "sd1":
+        start = load_pipeline(sources[kind])
+        merge_loras(start, [(before / "lora.safetensors", 1.0)])
+    else:
+        start = load_pipeline(before)
+    student = load_pipeline(tmp_path / "run" / "2-step").unet.state_dict()
+    near, far = (largest_difference(pipe.unet.state_dict(), student) for pipe in (start, teacher))
+    assert 0 < near < 0.002 < far, "one step of 1e-3"
+    assert list(results(tmp_path / "run")) == ["teacher, 2 steps", "start, 4 steps", "2-step"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        ("sd2", "--plan loras --stages 2", "is a U-Net, and this plan trains a LoRA alone"),
+        ("sd2", "--plan every --stages 1", "needs the student of 2 steps before it; the ladder starts from one of 4"),
+        ("sd2", "--plan every --stages 2 --remove mid", "leave out --recipe and --remove"),
+        ("sd1", "--plan every --length 1", "does not say for how many steps it was distilled"),
+        ("sd1", "--plan every --stages 2", "predict epsilon on the usual schedule, and it does not; see --zero-snr"),
+    ],
+)
+def test_a_student_of_another_kind_is_refused(ladder, train, sources, tmp_path, capsys, kind, words, said):
+    source = sources["sd1"] if "length" in words else ladder / "4-step"
+    assert train(tmp_path / "run", kind, "every", *words.split(), "--start-from", source) == 2
+    assert said in one_line(capsys) and not (tmp_path / "run").exists()
 
 
 def test_what_is_real_may_be_the_data(opened):
@@ -531,7 +568,8 @@ def test_a_dry_run_prints_the_stages_and_their_memory_and_writes_nothing(sources
     [
         ("--stages 3", "students of 4, 2, 1 steps"),
         ("--stages 4,1", "needs the student of 2 steps"),
-        ("--plan keep", "give one as --teacher"),
+        ("--plan keep", "give one, or its LoRA, as --start-from"),
+        ("--start-from miniature", "--start-from miniature: the parts of this pipeline do not fit"),
         ("--length 0", "above 0"),
         ("--plan papier", "did you mean paper?"),
         ("--plan loras --remove mid", "plan loras trains nothing but a LoRA"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +17,18 @@ from minidistill.diffusion.sampling import Sampling, sampling_metadata
 from minidistill.distill.block_removal import Removal, build_student
 from minidistill.distill.lightning import Stage, only_lora
 from minidistill.errors import InputError
-from minidistill.interop.lora_files import read_lora, write_lora
+from minidistill.interop.lora_files import is_lora, read_lora, write_lora
 from minidistill.interop.model_card import public_name
+from minidistill.interop.replace import load_unet, replace_unet
 from minidistill.models import lora
 from minidistill.models.lora import LoRAWeights
 from minidistill.models.unet import UNet
 from minidistill.pipeline import Pipeline, TextStates
 from minidistill.training import parallel
 from minidistill.training.batches import Batches
-from minidistill.training.device import PRECISIONS
+from minidistill.training.device import PRECISIONS, to_precision
 from minidistill.training.run_folder import RunFolder
-from minidistill.weights.folders import find_model, load_unet, read_sampling
+from minidistill.weights.folders import find_model, read_sampling
 
 LORA_FILE = "lora.safetensors"
 
@@ -36,6 +37,7 @@ class Settings(Protocol):
     """What stages and phases read of a command's settings."""
 
     teacher: str
+    start_from: str | None
     seed: int
     guidance: float
     pure_noise: bool
@@ -56,6 +58,7 @@ class Ladder:
     config: Settings
     settings: dict[str, Any]  # config.json: the config, the phases, and fingerprints of the model and of the data
     stages: tuple[Stage, ...]
+    start: Stage | None  # that has made the student which the ladder starts from; None: it starts from the teacher
     folder: RunFolder
     pipe: Pipeline  # the first teacher; its U-Net is frozen, in the run's precision
     exact: UNet  # that U-Net as it was loaded, perhaps on the CPU: what trains whole is copied from it
@@ -72,9 +75,15 @@ class Ladder:
         usual = "v_prediction" if self.config.zero_snr else self.pipe.schedule.prediction_type
         return "sample" if stage.predicts_x0 else usual
 
+    def stage(self, index: int) -> Stage | None:
+        """A stage, or `start` for -1."""
+        return self.stages[index] if index >= 0 else self.start
+
 
 def first_student(ladder: Ladder) -> UNet:
     """The student before the first phase: a copy of the teacher, or of what is left of it when blocks are removed."""
+    if ladder.start:
+        return read_student(ladder, -1)
     if ladder.removal:
         return build_student(ladder.removal, parallel.whole(ladder.exact), ladder.pipe.device)
     if only_lora(ladder.stages):
@@ -83,15 +92,26 @@ def first_student(ladder: Ladder) -> UNet:
 
 
 def load_student(ladder: Ladder, index: int) -> UNet:
-    """The student of an earlier stage, frozen, from the run folder. InputError: it is not there any more."""
-    folder = ladder.folder.path / ladder.stages[index].name
-    if only_lora(ladder.stages):
-        unet = copy_unet(ladder.pipe.unet, shared=True)
-        lora.remove_lora(unet)  # the teacher's
-        lora.attach_lora(unet, read_lora(folder / LORA_FILE, ladder.pipe.networks)["unet"], dtype=torch.float32)
-    else:
-        unet = load_unet(folder, PRECISIONS[ladder.config.precision], ladder.pipe.device)
-    return unet.eval().requires_grad_(False)
+    """The student of a stage, as in `read_student`, frozen and in the run's precision."""
+    unet = read_student(ladder, index).eval().requires_grad_(False)
+    to_precision(unet, ladder.config.precision)
+    return unet
+
+
+def read_student(ladder: Ladder, index: int) -> UNet:
+    """The student of a stage, from the run folder, or for -1 the one that the ladder starts from.
+
+    A LoRA is live if nothing else is trained, else merged. InputError: it is not there any more.
+    """
+    config, pipe, shared = ladder.config, ladder.pipe, only_lora(ladder.stages)
+    path = find_model(config.start_from if index < 0 else ladder.folder.path / ladder.stages[index].name)
+    if not (path.is_file() and is_lora(path)):
+        return load_unet(path, pipe.device, torch.float32)[0]
+    unet = copy_unet(pipe.unet, shared=True) if shared else copy_unet(parallel.whole(ladder.exact)).to(pipe.device)
+    lora.attach_lora(unet, read_lora(path, pipe.networks)["unet"], dtype=torch.float32)
+    if not shared:
+        lora.merge_lora(unet)
+    return unet
 
 
 def student_pipeline(ladder: Ladder, stage: Stage, unet: UNet) -> Pipeline:
@@ -125,17 +145,45 @@ def copy_unet(unet: UNet, shared: bool = False) -> UNet:
     return copy.deepcopy(unet, kept if shared else None)
 
 
-def attach_student(pipe: Pipeline, source: str) -> LoRAWeights:
-    """Attach the LoRA of a distilled student to the teacher it is for -> one of its layers.
+class Start(NamedTuple):
+    """A distilled student that a ladder starts from."""
 
-    InputError: it cannot be read, is for another model, or does not say for how many steps it was distilled.
-    """
-    path = find_model(source)
-    loras, sampling = read_lora(path, pipe.networks), read_sampling(path)
-    if sampling is None:
-        raise InputError(f"{source} does not say for how many steps it was distilled, in its header or its name")
-    if set(loras) != {"unet"}:
-        raise InputError(f"{source} is a LoRA of the text encoder too, and only those of the U-Net are trained on")
-    lora.attach_lora(pipe.unet, loras["unet"], dtype=torch.float32)
-    pipe.set_sampling(sampling)
-    return next(iter(loras["unet"].values()))
+    source: str
+    pipe: Pipeline  # as it is sampled
+    lora: LoRAWeights | None  # of one of the layers, if it is a LoRA
+
+    @classmethod
+    def open(cls, teacher: Pipeline, source: str) -> Start:
+        """A model, a U-Net alone, or a LoRA for the teacher.
+
+        InputError: it cannot be read, does not fit the teacher, or does not say for how many steps it was distilled.
+        """
+        path, student, one = find_model(source), copy.copy(teacher), None
+        if path.is_file() and is_lora(path):
+            weights = read_lora(path, teacher.networks)
+            if set(weights) != {"unet"}:
+                what = "is a LoRA of the text encoder too, and only those of the U-Net are trained on"
+                raise InputError(f"--start-from {source} {what}")
+            one = next(iter(weights["unet"].values()))
+            student.unet = copy_unet(teacher.unet, shared=True)
+            lora.attach_lora(student.unet, weights["unet"], dtype=torch.float32)
+            student.set_sampling(read_sampling(path))
+        else:
+            try:
+                replace_unet(student, source)
+            except InputError as error:
+                raise InputError(f"--start-from {source}: {error}") from error
+        if student.sampling is None:
+            raise InputError(f"--start-from {source} does not say for how many steps it was distilled")
+        return cls(source, student, one)
+
+    def check(self, teacher: Pipeline, zero_snr: bool, shared: bool) -> None:
+        """InputError: the students of this ladder are of another kind. shared: they are LoRAs for the teacher."""
+        what, found = f"--start-from {self.source}", self.pipe.schedule
+        if shared and not self.lora:
+            raise InputError(f"{what} is a U-Net, and this plan trains a LoRA alone; take --plan keep, demo or paper")
+        usual = "v_prediction" if zero_snr else teacher.schedule.prediction_type
+        rescaled = zero_snr or teacher.schedule.rescale_betas_zero_snr
+        if found.prediction_type not in ("sample", usual) or found.rescale_betas_zero_snr != rescaled:
+            ours = f"{usual} on the {'rescaled' if rescaled else 'usual'} schedule"
+            raise InputError(f"{what}: the students of this ladder predict {ours}, and it does not; see --zero-snr")

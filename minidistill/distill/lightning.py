@@ -29,6 +29,7 @@ class Phase:
     convert: float = 0.0  # (29), from the student of the stage before
     # what is seen
     teacher: int | None = None  # sampling steps of a skip-level teacher; None: the stage's
+    guided: bool = False  # the teacher is the first one, with guidance, in any stage
     timesteps: int | None = None  # number of timesteps that the student is trained at; None: those of its own steps
     rollout: bool = False  # x_t from the student's own steps (DMD2's backward simulation), not from noised data
     from_data: bool = False  # the real x_{t-ns} is the data noised to t - ns, not what a teacher makes of x_t
@@ -110,13 +111,13 @@ def choose(
 ) -> tuple[Stage, ...]:
     """The stages with these students, each phase `length` times as long. InputError: no such ladder.
 
-    distilled: what the first teacher was distilled for, if it was; the ladder goes on from there.
+    distilled: what the model was distilled for that the ladder starts from, if it was.
     """
     if distilled:
         own = {"student": distilled.steps, "teacher": distilled.steps, "predicts_x0": distilled.prediction == "sample"}
         plan = [stage if stage.student else replace(stage, **own) for stage in plan]
     elif not all(stage.student for stage in plan):
-        raise InputError("this plan fine-tunes a distilled model: give one as --teacher, or its LoRA as --teacher-lora")
+        raise InputError("this plan fine-tunes a distilled model: give one, or its LoRA, as --start-from")
     known = [stage.student for stage in plan]
     if missing := sorted(set(students or ()) - set(known)):
         raise InputError(f"--stages {missing[0]}: this plan has students of {', '.join(map(str, known))} steps")
@@ -128,10 +129,10 @@ def choose(
     for stage in stages:
         for phase in stage.phases:
             wanted = phase.teacher or stage.teacher
-            if made and wanted not in made:
-                given = f"; the teacher has {made[0]}" * bool(distilled)
+            if made and wanted not in made and not phase.guided:
+                given = f"; the ladder starts from one of {made[0]}" * bool(distilled)
                 raise InputError(f"--stages: {stage.name} needs the student of {wanted} steps before it{given}")
-            if phase.convert and not chosen:
+            if phase.convert and not made:
                 raise InputError(f"--stages: {stage.name} is converted from a student, and needs one before it")
         shorter = (replace(phase, steps=max(1, round(length * phase.steps))) for phase in stage.phases)
         chosen.append(replace(stage, phases=tuple(shorter)))
@@ -139,13 +140,14 @@ def choose(
     return tuple(chosen)
 
 
-def stage_rows(stages: Sequence[Stage], guidance: float) -> list[tuple[str, ...]]:
-    """The table of a procedure, the heading first."""
+def stage_rows(stages: Sequence[Stage], guidance: float, started: bool = False) -> list[tuple[str, ...]]:
+    """The table of a procedure, the heading first. started: it starts from a student, not from the first teacher."""
     rows = [("stage", "objective", "teacher", "timesteps", "t*", "learning rate", "steps")]
     for leg in legs(stages):
         stage, phase = leg.stage, leg.phase
         steps = stage.mixed or (stage.student,)
-        guided = f", guidance {guidance:g}" if leg.index == 0 and guidance > 1 else ""
+        first = phase.guided or (leg.index == 0 and not started)
+        guided = f", guidance {guidance:g}" if first and guidance > 1 else ""
         levels = ":".join(f"{weight:g}" for weight in phase.noise_weights or (1,) * len(phase.noise_levels))
         stars = " ".join(str(level + 1) for level in phase.noise_levels)
         rows.append(

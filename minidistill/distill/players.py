@@ -92,8 +92,7 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
     times = jump_table(leg.stage.student, taught_by, phase.timesteps, T)
     if leg.stage.mixed:
         times = mixed_jumps(leg.stage.mixed, taught_by, T)
-    before = ladder.stages[leg.index - 1]
-    frozen = Teacher(load_student(ladder, leg.index - 1), ladder.prediction(before)) if phase.convert else None
+    frozen = taught_student(ladder, leg.index - 1) if phase.convert else None
     networks: dict[str, tuple[nn.Module, float]] = {"student": (student, 1.0)}
     discriminator = fake = None
     if phase.adversarial:
@@ -118,7 +117,7 @@ def assemble(ladder: Ladder, leg: Leg, unet: UNet | None, fresh: bool = True) ->
     )  # fmt: skip
     if fresh and phase.convert:
         solve_output(ladder, players, frozen)
-    elif fresh and leg.number == 0 and players.prediction != ladder.pipe.schedule.prediction_type:
+    elif fresh and leg.number == 0 and not ladder.start and players.prediction != ladder.pipe.schedule.prediction_type:
         solve_output(ladder, players, first_teacher(ladder))
     add_optimizers(ladder, players, networks)
     return players
@@ -163,10 +162,15 @@ def prepare_student(ladder: Ladder, leg: Leg, unet: UNet) -> UNet:
 def find_teacher(ladder: Ladder, leg: Leg) -> Teacher:
     """The teacher of a phase: an earlier student, or the first teacher with guidance."""
     wanted = leg.phase.teacher or leg.stage.teacher
-    for index in reversed(range(leg.index)):
-        if ladder.stages[index].student == wanted:
-            return Teacher(load_student(ladder, index), ladder.prediction(ladder.stages[index]))
+    for index in reversed(range(-1, leg.index)):
+        if (stage := ladder.stage(index)) and stage.student == wanted and not leg.phase.guided:
+            return taught_student(ladder, index)
     return first_teacher(ladder)
+
+
+def taught_student(ladder: Ladder, index: int) -> Teacher:
+    """The student of a stage, -1: the one that the ladder starts from, as a teacher."""
+    return Teacher(load_student(ladder, index), ladder.prediction(ladder.stage(index)))
 
 
 def first_teacher(ladder: Ladder) -> Teacher:

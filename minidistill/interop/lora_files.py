@@ -113,6 +113,11 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Loras:
     return loras
 
 
+def is_lora(path: str | Path) -> bool:
+    """Whether a file of weights is a LoRA, by the names in it. InputError: it is broken."""
+    return any(TENSOR.fullmatch(name) for name in read_tensors(path))
+
+
 def rewrite_lora(
     source: str | Path,
     dest: str | Path,
