@@ -29,7 +29,7 @@ from minidistill.distill.adversarial import verdict
 from minidistill.distill.block_removal import RECIPES, Removal, find_removal, removal_rows
 from minidistill.distill.kd import mean_square
 from minidistill.distill.ladder import LORA_FILE, Ladder, Start, load_student, save_student, student_pipeline
-from minidistill.distill.lightning import PLANS, Stage, choose, legs, only_lora, stage_rows
+from minidistill.distill.lightning import PLANS, TRIALS, Stage, choose, legs, only_lora, stage_rows
 from minidistill.distill.memory import image_peak, stage_memory_rows
 from minidistill.distill.players import Players, assemble, contest, endpoints, match, ranking
 from minidistill.distill.progressive import convert_loss
@@ -271,19 +271,19 @@ def check(config: Config, device: torch.device) -> Setup:
     pipe = load_pipeline(config.teacher, device)
     inputs.check_weights(pipe, config.teacher)
     start = Start.open(pipe, config.start_from) if config.start_from else None
-    if start and start.lora:
-        config = dataclasses.replace(config, lora_rank=len(start.lora.down), lora_alpha=start.lora.alpha)
-    resolution = inputs.resolution_for(pipe, config.resolution, config.teacher)
     size = sum(weight.numel() for weight in pipe.unet.parameters())
     config = dataclasses.replace(
         config,
         plan=config.plan or ("demo" if size < SMALL else "one-gpu"),
-        resolution=resolution,
+        resolution=inputs.resolution_for(pipe, config.resolution, config.teacher),
         guidance=config.guidance or (pipe.sampling.guidance if pipe.sampling else GUIDANCE),
     )
-    stages = choose(PLANS[config.plan], config.stages, config.length, (start.pipe if start else pipe).sampling)
+    distilled = (start.pipe if start else pipe).sampling
+    stages = choose((PLANS | TRIALS)[config.plan], config.stages, config.length, distilled)
     if start:
         start.check(pipe, config.zero_snr, only_lora(stages))
+    if start and start.lora and only_lora(stages):
+        config = dataclasses.replace(config, lora_rank=len(start.lora.down), lora_alpha=start.lora.alpha)
     if config.zero_snr and only_lora(stages):
         raise InputError(f"--zero-snr changes what students predict, which a LoRA, as of plan {config.plan}, cannot")
     if config.parallel != "ddp" and only_lora(stages):
@@ -298,7 +298,7 @@ def check(config: Config, device: torch.device) -> Setup:
         removal = find_removal(pipe.unet.config, config.teacher, config.recipe, config.remove)
     config = dataclasses.replace(config, remove=removal and removal.removed)
     scenes = Scenes("train", length=config.images)
-    data = inputs.open_data(config.data, resolution, scenes, config.split, config.caption_column)
+    data = inputs.open_data(config.data, config.resolution, scenes, config.split, config.caption_column)
     return Setup(config, stages, pipe, start, removal, data)
 
 

@@ -235,6 +235,28 @@ KEEP = Phase(
 )  # fmt: skip
 KEEP_LORA = replace(KEEP, lora=True, backbone_rate=0)
 
+# Claims of the paper, each beside its control, in about two minutes of one core: `minidistill.claims` runs them.
+HALF = replace(MSE, steps=75)
+JUDGED = replace(GAN, steps=60, head_start=20, backbone_rate=17, head_rate=170)
+MATCHED = replace(MATCH, steps=60, learning_rate=1e-4, head_start=10)
+TRIALS: dict[str, tuple[Stage, ...]] = {
+    "8-mse": (Stage(8, 8, (replace(MSE, steps=250),)),),
+    "8-own-path": (Stage(8, 8, (HALF, replace(MSE, steps=115, rollout=True))),),
+    "2-mse": (Stage(2, 8, (MSE,)),),
+    "2-unfixed": (Stage(2, 8, (MSE,)),),
+    "2-conditional": (Stage(2, 8, (HALF, replace(JUDGED, conditional=True))),),
+    "2-unconditional": (Stage(2, 8, (HALF, JUDGED)),),
+    "2-both": (
+        Stage(2, 8, (HALF, replace(JUDGED, steps=40, conditional=True), replace(JUDGED, steps=20, head_start=0))),
+    ),
+    "2-matching": (Stage(2, 8, (HALF, MATCHED)),),
+    "1-mse": (Stage(1, 8, (MSE,)),),
+    "1-x0": (Stage(1, 8, (replace(HALF, mse=0, convert=1), HALF), predicts_x0=True),),
+    "1-noised": (Stage(1, 8, (HALF, replace(JUDGED, noise_levels=LEVELS))),),
+    "1-clean": (Stage(1, 8, (HALF, JUDGED)),),
+    "1-matching": (Stage(1, 8, (HALF, MATCHED)),),
+}
+
 PLANS: dict[str, tuple[Stage, ...]] = {
     "paper": PAPER,
     "one-gpu": ONE_GPU,

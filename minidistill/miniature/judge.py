@@ -95,6 +95,14 @@ def judge(image: Image.Image | np.ndarray, caption: str) -> Verdict:
     return Verdict(tuple(answers))
 
 
+def has_two_colours(image: Image.Image | np.ndarray) -> bool:
+    """Whether something in a 64x64 RGB image has a second colour, or two things touch, as in no scene but "inside"."""
+    labels = label_pixels(np.asarray(image))
+    solid = _solid(labels)
+    counts = [np.bincount(labels[region & solid], minlength=1) for region in _components(labels >= 0)]
+    return any((count >= MIN_SEEDS).sum() > 1 for count in counts)
+
+
 def score(images: Sequence[Image.Image | np.ndarray], captions: Sequence[str]) -> dict[str, float]:
     """Share of images with all attributes correct ("all"), and share of correct answers of each kind asked."""
     return score_verdicts([judge(p, c) for p, c in zip(images, captions, strict=True)])
