@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -28,7 +27,16 @@ from minidistill.diffusion.schedule import make_alpha_bar
 from minidistill.distill.adversarial import verdict
 from minidistill.distill.block_removal import RECIPES, Removal, find_removal, removal_rows
 from minidistill.distill.kd import mean_square
-from minidistill.distill.ladder import LORA_FILE, Ladder, Start, load_student, save_student, student_pipeline
+from minidistill.distill.ladder import (
+    LORA_FILE,
+    Ladder,
+    Start,
+    keep_exact,
+    load_student,
+    round_text_encoders,
+    save_student,
+    student_pipeline,
+)
 from minidistill.distill.lightning import PLANS, TRIALS, Stage, choose, legs, only_lora, stage_rows
 from minidistill.distill.memory import image_peak, stage_memory_rows
 from minidistill.distill.players import Players, assemble, contest, endpoints, match, ranking
@@ -43,7 +51,7 @@ from minidistill.report import SEED, Report, draw, save_image_grid
 from minidistill.settings import SMALL, RunConfig
 from minidistill.training import inputs, optim, parallel
 from minidistill.training.batches import Batches
-from minidistill.training.device import best_precision, get_device, get_precision, to_precision
+from minidistill.training.device import best_precision, get_device, get_precision
 from minidistill.training.log import MetricsLog, format_table
 from minidistill.training.state import unpack
 
@@ -97,7 +105,12 @@ SDXL = {  # 1024 pixels, guidance 6, bf16
 }
 PRESETS = {
     "quick": {"comment": "the defaults: students of 8, 4, 2 and 1 steps of the miniature"},
-    "best": {"comment": "the miniature's students, longer: an hour or two on two cores", "plan": "best"},
+    "best": {
+        "comment": "the miniature's students, longer, as one LoRA: an hour on two cores",
+        "plan": "best",
+        "lora_rank": 16,
+        "lora_alpha": 16.0,
+    },
     "sdxl-lightning": {
         "comment": "the paper's settings, batch 512; its optimizer steps are ours; give --data; not yet run here",
         **SDXL,
@@ -245,23 +258,6 @@ def set_up(config: Config) -> tuple[Ladder, Report]:
     report = open_report(ladder)
     parallel.shard(pipe.unet, config.parallel)
     return ladder, report
-
-
-def keep_exact(stages: Sequence[Stage], pipe: Pipeline, precision: str) -> UNet:
-    """The teacher's U-Net to `precision` -> as it was loaded, on the CPU, if a phase trains a copy of it."""
-    exact = pipe.unet
-    copied = any(leg.phase.backbone_rate > 0 or leg.phase.matching for leg in legs(stages))
-    if precision != "fp32" and (copied or not only_lora(stages)):
-        pipe.unet = copy.deepcopy(exact)
-        exact.cpu()
-    to_precision(pipe.unet, precision)
-    return exact
-
-
-def round_text_encoders(stages: Sequence[Stage], pipe: Pipeline, precision: str) -> None:
-    """To `precision`, in place, unless they are saved with the students, and so as they were loaded."""
-    for encoder in pipe.text_encoders if only_lora(stages) else ():
-        to_precision(encoder.requires_grad_(False), precision)
 
 
 def check(config: Config, device: torch.device) -> Setup:

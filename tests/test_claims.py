@@ -11,18 +11,20 @@ from minidistill import claims, train_lightning
 from minidistill.diffusion.sampling import Sampling
 from minidistill.distill.lightning import TRIALS, choose, legs, stage_rows
 from minidistill.errors import InputError
-from minidistill.miniature.judge import has_two_colours
+from minidistill.miniature.judge import has_two_colours, score
 from minidistill.miniature.scenes import Scenes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_every_trial_is_in_one_group_and_goes_on_from_the_student_of_8_steps():
-    grouped = [name for names in claims.GROUPS.values() for name in names]
+def test_every_trial_is_in_one_group_and_begins_where_the_others_do():
+    grouped = [name for group in claims.GROUPS.values() for name in group.trials]
     assert sorted(grouped) == sorted(TRIALS) and set(claims.SETTINGS) <= set(TRIALS)
-    for name, plan in TRIALS.items():
-        (stage,) = choose(plan, None, distilled=None if name.startswith("8") else Sampling(8))
-        assert str(stage.student) == name[0] and stage.teacher == 8, name
+    for group in claims.GROUPS.values():
+        for name in group.trials:
+            (stage,) = choose(TRIALS[name], None, distilled=group.start and Sampling(group.start))
+            assert str(stage.student) == name[0]
+            assert {phase.from_data for phase in stage.phases} == {group.mosaics}
     for name, changes in claims.SETTINGS.items():
         train_lightning.Config(plan=name, **changes)
 
@@ -58,18 +60,33 @@ def test_sharpness_falls_with_blur():
     assert claims.sharpness([sharp.resize((16, 16)).resize((64, 64))]) < claims.sharpness([sharp])
 
 
+def test_a_mosaic_keeps_all_attributes_and_has_steps_between_its_tiles_alone():
+    scenes = [Scenes("test")[i] for i in range(40)]
+    mosaics = [claims.mosaic(image) for image, _ in scenes]
+    assert score(mosaics, [caption for _, caption in scenes])["all"] > 0.95
+    assert claims.tiled(mosaics) == 0
+    assert claims.tiled([image for image, _ in scenes]) > 0.5
+
+
 def test_a_real_trial_of_one_step(tmp_path, monkeypatch, capsys):
     for module, name, value in ((train_lightning, "REFERENCE", 2), (train_lightning, "COMPARED", 1)):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(claims, "frechet_to_scenes", lambda images: len(images) / 100)
-    monkeypatch.setattr(claims, "GROUPS", {"two-steps": ("2-mse",)})
+    monkeypatch.setattr(claims, "frechet_distance", lambda a, b: len(a) / 100)
+    monkeypatch.setattr(claims, "MOSAICS", 16)
+    groups = {
+        name: claims.GROUPS[name]._replace(trials=(trial,))
+        for name, trial in (("two-steps", "2-mse"), ("new-style", "4-finetune"))
+    }
+    monkeypatch.setattr(claims, "GROUPS", groups)
     monkeypatch.setattr(claims, "COMMON", claims.COMMON | {"images": 16, "batch_size": 2})
     config = claims.Config(seeds=1, length=0.001, judged=4, precision="fp32", device="cpu", out=str(tmp_path))
     claims.main(config)
     assert "start, 8 steps" in capsys.readouterr().out
-    heading, _, trial, teacher = (tmp_path / "claims.md").read_text().splitlines()[2:]
-    assert heading.startswith("| trial | all attributes correct |") and trial.startswith("| 2-mse | ")
-    assert teacher.startswith("| teacher, 32 steps | ") and teacher.count("|") == trial.count("|") == 8
+    heading, _, teacher, trial, *others = (tmp_path / "claims.md").read_text().splitlines()[2:]
+    assert heading.startswith("|  | all attributes correct |") and trial.startswith("| 2-mse | ")
+    assert teacher.startswith("| teacher, 32 steps | ") and heading.count("|") == trial.count("|") == 8
+    heading, _, before, trial = others[3:]
+    assert "steps within tiles" in heading and before.startswith("| 4 steps, before | ") and "4-finetune" in trial
     numbers = json.loads((tmp_path / "claims.json").read_text())
     (result,) = numbers["results"]["2-mse"]
     assert result["frechet"] == 0.04 and result["minutes"] > 0 and numbers["teacher"]["sharpness"] > 1

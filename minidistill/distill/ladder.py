@@ -6,6 +6,7 @@ A student is a model folder OUT/N-step, or a LoRA for the teacher in that folder
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from minidistill.diffusion.sampling import Sampling, sampling_metadata
 from minidistill.distill.block_removal import Removal, build_student
-from minidistill.distill.lightning import Stage, only_lora
+from minidistill.distill.lightning import Stage, legs, only_lora
 from minidistill.errors import InputError
 from minidistill.interop.lora_files import is_lora, read_lora, write_lora
 from minidistill.interop.model_card import public_name
@@ -78,6 +79,23 @@ class Ladder:
     def stage(self, index: int) -> Stage | None:
         """A stage, or `start` for -1."""
         return self.stages[index] if index >= 0 else self.start
+
+
+def keep_exact(stages: Sequence[Stage], pipe: Pipeline, precision: str) -> UNet:
+    """The teacher's U-Net to `precision` -> as it was loaded, on the CPU, if a phase trains a copy of it."""
+    exact = pipe.unet
+    copied = any(leg.phase.backbone_rate > 0 or leg.phase.matching for leg in legs(stages))
+    if precision != "fp32" and (copied or not only_lora(stages)):
+        pipe.unet = copy.deepcopy(exact)
+        exact.cpu()
+    to_precision(pipe.unet, precision)
+    return exact
+
+
+def round_text_encoders(stages: Sequence[Stage], pipe: Pipeline, precision: str) -> None:
+    """To `precision`, in place, unless they are saved with the students, and so as they were loaded."""
+    for encoder in pipe.text_encoders if only_lora(stages) else ():
+        to_precision(encoder.requires_grad_(False), precision)
 
 
 def first_student(ladder: Ladder) -> UNet:

@@ -31,7 +31,7 @@ class Phase:
     teacher: int | None = None  # sampling steps of a skip-level teacher; None: the stage's
     guided: bool = False  # the teacher is the first one, with guidance, in any stage
     timesteps: int | None = None  # number of timesteps that the student is trained at; None: those of its own steps
-    rollout: bool = False  # x_t from the student's own steps (DMD2's backward simulation), not from noised data
+    rollout: bool = False  # x_t on the student's own path from pure noise (DMD2's backward simulation), not noised data
     from_data: bool = False  # the real x_{t-ns} is the data noised to t - ns, not what a teacher makes of x_t
     # the discriminator
     conditional: bool = True  # D (22) or D' (23)
@@ -155,7 +155,7 @@ def stage_rows(stages: Sequence[Stage], guidance: float, started: bool = False) 
                 f"{stage.teacher} -> {','.join(map(str, steps))}{' (x0)' * stage.predicts_x0}",
                 phase.label,
                 "data" if phase.from_data else f"{phase.teacher or stage.teacher} steps{guided}",
-                str(phase.timesteps or max(steps)),
+                f"{phase.timesteps or max(steps)}{', own path' * phase.rollout}",
                 f"{stars} at {levels}" if stars else "-",
                 f"{phase.learning_rate:g}",
                 str(phase.steps),
@@ -199,31 +199,38 @@ ONE_GPU = (
     Stage(2, 4, adversarial_phases(replace(SMALL, steps=1000, head_start=100, timesteps=4), None, 8)),
 )
 
-# The miniature, in minutes.
+# The miniature, in minutes. On its own path a student learns to mend its own errors.
 MSE = Phase(150, 3e-4, mse=1, schedule="cosine", warmup=10)
+OWN_PATH = replace(MSE, rollout=True)
 TAPS = ("down.0", "down.1")
 GAN = Phase(
     100, 3e-5, adversarial=1, mse=0.5, conditional=False, taps=TAPS, relativistic=True, backbone_rate=30, head_rate=150
 )
 MATCH = Phase(100, 5e-5, matching=1, mse=0.5, rollout=True, fake_rate=10)
 DEMO = (
-    Stage(8, 16, (MSE,)),
-    Stage(4, 8, (replace(MSE, steps=60, learning_rate=1e-4),)),
-    Stage(2, 4, (MSE, replace(GAN, head_start=40), MATCH)),
-    Stage(1, 2, (MSE, replace(MATCH, learning_rate=1e-4))),
+    Stage(8, 8, (replace(MSE, steps=100), OWN_PATH)),
+    Stage(4, 8, (replace(OWN_PATH, steps=80),)),
+    Stage(
+        2,
+        4,
+        (
+            replace(OWN_PATH, steps=120, teacher=8),
+            replace(GAN, steps=60, head_start=30, teacher=8),
+            replace(MATCH, steps=80, teacher=8),
+        ),
+    ),
+    Stage(1, 2, (replace(OWN_PATH, steps=120, teacher=8), replace(MATCH, steps=60, learning_rate=1e-4, teacher=8))),
 )
 
-# The miniature, in an hour or two: longer, with distribution matching from 4 steps on, and x0-prediction for one step.
-LONG = replace(MATCH, learning_rate=1e-4, fake_rate=5, schedule="cosine")
+# The miniature, longer: one LoRA throughout, with distribution matching from 4 steps on.
+LONG = replace(OWN_PATH, steps=200, lora=True, learning_rate=1e-3, teacher=8)
+MATCHED = replace(LONG, learning_rate=5e-4, mse=0.5, matching=1, fake_rate=1, warmup=0)
 BEST = (
-    Stage(8, 16, (replace(MSE, steps=500),)),
-    Stage(4, 8, (replace(MSE, steps=250, learning_rate=1e-4), replace(LONG, steps=400, mse=0.25))),
-    Stage(2, 4, (replace(MSE, steps=250), replace(LONG, steps=1500))),
-    Stage(
-        1, 2, (replace(MSE, steps=100, mse=0, convert=1), replace(MSE, steps=300), replace(LONG, steps=2000)),
-        predicts_x0=True,
-    ),
-)  # fmt: skip
+    Stage(8, 16, (replace(LONG, steps=100, teacher=16, rollout=False), replace(LONG, steps=300, teacher=16))),
+    Stage(4, 8, (LONG, replace(MATCHED, steps=200, head_start=30))),
+    Stage(2, 4, (LONG, replace(MATCHED, steps=400, head_start=30))),
+    Stage(1, 2, (LONG, replace(MATCHED, steps=400, head_start=30))),
+)
 
 # One student for several numbers of steps.
 ANY = (DEMO[0], Stage(4, 8, (replace(MSE, steps=300, learning_rate=1e-4),), mixed=(1, 2, 4, 8)))
@@ -238,7 +245,7 @@ KEEP_LORA = replace(KEEP, lora=True, backbone_rate=0)
 # Claims of the paper, each beside its control, in about two minutes of one core: `minidistill.claims` runs them.
 HALF = replace(MSE, steps=75)
 JUDGED = replace(GAN, steps=60, head_start=20, backbone_rate=17, head_rate=170)
-MATCHED = replace(MATCH, steps=60, learning_rate=1e-4, head_start=10)
+SOON = replace(MATCH, steps=60, learning_rate=1e-4, head_start=10)
 TRIALS: dict[str, tuple[Stage, ...]] = {
     "8-mse": (Stage(8, 8, (replace(MSE, steps=250),)),),
     "8-own-path": (Stage(8, 8, (HALF, replace(MSE, steps=115, rollout=True))),),
@@ -249,12 +256,14 @@ TRIALS: dict[str, tuple[Stage, ...]] = {
     "2-both": (
         Stage(2, 8, (HALF, replace(JUDGED, steps=40, conditional=True), replace(JUDGED, steps=20, head_start=0))),
     ),
-    "2-matching": (Stage(2, 8, (HALF, MATCHED)),),
+    "2-matching": (Stage(2, 8, (HALF, SOON)),),
     "1-mse": (Stage(1, 8, (MSE,)),),
     "1-x0": (Stage(1, 8, (replace(HALF, mse=0, convert=1), HALF), predicts_x0=True),),
     "1-noised": (Stage(1, 8, (HALF, replace(JUDGED, noise_levels=LEVELS))),),
     "1-clean": (Stage(1, 8, (HALF, JUDGED)),),
-    "1-matching": (Stage(1, 8, (HALF, MATCHED)),),
+    "1-matching": (Stage(1, 8, (HALF, SOON)),),
+    "4-keep": (Stage(4, 4, (replace(KEEP, steps=150, head_start=40),)),),
+    "4-finetune": (Stage(4, 4, (replace(MSE, steps=300, from_data=True),)),),
 }
 
 PLANS: dict[str, tuple[Stage, ...]] = {
