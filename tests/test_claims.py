@@ -38,7 +38,7 @@ def test_a_trial_and_its_control_differ_in_one_thing():
         *_, b = rows[other]
         assert [i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]] == [column]
     adversarial = ("2-conditional", "2-unconditional", "2-both", "1-noised", "1-clean")
-    assert {sum(leg.phase.steps for leg in legs(TRIALS[name])) for name in adversarial} == {135}
+    assert {sum(leg.phase.steps for leg in legs(TRIALS[name])) for name in adversarial} == {150}
     assert [leg.phase.rollout for leg in legs(TRIALS["8-own-path"])] == [False, True]
 
 

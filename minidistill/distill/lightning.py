@@ -203,9 +203,7 @@ ONE_GPU = (
 MSE = Phase(150, 3e-4, mse=1, schedule="cosine", warmup=10)
 OWN_PATH = replace(MSE, rollout=True)
 TAPS = ("down.0", "down.1")
-GAN = Phase(
-    100, 3e-5, adversarial=1, mse=0.5, conditional=False, taps=TAPS, relativistic=True, backbone_rate=30, head_rate=150
-)
+GAN = Phase(100, 1e-5, adversarial=1, mse=0.5, taps=TAPS, relativistic=True, backbone_rate=50, head_rate=500)
 MATCH = Phase(100, 5e-5, matching=1, mse=0.5, rollout=True, fake_rate=10)
 DEMO = (
     Stage(8, 8, (replace(MSE, steps=100), OWN_PATH)),
@@ -215,7 +213,7 @@ DEMO = (
         4,
         (
             replace(OWN_PATH, steps=120, teacher=8),
-            replace(GAN, steps=60, head_start=30, teacher=8),
+            replace(GAN, steps=75, head_start=45, teacher=8),
             replace(MATCH, steps=80, teacher=8),
         ),
     ),
@@ -244,7 +242,7 @@ KEEP_LORA = replace(KEEP, lora=True, backbone_rate=0)
 
 # Claims of the paper, each beside its control, in about two minutes of one core: `minidistill.claims` runs them.
 HALF = replace(MSE, steps=75)
-JUDGED = replace(GAN, steps=60, head_start=20, backbone_rate=17, head_rate=170)
+JUDGED = replace(GAN, steps=75, head_start=35, conditional=False)
 SOON = replace(MATCH, steps=60, learning_rate=1e-4, head_start=10)
 TRIALS: dict[str, tuple[Stage, ...]] = {
     "8-mse": (Stage(8, 8, (replace(MSE, steps=250),)),),
@@ -254,7 +252,7 @@ TRIALS: dict[str, tuple[Stage, ...]] = {
     "2-conditional": (Stage(2, 8, (HALF, replace(JUDGED, conditional=True))),),
     "2-unconditional": (Stage(2, 8, (HALF, JUDGED)),),
     "2-both": (
-        Stage(2, 8, (HALF, replace(JUDGED, steps=40, conditional=True), replace(JUDGED, steps=20, head_start=0))),
+        Stage(2, 8, (HALF, replace(JUDGED, steps=50, conditional=True), replace(JUDGED, steps=25, head_start=10))),
     ),
     "2-matching": (Stage(2, 8, (HALF, SOON)),),
     "1-mse": (Stage(1, 8, (MSE,)),),
