@@ -29,7 +29,6 @@ class Phase:
     convert: float = 0.0  # (29), from the student of the stage before
     # what is seen
     teacher: int | None = None  # sampling steps of a skip-level teacher; None: the stage's
-    guided: bool = False  # the teacher is the first one, with guidance, in any stage
     timesteps: int | None = None  # number of timesteps that the student is trained at; None: those of its own steps
     rollout: bool = False  # x_t on the student's own path from pure noise (DMD2's backward simulation), not noised data
     from_data: bool = False  # the real x_{t-ns} is the data noised to t - ns, not what a teacher makes of x_t
@@ -129,7 +128,7 @@ def choose(
     for stage in stages:
         for phase in stage.phases:
             wanted = phase.teacher or stage.teacher
-            if made and wanted not in made and not phase.guided:
+            if made and wanted not in made:
                 given = f"; the ladder starts from one of {made[0]}" * bool(distilled)
                 raise InputError(f"--stages: {stage.name} needs the student of {wanted} steps before it{given}")
             if phase.convert and not made:
@@ -146,8 +145,7 @@ def stage_rows(stages: Sequence[Stage], guidance: float, started: bool = False) 
     for leg in legs(stages):
         stage, phase = leg.stage, leg.phase
         steps = stage.mixed or (stage.student,)
-        first = phase.guided or (leg.index == 0 and not started)
-        guided = f", guidance {guidance:g}" if first and guidance > 1 else ""
+        guided = f", guidance {guidance:g}" if leg.index == 0 and guidance > 1 and not started else ""
         levels = ":".join(f"{weight:g}" for weight in phase.noise_weights or (1,) * len(phase.noise_levels))
         stars = " ".join(str(level + 1) for level in phase.noise_levels)
         rows.append(

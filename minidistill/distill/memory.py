@@ -259,7 +259,7 @@ def stage_memory_rows(
     beside = sum(w.nbytes for network in others for w in network.parameters())
     rows = [("stage", "objective", "weights", "Adam's averages", "activations, gradients", "in all, about")]
     for leg in legs(stages):
-        phase, first = leg.phase, leg.phase.guided or (leg.index == 0 and not started)
+        phase, first = leg.phase, leg.index == 0 and not started
         weights, averages, peak = phase_memory(
             teacher, student, kind_of(phase), inputs, first=first, guided=first and guidance > 1, rank=rank,
             shared=only_lora(stages), half=half, checkpointing=checkpointing, accumulate=accumulate, share=held.states,

@@ -163,7 +163,7 @@ def find_teacher(ladder: Ladder, leg: Leg) -> Teacher:
     """The teacher of a phase: an earlier student, or the first teacher with guidance."""
     wanted = leg.phase.teacher or leg.stage.teacher
     for index in reversed(range(-1, leg.index)):
-        if (stage := ladder.stage(index)) and stage.student == wanted and not leg.phase.guided:
+        if (stage := ladder.stage(index)) and stage.student == wanted:
             return taught_student(ladder, index)
     return first_teacher(ladder)
 
