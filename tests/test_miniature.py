@@ -82,7 +82,7 @@ def test_its_student_is_a_bk_tiny_with_its_other_parts(pipe):
     assert "A student of miniature" in card and "license: apache-2.0" in card
 
 
-@pytest.mark.parametrize(("steps", "right"), [(8, 0.6), (4, 0.6)])
+@pytest.mark.parametrize(("steps", "right"), [(8, 0.65), (4, 0.6), (2, 0.5)])
 def test_its_students_of_few_steps_draw_what_captions_state_and_the_same_in_diffusers(steps, right):
     student, captions = folders.find_student("miniature", steps), held_out_captions(32)
     pipe = minidistill.load_pipeline("miniature")
