@@ -203,23 +203,23 @@ OWN_PATH = replace(MSE, rollout=True)
 TAPS = ("down.0", "down.1")
 GAN = Phase(100, 1e-5, adversarial=1, mse=0.5, taps=TAPS, relativistic=True, backbone_rate=50, head_rate=500)
 MATCH = Phase(100, 5e-5, matching=1, mse=0.5, rollout=True, fake_rate=10)
+SKIP = replace(OWN_PATH, teacher=8)
 DEMO = (
-    Stage(8, 8, (replace(MSE, steps=100), OWN_PATH)),
+    Stage(8, 8, (replace(MSE, steps=100), replace(OWN_PATH, steps=110))),
     Stage(4, 8, (replace(OWN_PATH, steps=80),)),
     Stage(
-        2,
-        4,
+        2, 4,
         (
-            replace(OWN_PATH, steps=120, teacher=8),
-            replace(GAN, steps=75, head_start=45, teacher=8),
+            replace(SKIP, steps=120),
+            replace(GAN, steps=60, head_start=35, teacher=8),
             replace(MATCH, steps=80, teacher=8),
         ),
     ),
-    Stage(1, 2, (replace(OWN_PATH, steps=120, teacher=8), replace(MATCH, steps=60, learning_rate=1e-4, teacher=8))),
-)
+    Stage(1, 2, (replace(SKIP, steps=90), replace(MATCH, steps=60, learning_rate=1e-4, teacher=8))),
+)  # fmt: skip
 
 # The miniature, longer: one LoRA throughout, with distribution matching from 4 steps on.
-LONG = replace(OWN_PATH, steps=200, lora=True, learning_rate=1e-3, teacher=8)
+LONG = replace(SKIP, steps=200, lora=True, learning_rate=1e-3)
 MATCHED = replace(LONG, learning_rate=5e-4, mse=0.5, matching=1, fake_rate=1, warmup=0)
 BEST = (
     Stage(8, 16, (replace(LONG, steps=100, teacher=16, rollout=False), replace(LONG, steps=300, teacher=16))),
