@@ -35,7 +35,7 @@ KD = (
     "--precision fp32 --log-every 1 --checkpoint-every 1 --keep-checkpoints 9 --sample-every 9 --device cpu"
 )
 GAN = (
-    "--plan demo --stages 4,2 --length 0.01 --guidance 2 --batch-size 4 "
+    "--plan demo --stages 8,4,2 --length 0.01 --guidance 2 --batch-size 4 "
     "--precision fp32 --log-every 1 --sample-every 99 --checkpoint-every 99 --device cpu"
 )
 FINETUNE = (
