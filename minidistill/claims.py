@@ -15,12 +15,10 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from minidistill import train_lightning
@@ -28,16 +26,14 @@ from minidistill.cli import option, run_command
 from minidistill.diffusion.sampling import Sampling
 from minidistill.distill.lightning import TRIALS
 from minidistill.interop.replace import merge_loras
-from minidistill.metrics.frechet import frechet_distance, image_features
 from minidistill.miniature.judge import has_two_colours, score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import load_pipeline
-from minidistill.report import MANY, SEED, draw
-from minidistill.study import spread, to_markdown
+from minidistill.report import MANY, SEED, draw, frechet_to_scenes
+from minidistill.study import check_same_run, spread, to_markdown
 from minidistill.training.device import PRECISIONS, best_precision, get_device, get_precision
-from minidistill.training.run_folder import RunFolder
 from minidistill.weights.files import atomic_path, read_json, write_json
-from minidistill.weights.folders import MINIATURE, find_student, load_clip
+from minidistill.weights.folders import find_student
 
 
 class Group(NamedTuple):
@@ -127,8 +123,7 @@ def run(config: Config, name: str, group: Group, seed: int, folder: Path) -> Pat
         resume=is_begun,
     )
     if (student / "model_index.json").is_file():
-        given = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
-        RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)  # InputError if they differ
+        check_same_run(folder, settings)
     else:
         print(f"\n=== {name}, seed {seed}", flush=True)
         train_lightning.main(settings)
@@ -162,22 +157,14 @@ def measures(images: Sequence[Image.Image], captions: Sequence[str], mosaics: bo
     """All that is measured of images."""
     judge = score(images, captions)
     apart = [image for image, caption in zip(images, captions, strict=True) if " inside " not in caption]
-    features = image_features(load_clip(MINIATURE), images)
     found = {
         "judge": judge,
         "correct": judge["all"],
-        "frechet": frechet_distance(features, scene_features(len(images), mosaics)),
+        "frechet": frechet_to_scenes(images, mosaic if mosaics else None),
         "sharpness": sharpness(images),
         "two_coloured": float(np.mean([has_two_colours(image) for image in apart])),
     }
     return {**found, "tiled": tiled(images)} if mosaics else found
-
-
-@cache
-def scene_features(count: int, mosaics: bool) -> torch.Tensor:
-    """Features (N, D) of the first held-out scenes, or of mosaics of them, in the miniature's CLIP."""
-    scenes = (Scenes("test")[i][0] for i in range(count))
-    return image_features(load_clip(MINIATURE), [mosaic(scene) if mosaics else scene for scene in scenes])
 
 
 def mosaic(image: Image.Image) -> Image.Image:

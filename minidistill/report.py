@@ -102,16 +102,21 @@ def drawing(model: str) -> Iterator[None]:
         raise NonFiniteLoss(f"{model} makes no images: {error}; {hint}") from error
 
 
-def frechet_to_scenes(images: Sequence[Image.Image]) -> float:
-    """Frechet distance of images of the first held-out captions to their scenes, in the miniature's CLIP."""
-    return frechet_distance(image_features(load_clip(MINIATURE), images), scene_features(len(images)))
+def frechet_to_scenes(
+    images: Sequence[Image.Image], style: Callable[[Image.Image], Image.Image] | None = None
+) -> float:
+    """Frechet distance of images of the first held-out captions to their scenes, in the miniature's CLIP.
+
+    style: of the scenes; None: as they are.
+    """
+    return frechet_distance(image_features(load_clip(MINIATURE), images), scene_features(len(images), style))
 
 
 @cache
-def scene_features(count: int) -> torch.Tensor:
+def scene_features(count: int, style: Callable[[Image.Image], Image.Image] | None) -> torch.Tensor:
     """Features (N, D) of the first held-out scenes in the miniature's CLIP, the same for all models of a run."""
-    scenes = Scenes("test")
-    return image_features(load_clip(MINIATURE), [scenes[i][0] for i in range(count)])
+    scenes = (Scenes("test")[i][0] for i in range(count))
+    return image_features(load_clip(MINIATURE), [style(scene) if style else scene for scene in scenes])
 
 
 def unet_numbers(unet: UNet, probes: Sequence[Probe]) -> dict[str, Any]:

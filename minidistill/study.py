@@ -29,6 +29,7 @@ from minidistill.miniature.judge import score
 from minidistill.miniature.scenes import Scenes, held_out_captions
 from minidistill.pipeline import STEPS, load_pipeline
 from minidistill.report import SEED
+from minidistill.settings import RunConfig
 from minidistill.training.batches import Batches
 from minidistill.training.device import PRECISIONS, best_precision, get_device
 from minidistill.training.run_folder import RunFolder
@@ -125,8 +126,7 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict 
     is_begun = (folder / "config.json").is_file()
     settings = train_kd.Config(**COMMON, **RUNS[name], **own, sample_every=steps, resume=is_begun)
     if diverged.is_file() or (folder / "student/model_index.json").is_file():
-        given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
-        RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)  # InputError if they differ
+        check_same_run(folder, settings)
     else:
         print(f"\n=== {name}, {steps} steps, seed {seed}", flush=True)
         try:
@@ -137,6 +137,12 @@ def run(config: Config, name: str, steps: int, seed: int, folder: Path) -> dict 
         print(f"{folder} is left out: {diverged.read_text().strip()}", flush=True)
         return None
     return read_json(folder / "results.json")
+
+
+def check_same_run(folder: Path, settings: RunConfig) -> None:
+    """InputError: the run in a folder has other settings than those given; None leaves one open."""
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    RunFolder.find(folder, {**read_json(folder / "config.json"), **given}, resume=True)
 
 
 def measured(source: str, file: Path, config: Config, probes: Sequence[Probe]) -> dict[str, Any]:

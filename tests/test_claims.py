@@ -71,7 +71,7 @@ def test_a_mosaic_keeps_all_attributes_and_has_steps_between_its_tiles_alone():
 def test_a_real_trial_of_one_step(tmp_path, monkeypatch, capsys):
     for module, name, value in ((train_lightning, "REFERENCE", 2), (train_lightning, "COMPARED", 1)):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(claims, "frechet_distance", lambda a, b: len(a) / 100)
+    monkeypatch.setattr(claims, "frechet_to_scenes", lambda images, style: len(images) / 100)
     monkeypatch.setattr(claims, "MOSAICS", 16)
     groups = {
         name: claims.GROUPS[name]._replace(trials=(trial,))

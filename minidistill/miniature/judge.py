@@ -99,7 +99,7 @@ def has_two_colours(image: Image.Image | np.ndarray) -> bool:
     """Whether something in a 64x64 RGB image has a second colour, or two things touch, as in no scene but "inside"."""
     labels = label_pixels(np.asarray(image))
     solid = _solid(labels)
-    counts = [np.bincount(labels[region & solid], minlength=1) for region in _components(labels >= 0)]
+    counts = [np.bincount(labels[region & solid]) for region in _components(labels >= 0)]
     return any((count >= MIN_SEEDS).sum() > 1 for count in counts)
 
 
